@@ -1,0 +1,91 @@
+"""Tables of `clusters`, `diff` and `check`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..planner.plandiff import Difference
+from .figures import bytes_text, change_text, count_text, seconds_text
+from .tables import table
+
+_SHOWN = 40
+
+
+def cluster_list(found: Sequence[Mapping[str, Any]]) -> Table:
+    """All presets, one line each."""
+    made = table("name", "device", "memory", "bf16 peak", "per node", "link", "network", right=(2, 3, 4))
+    for each in found:
+        peaks = each["peak_flops"]
+        peak = peaks.get("bfloat16") or peaks.get("float16") or peaks.get("float32") or (0.0, "")
+        memory = each["figures"]["memory_bytes"][0]
+        levels = [f"{level['name']} {_rate(level['bytes_per_second'])}" for level in each["levels"]]
+        made.add_row(each["name"], Text(each["title"]), f"{memory / 1e9:.0f} GB", f"{count_text(peak[0])}FLOP/s",
+                     str(each["usual_node"]), *levels)  # fmt: skip
+    return made
+
+
+def cluster_details(described: Mapping[str, Any]) -> Group:
+    """Every figure assumed of one device, with its source."""
+    head = Text(f"{described['name']}: {described['title']}, usually {described['usual_node']} to a node", style="bold")
+    rows = table("figure", "value", "source", right=(1,))
+    for name, (value, source) in described["figures"].items():
+        rows.add_row(name.replace("_", " "), _figure(name, value), Text(source))
+    for dtype, (value, source) in described["peak_flops"].items():
+        rows.add_row(f"peak {dtype}", f"{count_text(value)}FLOP/s", Text(source))
+    for kind, (value, source) in described["efficiencies"].items():
+        rows.add_row(f"efficiency {kind}", f"{value:.2f}", Text(source))
+    links = table("link", "ranks", "per rank", "efficiency", "latency", "source", right=(1, 2, 3, 4))
+    for level in described["levels"]:
+        links.add_row(level["name"], str(level["ranks"]), _rate(level["bytes_per_second"]), f"{level['efficiency']:.2f}",
+                      seconds_text(level["latency_seconds"]), Text(level["source"]))  # fmt: skip
+    return Group(head, Text(), rows, Text(), links)
+
+
+def _figure(name: str, value: float) -> str:
+    if name.endswith("bytes_per_second"):
+        return _rate(value)
+    if name.endswith("bytes"):
+        return f"{value / 1e9:.1f} GB" if value >= 1e9 else bytes_text(value)
+    if name.endswith("seconds"):
+        return seconds_text(value)
+    return f"{value:g}"
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1e9:,.0f} GB/s" if value >= 1e10 else f"{value / 1e9:.2f} GB/s"
+
+
+def difference_tables(found: Sequence[Difference], a: str, b: str) -> list[RenderableType]:
+    """Differences by dimension, a long dimension cut to its first rows."""
+    parts: list[RenderableType] = []
+    for dimension in dict.fromkeys(d.dimension for d in found):
+        rows = [d for d in found if d.dimension == dimension]
+        made = table("where", a, b, "change", title=dimension, right=(3,))
+        for row in rows[:_SHOWN]:
+            change = change_text(row.change) if row.change is not None else ""
+            made.add_row(Text(row.where), Text(_side(row.where, row.a)), Text(_side(row.where, row.b)), change)
+        parts += [made, Text(f"... and {len(rows) - _SHOWN} more (--json shows all)" if len(rows) > _SHOWN else "")]
+    return parts
+
+
+def _side(where: str, value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        leaf = where.rpartition(".")[2]
+        if "seconds" in leaf or ".seconds." in where:
+            return seconds_text(value)
+        if "bytes" in leaf or ".memory." in where:
+            return bytes_text(value)
+        return f"{value:,.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(str, value)) + "]"
+    if isinstance(value, dict):
+        name = next((value[key] for key in ("op", "name", "names", "collective") if key in value), None)
+        return str(name[0] if isinstance(name, (list, tuple)) else name) if name is not None else "present"
+    return str(value)

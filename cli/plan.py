@@ -1,0 +1,74 @@
+"""`shardwright plan MODEL --cluster C`: the fastest plan that fits, as tables, as JSON, as a file, as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import BATCH, BYTES, json_option, output_option
+
+if TYPE_CHECKING:
+    from ..planner.plan import Plan
+
+OBJECTIVES = ("throughput",)
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--cluster", required=True, metavar="C", help="h100-sxm:8x4, cluster.toml, local[:N], local-cpu:N.")
+@click.option("--batch", type=BATCH, metavar="N|auto", help="Global batch in sequences (samples).")
+@click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
+@click.option("--memory-limit", type=BYTES, metavar="SIZE", help="Per device, such as 12GiB [default: 92 % of it].")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
+@click.option("--pin", "pins", multiple=True, metavar="K=V", help="Fix (K=V) or forbid (K!=V) part of the plan.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@output_option("-o", "--output", help="Plan file to write.")
+@output_option("--report", help="HTML page to write.")
+@json_option
+def command(
+    model: str, cluster: str, batch: int | str | None, seq: int | None, memory_limit: int | None, objective: str,
+    pins: tuple[str, ...], seed: int, output: Path | None, report: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Find the fastest plan for MODEL that fits the memory of cluster C.
+
+    MODEL is hf:NAME (gpt2, llama3-8b, ...), hf:config.json, or file.py:function. No GPU and no weights are needed.
+    """
+    from ..api import plan_model
+    from ..planner.planfile import save_plan
+    from . import tables
+
+    with tables.progress() as tell:
+
+        def estimated(estimate: Mapping[str, float]) -> None:
+            tell.note(f"estimate: {tables.estimate_line(estimate)}")
+
+        result = plan_model(
+            model, cluster, batch=batch, seq=seq, memory_limit=memory_limit, pins=pins, objective=objective, seed=seed,
+            progress=tell, show=estimated,
+        )  # fmt: skip
+    if output is not None:
+        save_plan(result.plan, output)
+    if report is not None:
+        from .report.build import write_report
+
+        write_report(result.plan, report)
+    if as_json:
+        tables.print_json(document(result.plan, result.seconds, result.estimate))
+    else:
+        tables.show(tables.plan_tables(result.plan, result.seconds))
+        written = [str(path) for path in (output, report) if path is not None]
+        if written:
+            tables.console(error=True).print(f"wrote {' and '.join(written)}")
+
+
+def document(plan: Plan, seconds: Mapping[str, float], estimate: Mapping[str, float]) -> dict[str, Any]:
+    """What `plan --json` prints: the plan's own fields, and the seconds by phase that never enter a file."""
+    from ..planner.planfile import to_plain
+
+    found = to_plain(plan)
+    found["search"]["seconds"] = dict(seconds)
+    found["estimate"] = dict(estimate)
+    return found

@@ -1,0 +1,88 @@
+"""`shardwright run plan.json`: start the ranks by torchrun; or be one of them, when torchrun started this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option, output_option
+
+
+@click.command("run", context_settings={"ignore_unknown_options": False})
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(min=0), metavar="N", help="Training steps to time [default: 5].")
+@click.option("--verify", is_flag=True, help="Compare loss and every gradient with the original module first.")
+@output_option("--trace", help="Chrome trace of one step to write.")
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that take part.")
+@click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Which of them this is.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where several machines meet.")
+@click.argument("script", nargs=-1, type=click.UNPROCESSED)
+@json_option
+def command(
+    plan: Path, steps: int | None, verify: bool, trace: Path | None, nnodes: int, node_rank: int, rdzv_endpoint: str | None,
+    script: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Run a plan on its ranks: rebuild the model from the plan, train some steps, measure.
+
+    After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
+    Exit status 1 when --verify finds a difference.
+    """
+    from ..planner.planfile import load_plan
+    from .launch import Nodes, check_world, torchrun_arguments, under_torchrun
+
+    loaded = load_plan(plan)
+    if script:
+        if steps is not None or verify or trace or as_json:
+            raise click.UsageError("--steps, --verify, --trace and --json belong to the built-in loop; a script has its own")
+        if under_torchrun():
+            raise click.UsageError("torchrun runs already: start the script itself, with --plan")
+        arguments = torchrun_arguments(loaded, [*script, "--plan", str(plan)], Nodes(nnodes, node_rank, rdzv_endpoint))
+        raise SystemExit(_start(arguments))
+    own = [str(plan), f"--steps={5 if steps is None else steps}"]
+    own += ["--verify"] * verify + ([f"--trace={trace}"] if trace else [])
+    if under_torchrun():
+        from ..runtime.execute import main
+
+        check_world(loaded)
+        raise SystemExit(main(own))
+    status, result = run_ranks(loaded, own, Nodes(nnodes, node_rank, rdzv_endpoint))
+    if result is not None:
+        _present(loaded, result, as_json)
+    raise SystemExit(status)
+
+
+def run_ranks(plan: Any, own: list[str], nodes: Any) -> tuple[int, dict[str, Any] | None]:
+    """Start all ranks on `runtime.execute` with the arguments `own`; (exit status, what rank 0 measured)."""
+    from .launch import EXECUTE, torchrun_arguments
+
+    with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
+        result = Path(folder) / "result.json"
+        target = ["-m", EXECUTE, *own]
+        arguments = torchrun_arguments(plan, [*target, f"--result={result}"], nodes)
+        status = _start(arguments, shown=torchrun_arguments(plan, target, nodes))
+        return status, json.loads(result.read_text()) if result.exists() else None
+
+
+def _start(arguments: list[str], shown: list[str] | None = None) -> int:
+    from .launch import command_line, launch
+
+    click.echo(command_line(shown or arguments), err=True)
+    status = launch(arguments)
+    if status not in (0, 1, 2):
+        click.echo(f"error: a rank ended with exit status {status}", err=True)
+    return status
+
+
+def _present(plan: Any, result: dict[str, Any], as_json: bool) -> None:
+    from .results import result_tables
+    from .tables import print_json, show
+
+    if as_json:
+        print_json(result)
+    elif os.environ.get("RANK", "0") == "0":
+        show(result_tables(plan, result))

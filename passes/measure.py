@@ -1,0 +1,91 @@
+"""Prices of a captured model on this machine: the ops that matter are timed at their local shapes, the rest is fitted.
+
+Only measured CPU clusters time ops; any other cluster is priced from its data sheet. Rows are kept in the profile store, so
+a second plan of the same model measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..planner.cluster import Cluster
+from ..planner.fit import Sample, fitted, samples
+from ..planner.outline import Op
+from ..planner.prices import OpKey, OpRow, Prices
+from ..profiles.jobs import run_ranks
+from ..profiles.local import is_local_cpu, local_collectives, machine_key, threads_per_rank, versions
+from ..profiles.ops import OpRequest, argument_text, encode_request, parse_key
+from ..profiles.store import Store
+from .localize import localize
+from .summarize import Call, Summary, operands_of, target_name
+
+BUDGET_SECONDS = 20.0
+MOST_SAMPLES = 250
+STARTUP_SECONDS = 60.0
+
+
+def measured_prices(
+    summary: Summary,
+    cluster: Cluster,
+    compute: str,
+    *,
+    store: str | Path | None = None,
+    budget_seconds: float = BUDGET_SECONDS,
+) -> Prices:
+    """The price list for `summary` on `cluster` at a compute dtype.
+
+    `store` is the profile store's file (nothing is kept without one). On measured CPU clusters at most `budget_seconds` go
+    into timing, the heaviest ops first. Raises LaunchError when the measuring ranks fail.
+    """
+    if not is_local_cpu(cluster):
+        return Prices(cluster, compute)
+    arguments = {name: argument_text(*operands_of(call.node)[1:]) for name, call in summary.calls.items()}
+    prices = Prices(cluster, compute, collectives=local_collectives(cluster, store=store), arguments=arguments)
+    picked = samples(summary.outline, prices)[:MOST_SAMPLES]
+    rows = _rows(summary, prices, picked, Store(Path(store) if store is not None else None), budget_seconds)
+    return fitted(prices, rows, picked, summary.outline.tensors)
+
+
+def _rows(
+    summary: Summary, prices: Prices, picked: Sequence[Sample], store: Store, budget_seconds: float
+) -> Mapping[OpKey, OpRow]:
+    """Measured rows of `picked`: what the store has, and what is timed now."""
+    ranks = prices.cluster.devices
+    place = (machine_key(ranks), versions(), "op")
+    known = {parse_key(text): OpRow(*row) for text, row in store.read(*place).items()}
+    wanted = [_request(summary, sample, prices) for sample in picked]
+    missing = [encode_request(r) for r in wanted if r is not None and r.key not in known]
+    if missing:
+        found = run_ranks(
+            ranks, threads_per_rank(ranks), ["ops"], timeout=STARTUP_SECONDS + 2 * budget_seconds,
+            requests=[r for r in missing if r is not None], budget=budget_seconds,
+        )["ops"]  # fmt: skip
+        store.write(*place, found)
+        known |= {parse_key(text): OpRow(*row) for text, row in found.items()}
+    return known
+
+
+def _request(summary: Summary, sample: Sample, prices: Prices) -> OpRequest | None:
+    """The sample as a call on local shapes; None for an op whose arguments cannot be made local."""
+    call = summary.calls[sample.op.name]
+    key = prices.op_key(sample.op, sample.sizes, summary.outline.tensors)
+    try:
+        target, args, kwargs = _local_form(sample.op, call, sample.sizes)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+        return None
+    return OpRequest(target_name(target), key.operands, tuple(args), dict(kwargs), key.arguments)
+
+
+def _local_form(op: Op, call: Call, sizes: Sequence[int]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    cut: dict[str, int] = {}
+    for factor, size in zip(op.factors, sizes, strict=True):
+        if "~" not in factor.name:
+            letter = factor.name.split(".")[0]
+            cut[letter] = cut.get(letter, 1) * size
+    _, args, kwargs = operands_of(call.node)
+    target, args, kwargs = localize(call.node.target, args, kwargs, call.rule, {**call.rule.sizes, **cut})
+    return target, args, kwargs
+
+

@@ -1,0 +1,97 @@
+"""What autograd saves for an op, and whether its result is a view: observed on fake CPU tensors, once per signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from .torch_compat import fake_mode
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Operand and result indices that are saved, new tensors (shape, bytes), and the operand the result is a view of."""
+
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    new: tuple[tuple[tuple[int, ...], int], ...]
+    alias: int | None
+
+
+class Observer:
+    """Runs each distinct op once; equal ops (target, arguments, shapes, strides, dtypes) share the observation."""
+
+    def __init__(self) -> None:
+        self._mode = fake_mode()
+        self._seen: dict[str, Observation] = {}
+
+    def observe(self, node: fx.Node) -> Observation:
+        """Observe one call_function node with meta["val"] and meta["differentiable"] on its inputs."""
+        key = _key(node)
+        if key not in self._seen:
+            self._seen[key] = self._run(node)
+        return self._seen[key]
+
+    def _run(self, node: fx.Node) -> Observation:
+        operands: list[torch.Tensor] = []
+        saved: list[torch.Tensor] = []
+
+        def fake(arg: fx.Node) -> torch.Tensor:
+            value = arg.meta["val"]
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            operands.append(made.requires_grad_(_differentiable(arg) and value.dtype.is_floating_point))
+            return operands[-1]
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with self._mode:
+            args, kwargs = fx.map_arg(node.args, fake), fx.map_arg(node.kwargs, fake)
+            kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+            args = tree_map(lambda v: torch.device("cpu") if isinstance(v, torch.device) else v, args)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                out = node.target(*args, **kwargs)  # type: ignore[operator]
+        results = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
+        return _sort(operands, results, saved)
+
+
+def _sort(operands: list[torch.Tensor], results: list[torch.Tensor], saved: list[torch.Tensor]) -> Observation:
+    of_operand = {_storage(t): i for i, t in reversed(list(enumerate(operands)))}
+    of_result = {_storage(t): i for i, t in reversed(list(enumerate(results)))}
+    alias = next((of_operand[_storage(r)] for r in results if _storage(r) in of_operand), None)
+    new: dict[int, tuple[tuple[int, ...], int]] = {}
+    from_operand, from_result = set(), set()
+    for tensor in saved:
+        key = _storage(tensor)
+        if key in of_operand:
+            from_operand.add(of_operand[key])
+        elif key in of_result:
+            from_result.add(of_result[key])
+        elif tensor.untyped_storage().nbytes() > 64:  # scalars saved as tensors weigh nothing
+            new.setdefault(key, (tuple(tensor.shape), tensor.untyped_storage().nbytes()))
+    return Observation(tuple(sorted(from_operand)), tuple(sorted(from_result)), tuple(new.values()), alias)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _differentiable(node: fx.Node) -> bool:
+    if node.op == "call_function" and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
+        flags: Any = node.args[0].meta.get("differentiable")
+        if isinstance(flags, tuple | list) and isinstance(node.args[1], int):
+            return bool(flags[node.args[1]])
+    return bool(node.meta.get("differentiable", False))
+
+
+def _key(node: fx.Node) -> str:
+    def side(arg: fx.Node) -> str:
+        value = arg.meta["val"]
+        return f"{tuple(value.shape)}{value.stride()}{value.dtype}{_differentiable(arg)}"
+
+    return f"{node.target}{fx.map_arg(node.args, side)}{fx.map_arg(node.kwargs, side)}"

@@ -1,0 +1,368 @@
+"""Lowering, first pass: the captured graph on local shapes, with one node per change of placement.
+
+Each op is emitted once per rank on the sizes its choices leave it; a tensor wanted in another placement than it is produced in
+goes through one chain of `shardwright::transition` nodes, shared by all who want it. Parameters enter by group: gathered
+where they are stored in chunks, their gradient reductions bucketed. What runs is injected (`Emit`): this file makes no
+collectives and no choices.
+
+With microbatches there are three graphs: `entry` (stored parameters -> what the loop uses), `prologue` (inputs -> slices and
+label counts of the whole batch) and `body` (one microbatch). With one microbatch `body` holds everything.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import UsageError
+from ..planner.assign import Assignment
+from ..planner.choices import states
+from ..planner.outline import Op
+from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
+from ..planner.rule_types import Operand
+from .fuse_bias import fuse_bias
+from .localize import localize
+from .lowered import CallForm, Emit, Emitted, Feed, Lowered
+from .summarize import Call, Summary, operands_of
+
+
+def lower(
+    summary: Summary, assignment: Assignment, axis_sizes: tuple[int, ...], emit: Emit, *,
+    microbatches: int = 1, outputs: Sequence[str] = (), local_batch: bool = False,
+) -> Lowered:  # fmt: skip
+    """Lower for the rank `emit` speaks for. `outputs` are returned beside the loss, whole on every rank.
+
+    With `local_batch` every data rank passes its own part of the batch instead of the global one.
+    """
+    shop = _Shop(summary, assignment, axis_sizes, emit, microbatches)
+    shop.data_axes = assignment.data_axes if local_batch else ()
+    body = _Graph(shop, microbatched=microbatches > 1)
+    hoisted = _hoisted(shop) if microbatches > 1 else frozenset()
+    body.outside = hoisted
+    loss = summary.outline.loss
+    for op in summary.outline.ops:
+        if not any(r.tensor in hoisted for r in op.results):
+            body.op(op)
+    whole: Placement = (R,) * len(axis_sizes)
+    returned = []
+    if loss:
+        returned.append(body.get(loss, body.produced[loss] if microbatches > 1 else (*whole, R)))
+    for name in outputs:
+        returned.append(body.get(name, (*whole, R)))
+    module = body.finish(returned)
+    lowered = Lowered(module, tuple(body.feeds), outputs=tuple(outputs))
+    if microbatches > 1:
+        _surround(shop, body, hoisted, lowered)
+    return lowered
+
+
+def _surround(shop: _Shop, body: _Graph, hoisted: frozenset[str], lowered: Lowered) -> None:
+    """Entry and prologue graphs for a microbatched body, and the chain that makes its accumulated loss whole."""
+    prologue = _Graph(shop, microbatched=False)
+    for op in shop.summary.outline.ops:
+        if any(r.tensor in hoisted for r in op.results):
+            prologue.op(op)
+    cuts = [f for f in body.feeds if f.kind == "cut"]
+    lowered.prologue = prologue.finish([prologue.get(f.tensor, (*f.placement, R)) for f in cuts])
+    lowered.prologue_feeds = tuple(prologue.feeds)
+    entry = _Graph(shop, microbatched=False)
+    wanted = [(f.tensor, f.placement) for f in body.feeds if f.kind == "step"]
+    lowered.entry = entry.finish([entry.get(name, (*placement, R)) for name, placement in wanted])
+    lowered.entry_feeds, lowered.entry_outputs = tuple(entry.feeds), tuple(wanted)
+    loss = shop.summary.outline.loss
+    whole: Placement = (R,) * len(shop.sizes)
+    lowered.loss_placement = body.produced[loss][:-1]
+    lowered.loss_steps = tuple(
+        shop.emit.transition(step, ()) for step in steps((), lowered.loss_placement, whole, shop.sizes)
+    )
+
+
+def _hoisted(shop: _Shop) -> frozenset[str]:
+    """Tensors computed before the microbatch loop: label counts, whole tensors that are cut, and what they need."""
+    need = set(shop.summary.batch_cut.hoisted)
+    for op in shop.summary.outline.ops:
+        for use, state in zip(op.operands, shop.micro_states(op)[0], strict=True):
+            if state.is_split and shop.summary.batch_cut.states.get(use.tensor, "R") == "R":
+                need.add(use.tensor)
+    for op in reversed(shop.summary.outline.ops):
+        if any(r.tensor in need for r in op.results):
+            need.update(use.tensor for use in op.operands)
+    tensors = shop.summary.outline.tensors
+    bad = [n for n in need if tensors[n].role == "parameter" or tensors[n].differentiable]
+    if bad:
+        raise UsageError(f"{bad[0]} couples the samples of a batch: use one microbatch (micro_batch = the local batch)")
+    return frozenset(n for n in need if tensors[n].role == "activation")
+
+
+class _Shop:
+    """What all graphs of one lowering share."""
+
+    def __init__(self, summary: Summary, assignment: Assignment, sizes: tuple[int, ...], emit: Emit, m: int) -> None:
+        self.summary, self.assignment, self.sizes, self.emit, self.m = summary, assignment, sizes, emit, m
+        self.tensors = dict(summary.outline.tensors)
+        self.data_axes: tuple[int, ...] = ()
+        self.wants = self._parameter_wants()
+        self.group_of = {name: group for group in assignment.groups for name in group}
+        self.order = {op.name: i for i, op in enumerate(summary.outline.ops)}
+        self.trainable = {p.tensor: p.trainable for p in summary.outline.parameters}
+
+    def micro_states(self, op: Op) -> tuple[tuple[State, ...], tuple[State, ...]]:
+        """States along the microbatch axis; V is R there: gradients accumulate over the loop."""
+        if self.m == 1:
+            return (R,) * len(op.operands), (R,) * len(op.results)
+        sides = states(op, self.tensors, self.summary.batch_cut.choice[op.name])
+        operands, results = (tuple(R if s == V else s for s in side) for side in sides)
+        return operands, results
+
+    def home(self, tensor: str) -> Placement:
+        """How a tensor from outside arrives: whole, or already cut over the data axes (local batches)."""
+        inputs = self.summary.inputs
+        place = inputs.get(tensor)
+        return tuple(
+            split(*place) if place is not None and a in self.data_axes else R for a in range(len(self.sizes))
+        )
+
+    def placed(self, op: Op) -> tuple[list[Placement], list[Placement]]:
+        """Wanted operand placements and produced result placements, microbatch axis last."""
+        per_axis = [states(op, self.tensors, c) for c in self.assignment.choices[op.name]]
+        per_axis.append(self.micro_states(op))
+        operands = [tuple(axis[0][i] for axis in per_axis) for i in range(len(op.operands))]
+        results = [tuple(axis[1][i] for axis in per_axis) for i in range(len(op.results))]
+        return operands, results
+
+    def _parameter_wants(self) -> dict[str, list[Placement]]:
+        found: dict[str, list[Placement]] = {}
+        for op in self.summary.outline.ops:
+            operands, _ = self.placed(op)
+            for use, placement in zip(op.operands, operands, strict=True):
+                if self.tensors[use.tensor].role == "parameter":
+                    known = found.setdefault(use.tensor, [])
+                    if placement[:-1] not in known:
+                        known.append(placement[:-1])
+        return found
+
+
+class _Graph:
+    """One fx graph under construction; `env` maps (tensor, placement) to the node that holds it."""
+
+    def __init__(self, shop: _Shop, *, microbatched: bool) -> None:
+        self.shop, self.microbatched = shop, microbatched
+        self.graph = fx.Graph()
+        self.env: dict[tuple[str, Placement], fx.Node] = {}
+        self.produced: dict[str, Placement] = {}
+        self.feeds: list[Feed] = []
+        self.outside: frozenset[str] = frozenset()
+        self._last_placeholder: fx.Node | None = None
+        self._seed: fx.Node | None = None
+        self._done: set[tuple[str, ...]] = set()
+        self._cut_sizes = (*shop.sizes, shop.m if microbatched else 1)
+
+    # -- values
+
+    def get(self, tensor: str, placement: Placement) -> fx.Node:
+        """The node holding `tensor` as `placement` (microbatch axis last), made on first demand."""
+        found = self.env.get((tensor, placement))
+        if found is not None:
+            return found
+        role = self.shop.tensors[tensor].role
+        if role == "parameter":
+            self._parameter(tensor, placement[:-1])
+        elif tensor not in self.produced:
+            self._outside(tensor, placement)
+        if (tensor, placement) not in self.env and tensor in self.produced:
+            self._chain(tensor, self.produced[tensor], placement)
+        return self.env[tensor, placement]
+
+    def _chain(self, tensor: str, source: Placement, target: Placement) -> None:
+        node = self.env[tensor, source]
+        if source[-1] != target[-1]:
+            raise UsageError(f"{tensor} would be communicated between microbatches: use one microbatch")
+        dims = local_dims(self.shop.tensors[tensor].dims, source[-1:], self._cut_sizes[-1:])
+        for step in steps(dims, source[:-1], target[:-1], self.shop.sizes):
+            node = self._call(self.shop.emit.transition(step, dims), node, f"{tensor} {step.source} -> {step.target}")
+        self.env[tensor, target] = node
+
+    def _call(self, emitted: Emitted, first: Any, comment: str) -> fx.Node:
+        target, rest = emitted
+        node = self.graph.call_function(target, (first, *rest))
+        node.meta["comment"] = comment
+        return node
+
+    def placeholder(self, feed: Feed) -> fx.Node:
+        """Add a placeholder (always before the first op)."""
+        if self._last_placeholder is None:
+            first = next(iter(self.graph.nodes), None)
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(feed.node)
+        else:
+            with self.graph.inserting_after(self._last_placeholder):
+                node = self.graph.placeholder(feed.node)
+        self._last_placeholder = node
+        self.feeds.append(feed)
+        return node
+
+    def _outside(self, tensor: str, placement: Placement) -> None:
+        """Inputs, buffers and constants; in a microbatched body also slices and counts from the prologue."""
+        if not self.microbatched or (tensor not in self.outside and not placement[-1].is_split):
+            home = self.shop.home(tensor)
+            self.env[tensor, (*home, R)] = self.placeholder(Feed(_plain(tensor), "whole", tensor, home))
+            self.produced[tensor] = (*home, R)
+            return
+        # A microbatch is a cut of the data-parallel shard; a model axis that also splits the batch cuts the microbatch.
+        data = self.shop.assignment.data_axes
+        base = tuple(R if s == placement[-1] and a not in data else s for a, s in enumerate(placement[:-1]))
+        place = None
+        if placement[-1].is_split:
+            local = local_dims(self.shop.tensors[tensor].dims, base, self.shop.sizes)
+            place = (placement[-1].dim, math.prod(local[placement[-1].dim][: placement[-1].factor]))
+        name = f"{_plain(tensor)}_{len(self.feeds)}"
+        self.env[tensor, (*base, placement[-1])] = self.placeholder(Feed(name, "cut", tensor, base, place))
+        if base != placement[:-1]:
+            self._chain(tensor, (*base, placement[-1]), placement)
+
+    # -- parameters
+
+    def _parameter(self, tensor: str, wanted: Placement) -> None:
+        storage = self.shop.assignment.storage[tensor]
+        if self.microbatched and storage.zero < 3:
+            name = f"{_plain(tensor)}_{len(self.feeds)}"
+            self.env[tensor, (*wanted, R)] = self.placeholder(Feed(name, "step", tensor, wanted))
+            return
+        group = self.shop.group_of[tensor]
+        if group not in self._done:
+            self._done.add(group)
+            self._group(group)
+        if (tensor, (*wanted, R)) not in self.env:
+            self._chain(tensor, (*storage.home, R), (*wanted, R))
+
+    def _group(self, group: tuple[str, ...]) -> None:
+        """Bring a parameter group in: gather its chunks, bucket its reductions, then what is left, one by one."""
+        shop, storage = self.shop, self.shop.assignment.storage
+        first = storage[group[0]]
+        nodes = [self.placeholder(Feed(_plain(name), "chunk", name, storage[name].home)) for name in group]
+        now = [storage[name].home for name in group]
+        shapes = [shape_of(local_dims(shop.tensors[n].dims, storage[n].home, shop.sizes)) for n in group]
+        trainable = shop.trainable[group[0]]
+        if first.zero:
+            emitted = shop.emit.gather(shapes, first.zero_axes, keep=first.zero < 3, trainable=trainable)
+            nodes = self._spread(emitted, nodes, "gather")
+            arrived = V if trainable else R
+            now = [tuple(arrived if a in first.zero_axes else s for a, s in enumerate(p)) for p in now]
+        else:
+            nodes = self._cast(nodes, group)
+        wants = [(i, w) for i, name in enumerate(group) for w in shop.wants.get(name, ())]
+        held = [(nodes[i], now[i]) for i, _ in wants]
+        for axis in range(len(shop.sizes)):
+            members = [k for k, (_, w) in enumerate(wants) if held[k][1][axis] == R and w[axis] == V]
+            if members:
+                reduced = self._spread(shop.emit.reduce(axis), [held[k][0] for k in members], f"reduce over axis {axis}")
+                for k, node in zip(members, reduced, strict=True):
+                    held[k] = node, (*held[k][1][:axis], V, *held[k][1][axis + 1 :])
+        for (i, want), (node, at) in zip(wants, held, strict=True):
+            dims = shop.tensors[group[i]].dims
+            for step in steps(dims, at, want, shop.sizes):
+                node = self._call(shop.emit.transition(step, dims), node, f"{group[i]} {step.source} -> {step.target}")
+            self.env[group[i], (*want, R)] = node
+
+    def _cast(self, nodes: list[fx.Node], group: tuple[str, ...]) -> list[fx.Node]:
+        emitted = self.shop.emit.cast()
+        if emitted is None or not self.shop.tensors[group[0]].dtype.startswith(("float", "bfloat")):
+            return nodes
+        return [self._call(emitted, node, "compute dtype") for node in nodes]
+
+    def _spread(self, emitted: Emitted, nodes: list[fx.Node], comment: str) -> list[fx.Node]:
+        listed = self._call(emitted, list(nodes), comment)
+        return [self.graph.call_function(operator.getitem, (listed, i)) for i in range(len(nodes))]
+
+    # -- ops
+
+    def op(self, op: Op) -> None:
+        """Emit one op on the sizes its choices leave it."""
+        wanted, produced = self.shop.placed(op)
+        if not self.microbatched:
+            wanted, produced = [(*p[:-1], R) for p in wanted], [(*p[:-1], R) for p in produced]
+        call = self.shop.summary.calls[op.name]
+        operands = [self.get(u.tensor, p) for u, p in zip(op.operands, wanted, strict=True)]
+        for use, operand in zip(op.operands, operands, strict=True):
+            tensor = self.shop.tensors[use.tensor]
+            if tensor.role == "parameter" and len(tensor.dims) == 1:
+                operand.meta["bias"] = True
+        target, args, kwargs = self._special(op, self._local_form(op, call))
+        node = self.graph.call_function(target, _fill(args, operands), _fill(kwargs, operands))
+        node.meta["comment"] = f"{op.source}"
+        for use, placement in zip(op.results, produced, strict=True):
+            self.produced[use.tensor] = placement
+            index = use.tensor.rpartition(":")[2] if ":" in use.tensor else None
+            made = node if index is None else self.graph.call_function(operator.getitem, (node, int(index)))
+            self.env[use.tensor, placement] = made
+
+    def _splits(self, op: Op) -> list[tuple[int, int]]:
+        """(axis, factor index) of every split of this op, the microbatch axis included where it applies."""
+        found = []
+        names = [f.name for f in op.factors]
+        chosen = list(self.shop.assignment.choices[op.name])
+        if self.microbatched:
+            chosen.append(self.shop.summary.batch_cut.choice[op.name])
+        for axis, choice in enumerate(chosen):
+            if choice in names:
+                found.append((axis, names.index(choice)))
+        return found
+
+    def _local_form(self, op: Op, call: Call) -> CallForm:
+        sizes = [f.size for f in op.factors]
+        for axis, factor in self._splits(op):
+            sizes[factor] //= self._cut_sizes[axis]
+        letters = dict(call.rule.sizes)
+        cut: dict[str, int] = {}
+        for factor, size in zip(op.factors, sizes, strict=True):
+            if "~" not in factor.name:
+                letter = factor.name.split(".")[0]
+                cut[letter] = cut.get(letter, 1) * size
+        _, args, kwargs = operands_of(call.node)
+        return localize(call.node.target, args, kwargs, call.rule, letters | cut)
+
+    def _special(self, op: Op, form: CallForm) -> CallForm:
+        """Implementations of their own, seeded random ops, and factories on the device that runs."""
+        target, args, kwargs = form
+        emit = self.shop.emit
+        kwargs = {k: emit.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        form = target, args, kwargs
+        splits = self._splits(op)
+        for axis, factor in splits:
+            if op.factors[factor].split != "free":
+                form = emit.implementation(op.factors[factor].split, axis, form)
+        real = [axis for axis, _ in splits if axis < len(self.shop.sizes)]
+        salt = self.shop.order[op.name] * (1 << 20) + emit.shard_index(real)
+        seeded = emit.random(form, salt)
+        if seeded is None:
+            return form
+        if self._seed is None:
+            self._seed = self.placeholder(Feed("seed", "seed"))
+        return seeded(self._seed)
+
+    def finish(self, returned: Sequence[fx.Node]) -> fx.GraphModule:
+        """Close the graph: outputs, dead code, a module."""
+        self.graph.output(tuple(returned))
+        self.graph.eliminate_dead_code()
+        fuse_bias(self.graph)
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def _fill(value: Any, operands: Sequence[fx.Node]) -> Any:
+    """`value` with the nodes in the places of `Operand` marks."""
+    if isinstance(value, Operand):
+        return operands[value.index]
+    if isinstance(value, list | tuple):
+        return type(value)(_fill(v, operands) for v in value)
+    if isinstance(value, dict):
+        return {k: _fill(v, operands) for k, v in value.items()}
+    return value
+
+
+def _plain(name: str) -> str:
+    return name.replace(":", "_").replace(".", "_")

@@ -1,0 +1,66 @@
+"""The private torch APIs that the passes need, each with its reason and the versions tried.
+
+Nothing else under `passes/` imports a private name, so a new torch release is checked here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+"""What torch raises where a value or a shape depends on data. No public base class exists (tried: 2.11 to 2.13)."""
+
+
+def fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
+    """A mode under which tensors have shape, dtype, strides and device but no memory.
+
+    Needed to trace and observe models of any size; torch has no public equivalent that keeps the CPU's strides and kernels
+    (the meta device takes other kernels). `symbolic` allows sizes that depend on data, so that they can be reported.
+    Tried: 2.11 to 2.13.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
+
+
+def mode_of(value: torch.Tensor) -> FakeTensorMode:
+    """The mode that made a fake tensor: new values of one graph must come from the same one. Tried: 2.11 to 2.13."""
+    return value.fake_mode  # type: ignore[attr-defined, no-any-return]
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """Equal for tensors that share memory, fake tensors included (they have no data pointer). Tried: 2.11 to 2.13."""
+    return value.untyped_storage()._cdata
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to 2.13."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(value, FakeTensor)
+
+
+@contextlib.contextmanager
+def watch_autograd_functions(seen: Callable[[type], None]) -> Iterator[None]:
+    """Report every custom autograd function that runs.
+
+    Export traces through `Function.apply` and forgets its backward without a word; no hook tells (tried: 2.11 to 2.13).
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        seen(cls)
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]

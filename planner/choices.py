@@ -1,0 +1,62 @@
+"""How one op may run along one mesh axis, and the states that makes of its operands and results (docs/placements.md).
+
+Along an axis an op splits one factor, or splits none and runs on whole values (all R, or all V), or lets a partial sum pass.
+The spelling of a choice, as it stands in a plan, is the factor's name, "R", "V", or "P" + the index of the op's linear entry.
+"""
+
+from __future__ import annotations
+
+from .outline import Op, Tensor, Use
+from .placement import P, R, State, V, split
+
+Tensors = dict[str, Tensor]
+
+
+def choices(op: Op, tensors: Tensors, axis_size: int) -> tuple[str, ...]:
+    """Every legal choice of `op` along an axis of `axis_size` ranks, "R" first."""
+    found = ["R"]
+    if any(tensors[use.tensor].differentiable for use in op.operands):
+        found.append("V")
+    found += [f"P{i}" for i, group in enumerate(op.linear) if group]
+    found += [f.name for f in op.factors if f.split != "never" and f.size % axis_size == 0 and f.size >= axis_size]
+    return tuple(found)
+
+
+def states(op: Op, tensors: Tensors, choice: str) -> tuple[tuple[State, ...], tuple[State, ...]]:
+    """(operand states, result states) of `op` under `choice`; raises ValueError for a choice the op does not have."""
+    if choice in ("R", "V"):
+        wanted = State(choice)
+        return _all(op.operands, tensors, wanted), _all(op.results, tensors, wanted)
+    if choice[:1] == "P" and choice[1:].isdigit():
+        if int(choice[1:]) >= len(op.linear):
+            raise ValueError(f"{op.name} has no linear entry {choice[1:]}")
+        group = op.linear[int(choice[1:])]
+        operands = tuple(P if i in group else _plain(tensors, use, V) for i, use in enumerate(op.operands))
+        return operands, tuple(P for _ in op.results)
+    names = [f.name for f in op.factors]
+    if choice not in names:
+        raise ValueError(f"{op.name} ({op.target}) has no factor {choice!r}; it has {', '.join(names) or 'none'}")
+    index = names.index(choice)
+    lacking = op.factors[index].split
+    operands = tuple(_side(tensors, use, index, V) for use in op.operands)
+    # An implementation closes its own sums (vocabulary-parallel loss): a result lacking the factor is whole.
+    missing = R if lacking in CLOSED else P
+    return operands, tuple(_side(tensors, use, index, missing) for use in op.results)
+
+
+CLOSED = frozenset({"vocab_loss"})
+"""Implementations that reduce inside: their results are R, not P, where they lack the split factor."""
+
+
+def _all(uses: tuple[Use, ...], tensors: Tensors, wanted: State) -> tuple[State, ...]:
+    return tuple(_plain(tensors, use, wanted) for use in uses)
+
+
+def _plain(tensors: Tensors, use: Use, wanted: State) -> State:
+    """`wanted`, or R where no gradient flows (there V and R are one state)."""
+    return R if wanted == V and not tensors[use.tensor].differentiable else wanted
+
+
+def _side(tensors: Tensors, use: Use, factor: int, lacking: State) -> State:
+    place = use.place(factor)
+    return split(*place) if place is not None else _plain(tensors, use, lacking)

@@ -1,0 +1,257 @@
+"""Prices of single decisions: an op under a choice, a chain of transitions, the collectives of a parameter group.
+
+What is priced is what the runtime executes: one chain `placement.steps` per (tensor, wanted placement), bucketed collectives
+per parameter group. A bucket's price is affine in its bytes (fixed part + bytes * slope, the chord of the collective's price
+from 0 to all parameters of the region), so that it can be shared out over the members of a group exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .choices import states
+from .outline import DTYPE_BYTES, Op, Tensor
+from .placement import COLLECTIVES, Dims, Placement, State, Step, local_dims, local_elements, row, steps
+from .placement import R as WHOLE
+from .plan import MeshAxis, Precision
+
+
+class Price(Protocol):
+    """Seconds with their source."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def error(self) -> float: ...
+
+
+class PriceBook(Protocol):
+    """What the planner asks of planner/prices.py."""
+
+    def op(self, op: Op, local_sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> tuple[Price, Price]:
+        """(forward, backward) of `op` whose factors have the given local sizes."""
+        ...
+
+    def collective(self, name: str, full_bytes: float, stride: int, size: int) -> Price:
+        """One collective of a full tensor of `full_bytes` over `size` ranks that stand `stride` apart."""
+        ...
+
+    def copy(self, bytes_read: float) -> Price:
+        """A local copy that reads and writes `bytes_read`."""
+        ...
+
+    def optimizer_seconds(self, elements: float, optimizer: str, precision: Precision) -> float:
+        """One optimizer step over so many local elements; proportional to them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A mesh under consideration; ranks are row-major over `axes`."""
+
+    axes: tuple[MeshAxis, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(a.size for a in self.axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.axes)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.sizes)
+
+    def stride(self, axis: int) -> int:
+        """Distance of neighbouring ranks on `axis`."""
+        return math.prod(self.sizes[axis + 1 :])
+
+    def axis(self, role: str) -> int | None:
+        """Index of the axis of `role` with more than one rank, None where there is none."""
+        return next((i for i, a in enumerate(self.axes) if a.role == role and a.size > 1), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One collective: its name, mesh axis (index), bytes of the full tensor on that axis, and whether it runs backward."""
+
+    collective: str
+    axis: int
+    bytes: float
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of transitions: seconds of its collectives and local copies in each direction, its calls, and whether the
+    forward direction makes a new buffer."""
+
+    forward: float
+    backward: float
+    copies_forward: float
+    copies_backward: float
+    calls: tuple[Call, ...]
+    fresh: bool
+
+    @property
+    def seconds(self) -> float:
+        """All of it, once in each direction."""
+        return self.times(1, 1)
+
+    def times(self, forward: int, backward: int) -> float:
+        """Seconds when each direction runs so often."""
+        return forward * (self.forward + self.copies_forward) + backward * (self.backward + self.copies_backward)
+
+
+NOTHING = Chain(0.0, 0.0, 0.0, 0.0, (), False)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The affine price of one bucketed collective: `fixed` seconds per call and `slope` seconds per byte."""
+
+    fixed: float
+    slope: float
+
+
+class Costs:
+    """Prices on one mesh, remembered. Frozen inputs, no side effects besides the memory."""
+
+    def __init__(self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True) -> None:
+        self.prices, self.shape, self.training = prices, shape, loss_is_differentiated
+        self._ops: dict[tuple[object, ...], tuple[float, float, tuple[Call, ...]] | None] = {}
+        self._chains: dict[tuple[object, ...], Chain | None] = {}
+        self._collectives: dict[tuple[str, float, int], float] = {}
+        self.sources: dict[str, dict[str, float]] = {"compute": {}, "communication": {}}
+
+    def local_sizes(self, op: Op, choice: Sequence[str]) -> tuple[int, ...] | None:
+        """Factor sizes of `op` under one choice per axis; None where they do not divide."""
+        sizes = [f.size for f in op.factors]
+        names = [f.name for f in op.factors]
+        for name, n in zip(choice, self.shape.sizes, strict=True):
+            if name in names:
+                index = names.index(name)
+                if sizes[index] % n:
+                    return None
+                sizes[index] //= n
+        return tuple(sizes)
+
+    def placed(
+        self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]
+    ) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
+        """Wanted operand placements and produced result placements of `op`."""
+        per_axis = [states(op, dict(tensors) if not isinstance(tensors, dict) else tensors, c) for c in choice]
+        operands = tuple(tuple(side[0][i] for side in per_axis) for i in range(len(op.operands)))
+        results = tuple(tuple(side[1][i] for side in per_axis) for i in range(len(op.results)))
+        return operands, results
+
+    def op(self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]) -> tuple[float, float, tuple[Call, ...]] | None:
+        """(compute seconds forward + backward, seconds of collectives inside, those calls); None where sizes do not divide."""
+        sizes = self.local_sizes(op, choice)
+        if sizes is None:
+            return None
+        operands = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.operands)
+        results = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.results)
+        inside = self._inside(op, tensors, choice, sizes)
+        key = (op.target, op.kind, op.factors, sizes, operands, results, op.flops, op.backward_flops, inside)
+        if key not in self._ops:
+            forward, backward = self.prices.op(op, sizes, tensors)
+            seconds = forward.seconds + (backward.seconds if self.training else 0.0)
+            if seconds:
+                self.sources["compute"].setdefault(forward.source, forward.error)
+            self._ops[key] = (seconds, sum(self.collective(c) for c in inside), inside)
+        return self._ops[key]
+
+    def _inside(
+        self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: tuple[int, ...]
+    ) -> tuple[Call, ...]:
+        """Collectives that the implementation of a split factor runs itself."""
+        calls: list[Call] = []
+        by_name = {f.name: f for f in op.factors}
+        for axis, name in enumerate(choice):
+            factor = by_name.get(name)
+            if factor is not None and factor.split == "vocab_loss" and self.shape.sizes[axis] > 1:
+                rows = math.prod(s for s, f in zip(sizes, op.factors, strict=True) if f.split != "vocab_loss")
+                width = DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
+                calls += [Call("all_reduce", axis, float(rows * width), False) for _ in range(VOCAB_LOSS_REDUCTIONS)]
+        return tuple(calls)
+
+    def collective(self, call: Call) -> float:
+        """Seconds of one collective call."""
+        key = (call.collective, call.bytes, call.axis)
+        if key not in self._collectives:
+            size = self.shape.sizes[call.axis]
+            price = self.prices.collective(call.collective, call.bytes, self.shape.stride(call.axis), size)
+            self.sources["communication"].setdefault(price.source, price.error)
+            self._collectives[key] = price.seconds if size > 1 else 0.0
+        return self._collectives[key]
+
+    def chain(self, tensor: Tensor, source: Placement, target: Placement) -> Chain | None:
+        """The transitions of `tensor` from `source` to `target`, forward and backward; None where there is no legal chain."""
+        if source == target:
+            return NOTHING
+        both = self.training and tensor.differentiable
+        key = (tensor.dims, tensor.dtype, both, source, target)
+        if key not in self._chains:
+            self._chains[key] = self._chain(tensor.dims, DTYPE_BYTES[tensor.dtype], both, source, target)
+        return self._chains[key]
+
+    def _chain(self, dims: Dims, width: int, both: bool, source: Placement, target: Placement) -> Chain | None:
+        sizes = self.shape.sizes
+        try:
+            path = steps(dims, source, target, sizes)
+            for step in path:
+                local_dims(dims, replaced(step.before, step.axis, WHOLE), sizes)
+                local_dims(dims, replaced(step.before, step.axis, step.target), sizes)
+        except ValueError:
+            return None
+        copies, fresh = [0.0, 0.0], False
+        calls: list[Call] = []
+        for step in path:
+            names = row(step.source, step.target)
+            full = local_elements(dims, replaced(step.before, step.axis, WHOLE), sizes) * width
+            fresh = fresh or (names.forward != "none" and sizes[step.axis] > 1)
+            for name, backward in ((names.forward, False), (names.backward, True)):
+                if sizes[step.axis] == 1 or (backward and not both):
+                    continue
+                if name in COLLECTIVES:
+                    calls.append(Call(name, step.axis, full, backward))
+                elif name != "none":
+                    copies[int(backward)] += self.prices.copy(_written(name, backward, step, full, sizes[step.axis])).seconds
+        there = math.fsum(self.collective(c) for c in calls if not c.backward)
+        back = math.fsum(self.collective(c) for c in calls if c.backward)
+        return Chain(there, back, copies[0], copies[1], tuple(calls), fresh)
+
+    def bucket(self, collective: str, axes: Sequence[int], reference_bytes: float) -> Bucket:
+        """Affine price of a bucketed collective over `axes` together; `reference_bytes` is the largest bucket it may be."""
+        size = math.prod(self.shape.sizes[a] for a in axes)
+        if size == 1 or not axes:
+            return Bucket(0.0, 0.0)
+        stride = min(self.shape.stride(a) for a in axes)
+        fixed = self.prices.collective(collective, 1.0, stride, size).seconds
+        whole = self.prices.collective(collective, max(reference_bytes, 2.0), stride, size).seconds
+        return Bucket(fixed, max(whole - fixed, 0.0) / max(reference_bytes, 2.0))
+
+
+VOCAB_LOSS_REDUCTIONS = 3
+"""Row maximum, sum of exponentials, logit of the label: one all-reduce each, all forward."""
+
+
+def replaced(placement: Placement, axis: int, state: State) -> Placement:
+    """`placement` with another state on one axis."""
+    return (*placement[:axis], state, *placement[axis + 1 :])
+
+
+def _written(name: str, backward: bool, step: Step, full: float, n: int) -> float:
+    """Bytes written by a local step: a slice writes its slice, a pad or a scale the whole local tensor."""
+    return full / n if name == "slice" else full
+
+

@@ -1,0 +1,221 @@
+"""Memory of one rank, by cause and time point.
+
+A training step is followed backward, where its peak is. At the backward of op v are alive:
+
+    parameters, optimizer   stored parameters and moments
+    gathered                full copies of ZeRO-1/2 parameters (and compute copies); of ZeRO-3 ones those of the current region
+    gradients               of parameters with a use at or after v: whole until their group is reduced, then as stored;
+                            with microbatches what accumulates lives throughout
+    saved                   buffers that ops up to v save, counted once per (storage, placement): V and R are one buffer
+    temporaries             gradients of activations made up to v and used after it, and those v makes for its operands
+    reserve                 flat copies of a parameter group while its collective runs, and the device's own context
+
+Other time points: the reduction of each parameter group, and the optimizer step. An inference graph is followed forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor
+from .placement import Placement, R, State, local_elements, split
+from .precision import OPTIMIZERS, StateBytes
+
+PASSING = frozenset({"aten.add", "aten.sub", "aten.clone", "aten.contiguous"})
+"""Ops whose operand gradient is the incoming one: no new memory where shapes agree."""
+
+CAUSES = ("parameters", "gradients", "optimizer", "saved", "gathered", "temporaries", "buffers", "reserve")
+
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """The tensor whose storage a tensor lives in, and where each of its factors stands there."""
+
+    root: str
+    places: Mapping[Place, Place]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A storage with a gradient: made by op `start`, last used by op `end` (indices)."""
+
+    root: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What does not depend on the mesh: op order, storages, spans of gradients and of parameter uses.
+
+    `uses` are the ops (indices) that use a parameter; `low` the first use of any parameter of its region instance, where
+    the backward pass is done with all of them; `touched` the region instances that use any of those.
+    """
+
+    order: Mapping[str, int]
+    aliases: Mapping[str, Alias]
+    spans: tuple[Span, ...]
+    uses: Mapping[str, tuple[int, ...]]
+    saved_parameters: Mapping[str, int]
+    instance: tuple[tuple[int, int], ...]
+    low: Mapping[str, int]
+    touched: Mapping[str, frozenset[tuple[int, int]]]
+
+
+def facts(outline: Outline) -> Facts:
+    """Analyse an outline once."""
+    order = {op.name: i for i, op in enumerate(outline.ops)}
+    aliases = _aliases(outline)
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    flows: dict[str, bool] = {}
+    uses: dict[str, list[int]] = {p.tensor: [] for p in outline.parameters}
+    saved: dict[str, int] = {}
+    for i, op in enumerate(outline.ops):
+        for use in op.operands:
+            root = aliases[use.tensor].root
+            end[root] = i
+            if root in uses and (not uses[root] or uses[root][-1] != i):
+                uses[root].append(i)
+        for use in op.results:
+            root = aliases[use.tensor].root
+            start.setdefault(root, i)
+            end.setdefault(root, i)
+            flows[root] = flows.get(root, False) or outline.tensors[use.tensor].differentiable
+        for item in op.saved:
+            if item.source == "operand" and aliases[op.operands[item.index].tensor].root in uses:
+                saved.setdefault(aliases[op.operands[item.index].tensor].root, i)
+    if not outline.loss:
+        end |= {aliases[name].root: len(order) for name in outline.outputs}
+    kept = [r for r in start if outline.tensors[r].role == "activation" and (flows[r] or not outline.loss)]
+    where = {name: (r, k) for r, region in enumerate(outline.regions) for k, ops in enumerate(region.instances) for name in ops}
+    instance = tuple(where.get(op.name, (-1, 0)) for op in outline.ops)
+    low: dict[str, int] = {}
+    touched: dict[str, frozenset[tuple[int, int]]] = {}
+    for members in (names for region in outline.regions for names in region.parameters):
+        everywhere = [i for name in members for i in uses[name]]
+        for name in members:
+            low[name] = min(everywhere, default=0)
+            touched[name] = frozenset(instance[i] for i in everywhere)
+    return Facts(
+        order, aliases, tuple(Span(r, start[r], end[r]) for r in kept), {n: tuple(u) for n, u in uses.items()}, saved,
+        instance, low, touched,
+    )  # fmt: skip
+
+
+def _aliases(outline: Outline) -> dict[str, Alias]:
+    found = {name: Alias(name, _same(t)) for name, t in outline.tensors.items() if t.storage == name}
+    for op in outline.ops:
+        for result in op.results:
+            tensor = outline.tensors[result.tensor]
+            if tensor.storage == tensor.name:
+                continue
+            base = next((u for u in op.operands if outline.tensors[u.tensor].storage == tensor.storage), None)
+            if base is None:
+                found[tensor.name] = Alias(tensor.name, _same(tensor))
+                continue
+            before = found[base.tensor]
+            places: dict[Place, Place] = {}
+            for dim, members in enumerate(result.factors):
+                for i, factor in enumerate(members):
+                    place = base.place(factor)
+                    if place is not None and place in before.places:
+                        places[dim, i] = before.places[place]
+            found[tensor.name] = Alias(before.root, places)
+    return found
+
+
+def _same(tensor: Tensor) -> dict[Place, Place]:
+    return {(d, i): (d, i) for d, members in enumerate(tensor.dims) for i in range(len(members))}
+
+
+Buffer = tuple[str, Placement]
+"""A storage and the placement it stands in, V written as R."""
+
+
+def buffer(found: Facts, name: str, placement: Placement) -> Buffer:
+    """The buffer that `name` placed as `placement` lives in; its own where a split factor is not one of the storage's."""
+    alias = found.aliases[name]
+    states: list[State] = []
+    for state in placement:
+        if not state.is_split:
+            states.append(R if state.kind == "V" else state)
+        elif (state.dim, state.factor) in alias.places:
+            states.append(split(*alias.places[state.dim, state.factor]))
+        else:
+            return name, placement
+    return alias.root, tuple(states)
+
+
+def local_bytes(tensor: Tensor, placement: Placement, sizes: tuple[int, ...]) -> float:
+    """Bytes of the local tensor."""
+    return local_elements(tensor.dims, placement, sizes) * DTYPE_BYTES[tensor.dtype]
+
+
+def new_bytes(op: Op, item: Saved, choice: tuple[str, ...], sizes: tuple[int, ...]) -> float:
+    """Local bytes of a new tensor that `op` saves under `choice`."""
+    share = float(item.bytes)
+    for name, n in zip(choice, sizes, strict=True):
+        if any(op.factors[i].name == name for i in item.factors):
+            share /= n
+    return share
+
+
+def operand_gradients(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Operands whose gradient is new memory in the backward of `op`: not parameters, not through views or pass-through ops."""
+    results = [tensors[u.tensor] for u in op.results]
+    found = []
+    for i, use in enumerate(op.operands):
+        tensor = tensors[use.tensor]
+        if not tensor.differentiable or tensors[tensor.storage].role == "parameter":
+            continue
+        if any(r.storage == tensor.storage for r in results):
+            continue
+        if op.target in PASSING and any(r.elements == tensor.elements for r in results):
+            continue
+        found.append(i)
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes one parameter takes on a rank, by what it is for.
+
+    `stored` with master copy, `moments`, `copy` (full copy that lives from its first use on), `gathered` (full copy while
+    its region runs), `whole` (gradient before it is reduced), `final` (gradient as the optimizer sees it), `bucket` (flat
+    copies while its gradient is reduced, beyond `whole`), `step` (optimizer temporaries).
+    """
+
+    stored: int
+    moments: int
+    copy: int
+    gathered: int
+    whole: int
+    final: int
+    bucket: int
+    step: int
+
+
+def held(
+    tensor: Tensor, trains: bool, stored: int, used: float, zero: int, reduced: int, bytes_: StateBytes, optimizer: str
+) -> Held:
+    """What a parameter of `stored` local elements (`used` once gathered) takes at a ZeRO level.
+
+    `reduced` is how many all-reduced gradients it has: one per wanted placement and axis.
+    """
+    full = math.ceil(used) * DTYPE_BYTES[tensor.dtype]
+    final = stored * bytes_.gradient if trains else 0
+    return Held(
+        stored=stored * (bytes_.parameter + (bytes_.master if trains else 0)),
+        moments=stored * bytes_.moments if trains else 0,
+        copy=full if zero in (1, 2) or (zero == 0 and bytes_.copy) else 0,
+        gathered=full if zero == 3 else 0,
+        whole=full if trains else 0,
+        final=final,
+        bucket=((full + final if zero else 0) + reduced * (full + (0 if zero else final))) if trains else 0,
+        step=OPTIMIZERS[optimizer].temporaries * stored * bytes_.parameter if trains else 0,
+    )

@@ -1,0 +1,155 @@
+"""The Plan: a frozen, versioned JSON document that says how a model runs on a mesh (docs/plan.md).
+
+Only plain facts: no solver types, no wall-clock figures, no group names. Identical layers appear once, with their repeats.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VERSION = 1
+
+
+class MeshAxis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One mesh axis, outermost first. Role "data" splits the batch only; "model" is free. `link` names the level it crosses."""
+
+    name: str
+    size: int
+    role: str
+    link: str
+
+
+class OpPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One op of a region's template: its choice along each mesh axis and the placement that makes of its first result."""
+
+    op: str
+    target: str
+    choice: tuple[str, ...]
+    result: tuple[str, ...]
+
+
+class ParameterPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a parameter lives: its home state on each axis, and ZeRO storage (level and the axes that chunk dim 0 of it)."""
+
+    names: tuple[str, ...]
+    home: tuple[str, ...]
+    zero: int = 0
+    zero_axes: tuple[str, ...] = ()
+    trainable: bool = True
+
+
+class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A region: one template, `repeats` instances in order. `recompute` and `offload` name saved tensors ("keep" otherwise)."""
+
+    name: str
+    repeats: int
+    ops: tuple[OpPlan, ...]
+    parameters: tuple[ParameterPlan, ...]
+    recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+
+
+class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Stages, schedule and microbatches. `micro_batch` is samples per data-parallel rank and microbatch."""
+
+    stages: int = 1
+    schedule: str = "none"
+    chunks: int = 1
+    microbatches: int = 1
+    micro_batch: int = 1
+
+
+class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Dtypes of computation, stored parameter, gradient and optimizer moments; `recipe` is their name."""
+
+    recipe: str
+    compute: str
+    parameter: str
+    gradient: str
+    moment: str
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What rebuilds the model: an embedded config ("hf") or a file, function and content hash ("function"), or a live "module"."""
+
+    kind: str
+    model: str
+    batch: int
+    seq: int | None = None
+    config: dict[str, object] | None = None
+    file: str | None = None
+    function: str | None = None
+    sha256: str | None = None
+    seed: int = 0
+
+
+class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kind of collective on one axis, per rank and optimizer step: calls and payload bytes (of the full tensor)."""
+
+    collective: str
+    axis: str
+    count: int
+    bytes: int
+    seconds: float
+
+
+class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Predicted figures of one step. `memory` and `seconds` are by cause; `sources` says where prices came from."""
+
+    step_seconds: float
+    tokens_per_second_per_device: float
+    mfu: float
+    peak_bytes_per_device: int
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    traffic: tuple[Traffic, ...] = ()
+    sources: dict[str, str] = {}
+    error: float = 0.0
+
+
+class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One candidate of the search: mesh and microbatches, its bound and value in seconds, and what became of it."""
+
+    mesh: dict[str, int]
+    microbatches: int
+    status: str
+    bound_seconds: float | None = None
+    step_seconds: float | None = None
+    peak_bytes: int | None = None
+    reason: str = ""
+
+
+class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The search record: what was tried, the proven bound and the gap (a fraction)."""
+
+    bound_seconds: float
+    gap: float
+    shapes: tuple[ShapeRecord, ...] = ()
+    interrupted: bool = False
+    solver: str = ""
+    given_up: tuple[str, ...] = ()
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole plan. `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
+
+    version: int
+    source: Source
+    graph: str
+    cluster: dict[str, object]
+    cluster_fingerprint: str
+    objective: str
+    optimizer: str
+    precision: Precision
+    semantics: str
+    mesh: tuple[MeshAxis, ...]
+    pipeline: Pipeline
+    regions: tuple[RegionPlan, ...]
+    memory_limit_bytes: int
+    predicted: Prediction
+    search: Search
+    pins: tuple[str, ...] = ()
+    runners_up: tuple[ShapeRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    edited: bool = False
+    digest: str = ""

@@ -1,0 +1,268 @@
+"""Memory rows of the integer program: what is alive at one time point as a linear form over its variables.
+
+The same accounting as planner/memory.py describes, gathered by class: how many instances of a class are alive at the point
+times the bytes each strategy or storage option gives it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .evaluate import Point, Setting
+from .memory import Facts, Held, buffer, held, local_bytes, new_bytes, operand_gradients
+from .placement import Placement, R, local_elements
+from .precision import state_bytes
+from .region import Form, Key
+from .space import Space
+
+Saver = tuple[int, str, int]
+"""(op class, "operand" or "result", index)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A parameter group as a row names it: region, instance and what its members have in common."""
+
+    region: int
+    instance: int
+    key: tuple[object, ...]
+
+
+class Rows:
+    """Forms of one space; time points are those of the concrete graph."""
+
+    def __init__(self, space: Space, found: Facts, setting: Setting) -> None:
+        self.space, self.facts, self.setting = space, found, setting
+        self.template, self.sizes = space.template, space.shape.sizes
+        self.outline = self.template.outline
+        self.tensors, self.m = self.template.tensors, self.template.microbatches
+        self.ops = self.outline.ops
+        self.members: list[list[str]] = [[] for _ in self.template.parameters]
+        for name, w in self.template.parameter_of.items():
+            self.members[w].append(name)
+        self.savers = self._savers()
+        self._canon: dict[Saver, tuple[tuple[Key, float, bool], ...]] = {}
+        self._held: dict[tuple[int, int, int], Held] = {}
+        self.producer = {
+            u.tensor: (self.template.class_of[op.name], i) for op in self.ops for i, u in enumerate(op.results)
+        }
+
+    def form(self, point: Point, group: Group | None = None) -> Form:
+        """Bytes at `point` (that of `group` for "reduce" and "finish")."""
+        total: dict[Key, float] = defaultdict(float)
+        kind, at = point
+        constant = self._base(total)
+        if kind == "op":
+            if self.space.training:
+                self._saved(total, at)
+                self._spans(total, at)
+                self._operands(total, at)
+                self._gradients(total, at)
+            else:
+                self._forward(total, at)
+            self._gathered(total, at)
+        elif kind == "reduce" and group is not None:
+            self._saved(total, at - 1)
+            self._spans(total, at - 1)
+            self._gradients(total, at)
+            self._gathered(total, at)
+            self._buckets(total, group)
+        elif kind == "finish" and group is not None:
+            self._finish(total)
+            self._buckets(total, group)
+        else:
+            self._step(total, kind, at)
+        return Form(constant, dict(total))
+
+    # -- parameters
+
+    def held(self, w: int, o: int, reduced: int = 0) -> Held:
+        """What parameter class `w` takes per instance under option `o`."""
+        key = (w, o, reduced)
+        if key not in self._held:
+            item, option = self.template.parameters[w], self.space.options[w][o]
+            trains = item.parameter.trainable and self.space.training
+            used = local_elements(item.tensor.dims, option.home, self.sizes)
+            bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
+            stored = self.space.stored_elements(w, option)
+            self._held[key] = held(item.tensor, trains, stored, used, option.zero, reduced, bytes_, self.setting.optimizer)
+        return self._held[key]
+
+    def _options(self) -> list[tuple[int, int, Held]]:
+        return [(w, o, self.held(w, o)) for w, options in enumerate(self.space.options) for o in range(len(options))]
+
+    def _base(self, total: dict[Key, float]) -> float:
+        for w, o, h in self._options():
+            total["z", w, o] += len(self.members[w]) * (h.stored + h.moments)
+        whole = sum(
+            t.bytes for t in self.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name
+        )
+        bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
+        unused = [p.tensor for p in self.outline.parameters if p.tensor not in self.template.parameter_of]
+        loose = sum(self.tensors[t].elements * bytes_.parameter for t in unused)
+        return float(whole + loose + self.setting.reserve)
+
+    def _gradients(self, total: dict[Key, float], at: int) -> None:
+        found = self.facts
+        for w, o, h in self._options():
+            if not h.whole:
+                continue
+            members = [n for n in self.members[w] if found.uses[n]]
+            if self.m > 1 and self.space.options[w][o].zero < 2:
+                total["z", w, o] += len(members) * h.whole
+                continue
+            whole = sum(found.low[n] <= at <= found.uses[n][-1] for n in members)
+            final = len(members) if self.m > 1 else sum(at < found.low[n] for n in members)
+            total["z", w, o] += whole * h.whole + final * h.final
+
+    def _gathered(self, total: dict[Key, float], at: int) -> None:
+        found, here = self.facts, self.facts.instance[at]
+        for w, o, h in self._options():
+            members = self.members[w]
+            if h.copy:
+                total["z", w, o] += h.copy * sum(self.m > 1 or found.low[n] <= at for n in members)
+            if h.gathered:
+                total["z", w, o] += h.gathered * sum(here in found.touched[n] for n in members)
+            if self.m > 1 and self.space.options[w][o].zero < 3:
+                self._fresh(total, w, o, len(members))
+
+    def _fresh(self, total: dict[Key, float], w: int, o: int, count: int) -> None:
+        """Copies that a chain from the stored to a wanted placement makes."""
+        for want in self.space.wants[w]:
+            entry = self.space.entry(w, o, want)
+            if count and entry is not None and entry.chain.fresh:
+                total["e", w, o, want] += count * local_bytes(self.template.parameters[w].tensor, want, self.sizes)
+
+    def _buckets(self, total: dict[Key, float], group: Group) -> None:
+        for w, o, h in self._options():
+            item, option = self.template.parameters[w], self.space.options[w][o]
+            if item.region != group.region or self.space.group(w, option) != group.key:
+                continue
+            total["z", w, o] += h.bucket
+            more = self.held(w, o, 1).bucket - h.bucket
+            for want in self.space.wants[w]:
+                entry = self.space.entry(w, o, want)
+                if entry is not None and entry.reduced:
+                    total["e", w, o, want] += len(entry.reduced) * more
+
+    def _finish(self, total: dict[Key, float]) -> None:
+        for w, o, h in self._options():
+            waiting = h.whole if self.space.options[w][o].zero < 2 else 0
+            total["z", w, o] += len(self.members[w]) * (waiting + h.final + h.copy)
+
+    def _step(self, total: dict[Key, float], kind: str, at: int) -> None:
+        for w, o, h in self._options():
+            total["z", w, o] += len(self.members[w]) * h.final * (2 if kind == "held" else 1)
+            if kind == "step":
+                mine = self.setting.foreach or self.outline.parameters[at].tensor in self.members[w]
+                total["z", w, o] += h.step * (len(self.members[w]) if self.setting.foreach else mine)
+
+    # -- activations
+
+    def _savers(self) -> dict[str, list[tuple[int, Saver]]]:
+        found: dict[str, list[tuple[int, Saver]]] = defaultdict(list)
+        for i, op in enumerate(self.ops):
+            for item in op.saved:
+                if item.source != "new":
+                    use = (op.operands if item.source == "operand" else op.results)[item.index]
+                    saver = (self.template.class_of[op.name], item.source, item.index)
+                    found[self.facts.aliases[use.tensor].root].append((i, saver))
+        return {root: s for root, s in found.items() if self.tensors[root].role != "parameter"}
+
+    def _buffers(self, saver: Saver) -> tuple[tuple[Key, float, bool], ...]:
+        """Per strategy of the saver's class: (buffer within its storage, bytes, whether it is whole)."""
+        if saver not in self._canon:
+            v, source, index = saver
+            op = self.template.ops[v].op
+            use = (op.operands if source == "operand" else op.results)[index]
+            whole = (R,) * len(self.sizes)
+            found = []
+            for strategy in self.space.strategies[v]:
+                placement = (strategy.operands if source == "operand" else strategy.results)[index]
+                name, states = buffer(self.facts, use.tensor, placement)
+                mine = () if name == self.facts.aliases[use.tensor].root else (saver,)
+                found.append(((*mine, states), local_bytes(self.tensors[name], states, self.sizes), states == whole))
+            self._canon[saver] = tuple(found)
+        return self._canon[saver]
+
+    def _saved(self, total: dict[Key, float], at: int) -> None:
+        groups: dict[tuple[tuple[Saver, ...], bool], int] = defaultdict(int)
+        for root, entries in self.savers.items():
+            alive = tuple(dict.fromkeys(s for i, s in entries if i <= at))
+            if alive:
+                groups[alive, self.tensors[root].role == "activation"] += 1
+        for (savers, activation), number in groups.items():
+            self._storage(total, savers, activation, number)
+        fresh: dict[int, int] = defaultdict(int)
+        for name, i in self.facts.saved_parameters.items():
+            fresh[self.template.parameter_of[name]] += i <= at
+        for w, count in fresh.items():
+            for o, option in enumerate(self.space.options[w]):
+                if self.m == 1 or option.zero == 3:
+                    self._fresh(total, w, o, count)
+        for op in self.ops[: at + 1]:
+            self._new(total, self.template.class_of[op.name])
+
+    def _storage(self, total: dict[Key, float], savers: Sequence[Saver], activation: bool, count: int) -> None:
+        users: dict[Key, tuple[float, list[tuple[Key, ...]]]] = {}
+        for saver in savers:
+            mine: dict[Key, list[Key]] = defaultdict(list)
+            for s, (canon, amount, whole) in enumerate(self._buffers(saver)):
+                if activation or not whole:
+                    mine[canon].append(("x", saver[0], s))
+                    users.setdefault(canon, (amount, []))
+            for canon, keys in mine.items():
+                users[canon][1].append(tuple(keys))
+        for amount, groups in users.values():
+            if len(groups) == 1:
+                for key in groups[0]:
+                    total[key] += count * amount
+            else:
+                total["any", tuple(groups)] += count * amount
+
+    def _new(self, total: dict[Key, float], v: int) -> None:
+        op = self.template.ops[v].op
+        for item in op.saved:
+            if item.source == "new":
+                for s, strategy in enumerate(self.space.strategies[v]):
+                    total["x", v, s] += new_bytes(op, item, strategy.choice, self.sizes)
+
+    def _result(self, total: dict[Key, float], name: str, count: int) -> None:
+        v, i = self.producer[name]
+        tensor = self.tensors[name]
+        for s, strategy in enumerate(self.space.strategies[v]):
+            total["x", v, s] += count * local_bytes(tensor, strategy.results[i], self.sizes)
+
+    def _spans(self, total: dict[Key, float], at: int, *, through: bool = False) -> None:
+        groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for span in self.facts.spans:
+            if span.start <= at and (at < span.end or (through and at == span.end)):
+                groups[self.producer[span.root]].append(span.root)
+        for names in groups.values():
+            self._result(total, names[0], len(names))
+
+    def _operands(self, total: dict[Key, float], at: int) -> None:
+        op = self.ops[at]
+        v = self.template.class_of[op.name]
+        for j in operand_gradients(op, self.tensors):
+            for s, strategy in enumerate(self.space.strategies[v]):
+                total["x", v, s] += local_bytes(self.tensors[op.operands[j].tensor], strategy.operands[j], self.sizes)
+
+    def _forward(self, total: dict[Key, float], at: int) -> None:
+        """Inference: results that are still used, and the copies this op's transitions make."""
+        self._spans(total, at, through=True)
+        op = self.ops[at]
+        v = self.template.class_of[op.name]
+        for i, use in enumerate(op.operands):
+            made = self.producer.get(use.tensor)
+            if made is None:
+                continue
+            sources: dict[Placement, None] = dict.fromkeys(s.results[made[1]] for s in self.space.strategies[made[0]])
+            wants: dict[Placement, None] = dict.fromkeys(s.operands[i] for s in self.space.strategies[v])
+            for p in sources:
+                for q in wants:
+                    if buffer(self.facts, use.tensor, p) != buffer(self.facts, use.tensor, q):
+                        amount = local_bytes(self.tensors[use.tensor], q, self.sizes)
+                        total["y", (made, v, i), p, q] += amount

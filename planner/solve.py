@@ -1,0 +1,189 @@
+"""From an outline to a plan: search the shapes, assemble the plan, price edited plans again, solve for other inputs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ..errors import Infeasible, PlanError
+from .assign import Assignment, Storage, assign
+from .cluster import Cluster
+from .costs import Costs, PriceBook, Shape
+from .evaluate import Evaluation, Evaluator, Setting
+from .infeasible import explain
+from .legal import check_choices
+from .memory import facts
+from .outline import Outline
+from .pins import Pins, mesh_shapes
+from .plan import (
+    VERSION, MeshAxis, OpPlan, ParameterPlan, Pipeline, Plan, Precision, Prediction, RegionPlan, Search, Source,
+)  # fmt: skip
+from .prices import FLOPS_KINDS
+from .progress import Progress, silent
+from .search import Candidate, Found, Problem
+from .search import Search as ShapeSearch
+from .template import cut_outline, retyped
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked: where the model comes from, how it is trained, the memory limit, and what is pinned."""
+
+    source: Source
+    optimizer: str
+    precision: Precision
+    memory_limit_bytes: int
+    pins: Pins = Pins()
+    objective: str = "throughput"
+    seed: int = 0
+    progress: Progress = silent
+
+
+def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan:
+    """The fastest plan that fits. Raises Infeasible with the nearest settings that fit, PinError for impossible pins."""
+    problem = make_problem(outline, cluster, prices, request)
+    shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
+    found = ShapeSearch(problem, shapes, request.progress).run()
+    if found.best is None:
+        raise explain(problem, shapes, cluster, request.progress)
+    return _plan(outline, cluster, request, found, found.best)
+
+
+def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Problem:
+    """The search problem of a request."""
+    ready = retyped(outline, request.precision.compute)
+    setting = _setting(cluster, request.precision, request.optimizer)
+    return Problem(ready, facts(ready), prices, request.pins, setting, request.memory_limit_bytes)
+
+
+def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:
+    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=cluster.device.kind == "gpu")
+
+
+def shape_of(cluster: Cluster, data: int, model: int) -> Shape:
+    """The mesh of `data` x `model` ranks; axes of one rank are left out (a single device keeps one data axis)."""
+    axes = []
+    if data > 1 or model == 1:
+        axes.append(MeshAxis("dp", data, "data", cluster.level_of(model, data).name))
+    if model > 1:
+        axes.append(MeshAxis("tp", model, "model", cluster.level_of(1, model).name))
+    return Shape(tuple(axes))
+
+
+def solve_fixed(
+    outline: Outline, prices: PriceBook, axes: tuple[MeshAxis, ...], storage: Mapping[str, Storage], precision: Precision
+) -> dict[str, tuple[str, ...]]:
+    """Choices by op name for an outline whose parameters (by tensor) are stored already; no memory limit."""
+    ready = retyped(outline, precision.compute)
+    problem = Problem(ready, facts(ready), prices, Pins(), Setting(precision, "sgd"), None)
+    candidate = Candidate(problem, Shape(axes), 1, storage)
+    candidate.advance()
+    if candidate.solution is None or candidate.solution.choice is None:
+        raise PlanError("these inputs cannot be placed on the plan's mesh with its parameters where they are")
+    return dict(candidate.assignment(candidate.solution.choice).choices)
+
+
+def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
+    """An edited plan, checked and priced again, without a certificate.
+
+    Raises PlanError naming the first illegal choice or placement, Infeasible where it breaks its memory limit.
+    """
+    assignment = assign(plan, outline)
+    shape = Shape(plan.mesh)
+    check_choices(outline, assignment, shape.sizes)
+    evaluation = _evaluate(plan, outline, cluster, prices, assignment)
+    if evaluation.peak_bytes > plan.memory_limit_bytes:
+        cause = max(evaluation.memory, key=lambda c: evaluation.memory[c])
+        raise Infeasible(
+            f"the edited plan needs {evaluation.peak_bytes} bytes per device, its limit is {plan.memory_limit_bytes} "
+            f"(most of it: {cause})",
+            cause=cause,
+            nearest=(f"--memory-limit {evaluation.peak_bytes}",),
+        )
+    predicted = predict(outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error)
+    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
+    return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
+
+
+def _evaluate(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
+    ready = retyped(outline, plan.precision.compute)
+    costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
+    setting = _setting(cluster, plan.precision, plan.optimizer)
+    evaluator = Evaluator(cut_outline(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
+    try:
+        return evaluator.evaluate(assignment)
+    except ValueError as error:
+        raise PlanError(f"the edited plan is not legal: {error}") from None
+
+
+def predict(
+    outline: Outline, cluster: Cluster, precision: Precision, evaluation: Evaluation, devices: int,
+    sources: Mapping[str, str], error: float,
+) -> Prediction:  # fmt: skip
+    """The figures a plan reports."""
+    seconds = evaluation.step_seconds
+    flops = sum(op.flops + op.backward_flops for op in outline.ops if op.kind in FLOPS_KINDS)
+    return Prediction(
+        step_seconds=seconds,
+        tokens_per_second_per_device=outline.tokens / seconds / devices if seconds else 0.0,
+        mfu=flops / seconds / devices / cluster.device.peak(precision.compute) if seconds else 0.0,
+        peak_bytes_per_device=evaluation.peak_bytes,
+        memory=dict(evaluation.memory),
+        seconds=dict(evaluation.seconds),
+        traffic=evaluation.traffic,
+        sources=dict(sources),
+        error=error,
+    )
+
+
+def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, best: Candidate) -> Plan:
+    assert best.evaluation is not None and best.solution is not None and best.solution.choice is not None
+    evaluation, costs = best.evaluation, best.space.costs
+    sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
+    errors = [e for known in costs.sources.values() for e in known.values()]
+    predicted = predict(
+        outline, cluster, request.precision, evaluation, best.shape.devices, sources, max(errors, default=0.0)
+    )
+    data = best.shape.axis("data")
+    local = outline.batch // (best.shape.sizes[data] if data is not None else 1)
+    bound = min(found.bound, evaluation.step_seconds)
+    gap = (evaluation.step_seconds - bound) / evaluation.step_seconds if evaluation.step_seconds else 0.0
+    solved = [r for r in found.records if r.status == "solved"]
+    return Plan(
+        version=VERSION, source=request.source, graph=outline.fingerprint, cluster=cluster.to_dict(),
+        cluster_fingerprint=cluster.fingerprint(), objective=request.objective, optimizer=request.optimizer,
+        precision=request.precision, semantics="EXACT", mesh=best.shape.axes,
+        pipeline=Pipeline(microbatches=best.m, micro_batch=local // best.m), regions=_regions(outline, best),
+        memory_limit_bytes=request.memory_limit_bytes, predicted=predicted,
+        search=Search(bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS"),
+        pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes,
+    )  # fmt: skip
+
+
+def _regions(outline: Outline, best: Candidate) -> tuple[RegionPlan, ...]:
+    assert best.solution is not None and best.solution.choice is not None
+    choice, space, template = best.solution.choice, best.space, best.template
+    names = best.shape.names
+    ops: list[list[OpPlan]] = [[] for _ in outline.regions]
+    for v, item in enumerate(template.ops):
+        strategy = space.strategies[v][choice.strategies[v]]
+        result = tuple(str(s) for s in strategy.results[0]) if strategy.results else ()
+        ops[item.region].append(OpPlan(item.op.name, item.op.target, strategy.choice, result))
+    parameters: list[list[ParameterPlan]] = [[] for _ in outline.regions]
+    for w, found in enumerate(template.parameters):
+        option = space.options[w][choice.options[w]]
+        parameters[found.region].append(
+            ParameterPlan(
+                found.parameter.names, tuple(str(s) for s in option.home), option.zero,
+                tuple(names[a] for a in option.zero_axes), found.parameter.trainable,
+            )
+        )  # fmt: skip
+    return tuple(
+        RegionPlan(region.name, region.repeats, tuple(ops[r]), tuple(parameters[r])) for r, region in enumerate(outline.regions)
+    )
+
+
+__all__ = ["Request", "make_problem", "predict", "reprice", "replace", "shape_of", "solve", "solve_fixed"]

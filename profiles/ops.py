@@ -1,0 +1,196 @@
+"""Timing of single ops at local shapes, forward and backward, the way a training step runs them.
+
+A request says what to call without holding tensors, so that it can be sent to other processes and filed: the op, per
+operand its local shape, dtype and whether a gradient flows into it, and the plain arguments with `Operand(i)` where
+operand i goes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..planner.prices import OpKey, OpRow
+from ..planner.rule_types import Operand
+from .timing import Timing, agree, spread_mean, time_call
+
+SECONDS_PER_OP = 0.08
+"""Time spent on one direction of one op, warm-up excluded."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpRequest:
+    """One op to time. `operands` are (local shape, dtype, differentiable); `args` and `kwargs` are its local arguments.
+
+    `arguments` is the canonical text of the op's unsplit plain arguments (`argument_text`): prices look rows up by it.
+    """
+
+    target: str
+    operands: tuple[tuple[tuple[int, ...], str, bool], ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    arguments: str = ""
+
+    @property
+    def key(self) -> OpKey:
+        """What the row of this request is filed under."""
+        return OpKey(self.target, self.operands, self.arguments)
+
+
+def argument_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The canonical text of plain arguments (tensors as `Operand` markers); "" where a value has none."""
+    try:
+        return json.dumps(
+            [_encode(list(args)), {k: _encode(v) for k, v in sorted(kwargs.items())}], separators=(",", ":")
+        )
+    except TypeError:
+        return ""
+
+
+def key_text(key: OpKey) -> str:
+    """An OpKey as one line, for the store."""
+    return json.dumps([key.target, key.operands, key.arguments], separators=(",", ":"))
+
+
+def parse_key(text: str) -> OpKey:
+    """The inverse of `key_text`."""
+    target, operands, arguments = json.loads(text)
+    return OpKey(target, tuple((tuple(shape), dtype, bool(grad)) for shape, dtype, grad in operands), arguments)
+
+
+def encode_request(request: OpRequest) -> list[Any] | None:
+    """A request as JSON values, or None when its arguments cannot be sent."""
+    try:
+        kwargs = {k: _encode(v) for k, v in request.kwargs.items()}
+        return [request.target, request.operands, _encode(list(request.args)), kwargs, request.arguments]
+    except TypeError:
+        return None
+
+
+def decode_request(data: Sequence[Any]) -> OpRequest:
+    """The inverse of `encode_request`."""
+    target, operands, args, kwargs, arguments = data
+    shapes = tuple((tuple(shape), dtype, bool(grad)) for shape, dtype, grad in operands)
+    return OpRequest(target, shapes, tuple(_decode(args)), {k: _decode(v) for k, v in kwargs.items()}, arguments)
+
+
+def time_requests(requests: Iterable[OpRequest], budget_seconds: float) -> dict[OpKey, OpRow]:
+    """Time requests in order until the budget is spent; ops that cannot be called so are left out.
+
+    Called on every rank of a measurement: ranks time one op at the same moment and their means are returned everywhere.
+    """
+    rows: dict[OpKey, OpRow] = {}
+    spent = 0.0
+    for request in requests:
+        if spent >= budget_seconds or request.key in rows:
+            continue
+        timed, seconds = _time_request(request)
+        spent += agree(seconds)
+        if timed is not None:
+            rows[request.key] = timed
+    return rows
+
+
+def _time_request(request: OpRequest) -> tuple[OpRow | None, float]:
+    """The row of one op (None where it fails on any rank) and the seconds that took."""
+    try:
+        call, grads = _prepare(request)
+    except Exception:  # whatever a custom op raises on made-up inputs: it stays unmeasured, its price is modelled
+        call, grads = None, False
+    if agree(0.0 if call is not None else 1.0) > 0.0 or call is None:
+        return None, 0.0
+    forward, backward = call
+    ahead = time_call(forward, SECONDS_PER_OP)
+    back = time_call(backward, SECONDS_PER_OP) if grads else Timing(0.0, 0.0, 0.0)
+    error = max(ahead.spread, back.spread)
+    return OpRow(spread_mean(ahead.seconds), spread_mean(back.seconds), round(error, 3)), ahead.spent + back.spent
+
+
+def _prepare(request: OpRequest) -> tuple[tuple[Callable[[], object], Callable[[], object]], bool]:
+    """(forward, backward) as calls without arguments, run once; whether there is a backward."""
+    target = _resolve(request.target)
+    operands = [_tensor(request, i) for i in range(len(request.operands))]
+    args = [_filled(a, operands) for a in request.args]
+    kwargs = {k: _filled(v, operands) for k, v in request.kwargs.items()}
+    result = target(*args, **kwargs)
+    outputs = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, torch.Tensor)]
+    ends = [r for r in outputs if r.requires_grad]
+    wanted = [t for t in operands if t.requires_grad]
+    incoming = [torch.ones_like(r) for r in ends]
+
+    def forward() -> object:
+        return target(*args, **kwargs)
+
+    def backward() -> object:
+        return torch.autograd.grad(ends, wanted, incoming, retain_graph=True, allow_unused=True)
+
+    if ends and wanted:
+        backward()
+    return (forward, backward), bool(ends and wanted)
+
+
+def _resolve(target: str) -> Any:
+    """The callable of a rule key such as "aten.linear"; raises AttributeError for what torch.ops does not have."""
+    found: Any = torch.ops
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _tensor(request: OpRequest, index: int) -> torch.Tensor:
+    """A contiguous tensor for an operand: floats in (0.1, 1), integers that are valid as indices and labels."""
+    shape, name, grad = request.operands[index]
+    dtype = getattr(torch, name)
+    if dtype.is_floating_point:
+        return (torch.rand(shape) * 0.9 + 0.1).to(dtype).requires_grad_(grad)
+    if dtype == torch.bool:
+        return torch.rand(shape) < 0.5
+    return torch.randint(0, _bound(request), shape, dtype=dtype)
+
+
+def _bound(request: OpRequest) -> int:
+    """An upper end for made-up integers: rows of the table, classes of the logits, else the smallest size around."""
+    first = next((s for s, dtype, _ in request.operands if "float" in dtype), ())
+    if "embedding" in request.target and first:
+        return max(1, first[0])
+    if "loss" in request.target and first:
+        return max(1, first[1] if len(first) > 1 else first[0])
+    return max(1, min((size for shape, dtype, _ in request.operands if "float" in dtype for size in shape), default=2))
+
+
+def _filled(value: Any, operands: Sequence[torch.Tensor]) -> Any:
+    if isinstance(value, Operand):
+        return operands[value.index]
+    if isinstance(value, list | tuple):
+        return [_filled(v, operands) for v in value]
+    return value
+
+
+def _encode(value: Any) -> Any:
+    """Plain values as JSON; operands, dtypes and devices as one-entry objects. TypeError for anything else."""
+    if isinstance(value, Operand):
+        return {"operand": value.index}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "operand":
+        return Operand(content)
+    return getattr(torch, content) if kind == "dtype" else torch.device(content)

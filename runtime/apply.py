@@ -1,0 +1,91 @@
+"""Put a plan onto a module: capture, check that they agree, lower on demand, distribute the parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import LaunchError, ShardwrightError, UsageError
+from ..passes.capture import capture
+from ..passes.summarize import summarize
+from ..planner.assign import Storage
+from ..planner.cluster import Cluster
+from ..planner.outline import Outline
+from ..planner.plan import Plan
+from ..planner.planfile import dump_plan, parse_plan
+from ..planner.prices import Prices
+from ..planner.solve import solve_fixed
+from .mesh import Mesh
+from .module import ParallelModule
+from .programs import Programs
+from .skeleton import skeleton, to_meta
+
+
+def apply(
+    model: nn.Module, args: Any, kwargs: Any, plan: Plan, *, compile: bool = False,
+    loss_fn: Callable[..., Any] | None = None, device: torch.device | str | None = None, data: str = "global",
+    lift: bool = False,
+) -> ParallelModule:  # fmt: skip
+    """`api.apply_plan` with split inputs; `lift` captures with float32 casts lifted to float64 (verification)."""
+    if data not in ("global", "local"):
+        raise UsageError(f'data={data!r}: pass "global" or "local"')
+    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
+    bare = skeleton(model)
+    if plan.precision.compute != plan.precision.parameter:
+        bare = bare.to(getattr(torch, plan.precision.compute))
+    captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, lift_float64=lift)
+    summary = summarize(captured)
+    programs = Programs.create(
+        bare, plan, summary, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local", lift=lift
+    )
+    return ParallelModule(model, programs, mesh, seed=shared_seed(plan.source.seed))
+
+
+def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:
+    """Choices for graphs of other shapes or modes: the same solve, with the parameters where the plan has them."""
+
+    def resolve(outline: Outline, storage: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
+        prices = Prices(Cluster.from_dict(plan.cluster), plan.precision.compute)
+        return solve_fixed(outline, prices, plan.mesh, storage)
+
+    return resolve
+
+
+def default_device() -> torch.device:
+    """This process's GPU where torch sees one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def agree(decide: Callable[[], Plan]) -> Plan:
+    """The plan that rank 0 decides on, on every rank; an error there is raised on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return decide()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [dump_plan(decide())]
+        except ShardwrightError as error:
+            box = [(type(error).__name__, str(error))]
+        except Exception as error:
+            box = [("", f"{type(error).__name__}: {error}")]
+            dist.broadcast_object_list(box, 0)
+            raise
+    dist.broadcast_object_list(box, 0)
+    if isinstance(box[0], tuple):
+        raise LaunchError(f"rank 0 could not make the plan: {box[0][1]}")
+    return parse_plan(box[0], "the plan rank 0 sent")
+
+
+def shared_seed(seed: int) -> int:
+    """A seed for random ops, equal on all ranks: rank 0's torch seed and the plan's."""
+    box = [torch.initial_seed() % (1 << 31) + seed]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return int(box[0])

@@ -1,0 +1,129 @@
+"""Functional collectives as the runtime calls them, and the ledger that counts them.
+
+Every collective is launched through `torch.ops._c10d_functional` and waited for at once: the ops return new tensors, are
+visible to compilers, and run on gloo and NCCL alike. A `CommLedger` records the calls made while it is active. The code of
+a compiled graph runs without these functions, so a ledger counts eager execution only (tracing is not recorded).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .torch_compat import is_tracing
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Record:
+    """One collective: its kind, the axis (or group) it ran on, bytes of the full tensor, "forward" or "backward"."""
+
+    collective: str
+    axis: str
+    bytes: int
+    phase: str
+
+
+@dataclass
+class CommLedger:
+    """Counts the collectives run inside its `with` block, and in the backward of what ran forward inside it.
+
+    `axes` maps group names to axis names for the records (`Mesh.axis_of_group()`). Eager execution only.
+    """
+
+    axes: Mapping[str, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    _tokens: list[contextvars.Token[CommLedger | None]] = field(default_factory=list, repr=False)
+
+    def __enter__(self) -> CommLedger:
+        self._tokens.append(_ledger.set(self))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _ledger.reset(self._tokens.pop())
+
+    def counts(self, phase: str | None = None) -> dict[str, int]:
+        """Number of calls by collective, of one phase or of both."""
+        return dict(Counter(r.collective for r in self.records if phase in (None, r.phase)))
+
+    def bytes(self, phase: str | None = None) -> dict[str, int]:
+        """Full-tensor bytes by collective, of one phase or of both."""
+        total: Counter[str] = Counter()
+        for r in self.records:
+            if phase in (None, r.phase):
+                total[r.collective] += r.bytes
+        return dict(total)
+
+    def clear(self) -> None:
+        self.records.clear()
+
+
+_ledger: contextvars.ContextVar[CommLedger | None] = contextvars.ContextVar("shardwright_ledger", default=None)
+_phase: contextvars.ContextVar[str] = contextvars.ContextVar("shardwright_phase", default="forward")
+
+
+def active_ledger() -> CommLedger | None:
+    """The ledger of the running `with` block; autograd functions keep it for their backward (it may run in a thread)."""
+    return None if is_tracing() else _ledger.get()
+
+
+@contextlib.contextmanager
+def backward_phase(ledger: CommLedger | None) -> Iterator[None]:
+    """Inside, collectives are recorded as backward, in `ledger` or else in the active one."""
+    phase = _phase.set("backward")
+    token = _ledger.set(ledger) if ledger is not None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _ledger.reset(token)
+        _phase.reset(phase)
+
+
+def record(collective: str, full: int, group: str) -> None:
+    """Note one call with `full` bytes of full tensor in the active ledger, if any."""
+    ledger = active_ledger()
+    if ledger is not None:
+        ledger.records.append(Record(collective, ledger.axes.get(group, group), full, _phase.get()))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """Reduction of x over the group, on every rank; a bool sum is "any"."""
+    record("all_reduce", _bytes(x), group)
+    if x.dtype == torch.bool:
+        return c10d.wait_tensor(c10d.all_reduce(x.to(torch.int32), op, group)).to(torch.bool)
+    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), op, group))
+
+
+def all_gather(x: Tensor, n: int, group: str) -> Tensor:
+    """(n, *x.shape): x of every rank of the group, by rank."""
+    record("all_gather", n * _bytes(x), group)
+    flat = x.contiguous().reshape(1, *x.shape)
+    return c10d.wait_tensor(c10d.all_gather_into_tensor(flat, n, group))
+
+
+def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
+    """Sum over the group of x[i] on rank i, for x of shape (n, ...); a bool sum is "any"."""
+    record("reduce_scatter", _bytes(x), group)
+    if x.dtype == torch.bool:
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x.to(torch.int32), "sum", n, group))[0].to(torch.bool)
+    return c10d.wait_tensor(c10d.reduce_scatter_tensor(x.contiguous(), "sum", n, group))[0]
+
+
+def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
+    """(n, ...): piece `own index` of x from every rank, by rank, for x of shape (n, ...)."""
+    record("all_to_all", n * _bytes(x), group)
+    ones = [1] * n
+    return c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), ones, ones, group))

@@ -1,0 +1,80 @@
+"""The ops a lowered graph calls on this rank: transitions, group collectives, implementations and seeded random ops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import UnsupportedOp
+from ..passes.lowered import CallForm, Emitted
+from ..planner.placement import Dims, Step
+from ..planner.plan import Plan
+from . import groups, transitions
+from .kernels import vocab
+from .mesh import Mesh
+from .random import seeded_call
+from .regather import Regather
+
+
+class RankEmit:
+    """`passes.lowered.Emit` for one rank of a mesh, under a plan's dtypes."""
+
+    def __init__(self, mesh: Mesh, plan: Plan, *, training: bool) -> None:
+        self.mesh, self.device, self.training = mesh, mesh.device, training
+        precision = plan.precision
+        self.compute: torch.dtype | None = None
+        self.sum: torch.dtype | None = None
+        if precision.compute != precision.parameter:
+            self.compute = getattr(torch, precision.compute)
+            self.sum = getattr(torch, precision.gradient)
+
+    def transition(self, step: Step, dims: Dims) -> Emitted:
+        """One change of placement."""
+        mesh = self.mesh
+        group = mesh.group_name(mesh.names[step.axis])
+        return transitions.transition, transitions.emit_args(step, dims, mesh.sizes, mesh.coordinate, group)
+
+    def gather(self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool) -> Emitted:
+        """Wholes of a parameter group; freed and gathered again in backward unless `keep`."""
+        names = [self.mesh.names[a] for a in axes]
+        rows = [s[0] if s else 1 for s in shapes]
+        group, positions = self.mesh.group_name(*names), list(self.mesh.members(*names))
+        again = self.training and not keep
+        return groups.gather, (rows, positions, group, self.compute, self.sum, again)
+
+    def reduce(self, axis: int) -> Emitted:
+        """R -> V of a list of tensors: one bucketed all-reduce backward."""
+        return groups.reduce, (self.mesh.group_name(self.mesh.names[axis]), None, self.sum)
+
+    def cast(self) -> Emitted | None:
+        """To the compute dtype, where that is not the stored one."""
+        return None if self.compute is None else (torch.ops.aten.to.dtype, (self.compute,))
+
+    def implementation(self, name: str, axis: int, form: CallForm) -> CallForm:
+        """The op as the implementation that splitting on `axis` needs."""
+        make = IMPLEMENTATIONS.get(name)
+        if make is None:
+            raise UnsupportedOp(f"no implementation named {name!r} for {form[0]}")
+        axis_name = self.mesh.names[axis]
+        return make(form, self.mesh.group_name(axis_name), self.mesh.coordinate[axis], self.mesh.sizes[axis])
+
+    def random(self, form: CallForm, salt: int) -> Callable[[fx.Node], CallForm] | None:
+        """The op under a seed, if it draws random numbers."""
+        return seeded_call(form, salt)
+
+    def shard_index(self, axes: Sequence[int]) -> int:
+        """This rank's index among the shards made by `axes`."""
+        return self.mesh.position(*[self.mesh.names[a] for a in axes]) if axes else 0
+
+    def regather(self) -> contextlib.AbstractContextManager[Any]:
+        """A fresh regathering context for one forward pass."""
+        return Regather()
+
+
+Make = Callable[[CallForm, str, int, int], CallForm]
+IMPLEMENTATIONS: dict[str, Make] = {"vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form}
+"""Name of an implementation (planner rules) -> how to call it on this rank: form, group, index, size -> form."""

@@ -1,0 +1,201 @@
+"""Run a plan: the program that torchrun starts on every rank (`python -m shardwright.runtime.execute plan.json ...`).
+
+Rank 0 loads the plan and broadcasts it; every rank rebuilds the model from the plan's source, checks that graph and plan
+agree, then trains for some steps and measures. The result is one JSON document, written by rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import LaunchError, ShardwrightError, UsageError
+from ..passes.models import rebuild
+from ..planner.plan import Plan
+from ..planner.planfile import load_plan
+from .apply import agree, apply, default_device
+from .collectives import CommLedger
+from .losses import loss_of
+from .mesh import ensure_process_group
+from .module import ParallelModule
+from .monitor import measure_peak
+from .optimizers import make_optimizer
+from .verify import verify
+
+WARMUP = 2
+"""Steps before timing: the first one builds the lowering and the optimizer states."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of one rank; returns the exit status."""
+    options = _parser().parse_args(argv)
+    device = default_device()
+    try:
+        made = ensure_process_group(device)
+        result = run_plan(options, device)
+    except ShardwrightError as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if _rank() == 0:
+        _deliver(result, options.result)
+    if made:
+        dist.destroy_process_group()
+    return 0 if all(d["ok"] for d in result["verify"]) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardwright run")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--data", type=Path, help="text file; its bytes are the tokens")
+    parser.add_argument("--trace", type=Path, help="Chrome trace of one step of rank 0")
+    parser.add_argument("--result", type=Path, help="where rank 0 writes the result (default: stdout)")
+    return parser
+
+
+def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Everything one rank does; the same dictionary on every rank."""
+    plan = agree(lambda: load_plan(options.plan))
+    _check_world(plan)
+    loaded = rebuild(plan.source, device="cpu", seed=plan.source.seed)
+    found: dict[str, Any] = {"plan": str(options.plan), "verify": [], "world_size": _world()}
+    if options.verify:
+        def build(model: Any, precise: Plan) -> ParallelModule:
+            lift = precise.precision.compute == "float64"
+            return apply(model, loaded.args, loaded.kwargs, precise, device=device, loss_fn=loaded.loss_fn, lift=lift)
+
+        found["verify"] = [d.to_dict() for d in verify(loaded.model, loaded.args, loaded.kwargs, plan, build, loaded.loss_fn)]
+    if options.steps > 0:
+        pm = apply(
+            loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile, loss_fn=loaded.loss_fn
+        )
+        loaded.model.to("meta")  # the plan's own copy is what trains; the original's memory is given back
+        found |= _train(pm, plan, batches(loaded, plan, options.data), options)
+    return found
+
+
+def _check_world(plan: Plan) -> None:
+    ranks = 1
+    for axis in plan.mesh:
+        ranks *= axis.size
+    if ranks != _world():
+        raise LaunchError(f"the plan is for {ranks} ranks but {_world()} are running: torchrun --nproc-per-node {ranks}")
+
+
+def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, Any]]:
+    """(args, kwargs) of step after step: the model's own example inputs, or consecutive windows of a text's bytes."""
+    if data is None:
+        while True:
+            yield loaded.args, loaded.kwargs
+    ids = loaded.kwargs.get("input_ids")
+    if ids is None or "labels" not in loaded.kwargs:
+        raise UsageError("--data needs a language model that takes input_ids and labels")
+    text = torch.frombuffer(bytearray(data.read_bytes()), dtype=torch.uint8).long()
+    batch, seq = ids.shape
+    if text.numel() < batch * seq:
+        raise UsageError(f"{data} has {text.numel()} bytes; one batch needs {batch * seq}")
+    at = 0
+    while True:
+        if at + batch * seq > text.numel():
+            at = 0
+        window = text[at : at + batch * seq].view(batch, seq)
+        at += batch * seq
+        yield loaded.args, {**loaded.kwargs, "input_ids": window, "labels": window.clone()}
+
+
+def _train(pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    optimizer = make_optimizer(plan.optimizer, pm.parameters())
+    losses: list[float] = []
+
+    def step() -> None:
+        args, kwargs = next(data)
+        optimizer.zero_grad()
+        loss = loss_of(pm(*args, **kwargs))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+
+    seconds = []
+    for _ in range(options.steps + WARMUP):
+        _barrier()
+        start = time.perf_counter()
+        step()
+        _barrier()
+        seconds.append(time.perf_counter() - start)
+    peak = measure_peak(step)
+    ledger = CommLedger(pm.axis_names)
+    with ledger:
+        step()
+    if options.trace is not None:
+        _trace(step, options.trace)
+    mine = {"seconds": seconds[WARMUP:], "peak_bytes": peak.bytes, "collectives": _traffic(ledger)}
+    ranks: list[Any] = [None] * _world()
+    if _world() > 1:
+        dist.all_gather_object(ranks, mine)
+    else:
+        ranks = [mine]
+    return {
+        "losses": losses,
+        "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(options.steps)),
+        "peak_bytes": [r["peak_bytes"] for r in ranks],
+        "collectives": ranks[0]["collectives"],
+        "ranks": ranks,
+        "predicted": {"step_seconds": plan.predicted.step_seconds, "peak_bytes": plan.predicted.peak_bytes_per_device},
+    }
+
+
+def _traffic(ledger: CommLedger) -> list[dict[str, Any]]:
+    """Calls and full-tensor bytes by collective and axis."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for record in ledger.records:
+        entry = found.setdefault((record.collective, record.axis), [0, 0])
+        entry[0] += 1
+        entry[1] += record.bytes
+    return [{"collective": c, "axis": a, "count": n, "bytes": b} for (c, a), (n, b) in sorted(found.items())]
+
+
+def _trace(step: Any, path: Path) -> None:
+    with torch.profiler.profile() as profile:
+        step()
+    if _rank() == 0:
+        profile.export_chrome_trace(str(path))
+
+
+def _deliver(result: dict[str, Any], path: Path | None) -> None:
+    text = json.dumps(result, indent=1)
+    if path is None:
+        print(text)
+        return
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""`ParallelModule`: looks like the user's module, runs as the plan says.
+
+Same call, same parameter names, attributes and methods forwarded. Parameters are DTensors, so torch's optimizers,
+`clip_grad_norm_` and checkpointing see the global tensors.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..planner.plan import Plan
+from . import parameters
+from .mesh import Mesh
+from .outputs import rebuild
+from .programs import Program, Programs
+from .skeleton import Tree
+from .step import Values, run_microbatches, run_once
+
+
+class ParallelModule(Tree):
+    """The planned model on this rank. Made by `apply_plan` or `auto_parallelize`.
+
+    `forward` takes what the original takes: the global batch on every rank (or this rank's part, with data="local").
+    In grad mode it returns the model's output type with the global loss; other outputs only with `outputs=True`, as
+    reading them otherwise raises. `plan`, `data_rank`, `data_size` describe the run.
+    """
+
+    def __init__(self, model: nn.Module, programs: Programs, mesh: Mesh, *, seed: int) -> None:
+        super().__init__()
+        self._core = _Core(programs, mesh, seed)
+        _adopt(self, model, programs, mesh)
+        self.train(model.training)
+
+    def forward(self, *args: Any, outputs: bool = False, **kwargs: Any) -> Any:
+        """Run the plan. Raises UsageError for shapes the plan cannot divide and for calls out of order."""
+        core = self._core
+        program = core.programs.get(args, kwargs, train=self.training, grad=torch.is_grad_enabled(), outputs=outputs)
+        values = Values(
+            {name: parameters.local(self.get_parameter(fqn)) for name, fqn in program.parameters.items()},
+            program.whole(args, kwargs, self),
+            core.next_seed(),
+        )
+        if not program.training:
+            with torch.no_grad():
+                flat = run_once(program.lowered, program.body, values, program.regather())
+            return rebuild(program, flat)
+        core.check_order()
+        if program.microbatches > 1:
+            sizes = core.mesh.sizes
+            loss = run_microbatches(
+                program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather
+            )
+            flat = [loss]
+        else:
+            flat = list(run_once(program.lowered, program.body, values, program.regather()))
+        flat[0] = core.watch(flat[0])
+        return rebuild(program, flat)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan this module runs."""
+        return self._core.programs.plan
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's index among the data-parallel parts of the batch."""
+        return self._core.data_position()[0]
+
+    @property
+    def data_size(self) -> int:
+        """Number of data-parallel parts of the batch."""
+        return self._core.data_position()[1]
+
+    @property
+    def device_of_run(self) -> torch.device:
+        """The device this rank computes on."""
+        return self._core.mesh.device
+
+    @property
+    def axis_names(self) -> dict[str, str]:
+        """Mesh axis by process group name, for a `CommLedger`."""
+        return self._core.mesh.axis_of_group()
+
+    def program(self, *args: Any, train: bool = True, **kwargs: Any) -> Program:
+        """The lowered program for these inputs: `.lowered.body.print_readable()` shows what this rank runs."""
+        return self._core.programs.get(args, kwargs, train=train, grad=train, outputs=False)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The original's state_dict: plain whole tensors under the original names, on every rank."""
+        found = {}
+        for name, value in self.state_dict().items():
+            found[name] = parameters.full(value) if parameters.is_distributed(value) else value
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole tensors (each rank takes its part) or DTensors placed as here, under the original names."""
+        if assign:
+            raise UsageError("load_state_dict(assign=True) is not supported: the plan decides where parameters live")
+        own = self.state_dict()
+        converted = {
+            name: parameters.like(own[name], value) if name in own else value for name, value in state_dict.items()
+        }
+        return super().load_state_dict(converted, strict=strict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            core = self.__dict__.get("_core")
+            if core is None:
+                raise
+        found = getattr(core.programs.model, name)
+        if isinstance(found, types.MethodType) and found.__self__ is core.programs.model:
+            return types.MethodType(found.__func__, self)  # so that methods that call the module call this one
+        return found
+
+
+class _Core:
+    """What a ParallelModule keeps beside parameters and buffers."""
+
+    def __init__(self, programs: Programs, mesh: Mesh, seed: int) -> None:
+        self.programs, self.mesh, self._seed = programs, mesh, seed
+        self._calls = 0
+        self._pending: weakref.ref[Tensor] | None = None
+
+    def next_seed(self) -> Tensor:
+        """A seed for this call's random ops, equal on all ranks; microbatches add their index."""
+        self._calls += 1
+        return torch.tensor((self._seed * 1_000_003 + self._calls * 65_536) % (1 << 62), dtype=torch.int64)
+
+    def check_order(self) -> None:
+        """Two grad-mode calls before one backward would mix two steps' held gradients."""
+        if self._pending is not None and self._pending() is not None:
+            raise UsageError(
+                "called again in grad mode before loss.backward() of the call before; "
+                "call backward() first, or evaluate under torch.no_grad()"
+            )
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """Remember that `loss` waits for its backward."""
+        if not loss.requires_grad:
+            return loss
+        loss.register_hook(self._done)
+        self._pending = weakref.ref(loss)
+        return loss
+
+    def _done(self, _: Tensor) -> None:
+        self._pending = None
+
+    def data_position(self) -> tuple[int, int]:
+        names = [a.name for a in self.mesh.axes if a.role == "data"]
+        return (self.mesh.position(*names), self.mesh.size(*names)) if names else (0, 1)
+
+
+def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mesh) -> None:
+    """Register the model's parameters as DTensors and its buffers, under the original names, ties kept."""
+    made: dict[int, nn.Parameter] = {}
+    placed = {name: p for p in programs.summary.outline.parameters for name in p.names}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            raise UsageError(f"parameter {name} has no data (meta device): load or initialise the weights first")
+        if id(parameter) not in made:
+            made[id(parameter)] = programs.distribute(parameter, placed.get(name), mesh)
+        tree.put(name, made[id(parameter)])
+    kept = set(model.state_dict(keep_vars=True))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        tree.put(name, buffer.to(mesh.device), persistent=name in kept)

@@ -1,0 +1,49 @@
+"""The model's own output type, rebuilt around what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.utils._pytree import tree_unflatten
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .programs import Program
+
+
+class NotComputed:
+    """Stands where an output was not asked for; any use of it says how to ask."""
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        name = object.__getattribute__(self, "_name")
+        raise UsageError(
+            f"output {name} was not computed: in grad mode only the loss is, unless you call the module with outputs=True"
+        )
+
+    __getattr__ = __getitem__ = __call__ = __iter__ = __len__ = __bool__ = __add__ = __mul__ = __sub__ = _refuse
+    __radd__ = __rmul__ = __rsub__ = __truediv__ = __matmul__ = __float__ = __int__ = __array__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for arg in args:
+            if isinstance(arg, cls):
+                arg._refuse()
+        raise UsageError("an output that was not computed was used; call the module with outputs=True")
+
+
+def rebuild(program: Program, flat: Sequence[Any]) -> Any:
+    """Put computed values (loss first, then asked-for outputs) into the captured output structure."""
+    captured, lowered = program.captured, program.lowered
+    known = dict(zip([*([captured.loss] if captured.loss else []), *lowered.outputs], flat, strict=False))
+    leaves = []
+    for i, leaf in enumerate(captured.flat_outputs):
+        if isinstance(leaf, str):
+            leaves.append(known[leaf] if leaf in known else NotComputed(f"{i} ({leaf})"))
+        else:
+            leaves.append(leaf.value)
+    return tree_unflatten(leaves, captured.output_spec)

@@ -1,0 +1,186 @@
+"""Lowerings on demand: one program per mode, input structure and shapes, all under one plan and one set of parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..errors import PlanError, PlanMismatch, UsageError
+from ..passes.capture import Captured, capture
+from ..passes.lowered import Lowered
+from ..passes.shard import lower
+from ..passes.summarize import Summary, summarize
+from ..planner.assign import Assignment, Storage, assign, parameter_groups
+from ..planner.legal import check_choices
+from ..planner.outline import Outline, Parameter
+from ..planner.plan import Plan
+from . import parameters
+from .emit import RankEmit
+from .mesh import Mesh
+from .skeleton import to_meta
+from .step import Buckets
+
+Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
+"""Choices for a graph that is not the plan's own, given where its parameters live."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated."""
+
+    captured: Captured
+    summary: Summary
+    assignment: Assignment
+    lowered: Lowered
+    body: Callable[..., Sequence[Any]]
+    emit: RankEmit
+    training: bool
+    microbatches: int
+    buckets: Buckets
+    parameters: Mapping[str, str]
+    device: torch.device
+
+    def whole(self, args: Any, kwargs: Any, module: nn.Module) -> dict[str, Tensor]:
+        """Inputs, buffers and constants by graph name, on the device."""
+        found = self.captured.flatten(args, kwargs)
+        for entry in self.captured.entries:
+            if entry.role == "buffer":
+                found[entry.node] = module.get_buffer(entry.fqn)
+            elif entry.role == "constant":
+                found[entry.node] = self.captured.constants[entry.node]
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    def regather(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which gathered parameters are freed after use and gathered again in backward."""
+        return self.emit.regather()
+
+
+@dataclass
+class Programs:
+    """All programs of one module. `summary` is that of the plan's own example inputs."""
+
+    model: nn.Module
+    plan: Plan
+    summary: Summary
+    mesh: Mesh
+    resolve: Resolve
+    compile: bool = False
+    loss_fn: Callable[..., Any] | None = None
+    local_batch: bool = False
+    lift: bool = False
+    _known: dict[Any, Program] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls, model: nn.Module, plan: Plan, summary: Summary, mesh: Mesh, resolve: Resolve, **options: Any
+    ) -> Programs:
+        """`model` is the weightless copy later captures are made from, `summary` that of the plan's inputs."""
+        if summary.outline.fingerprint != plan.graph:
+            raise PlanMismatch(
+                f"the plan is for graph {plan.graph}, this model and these inputs give {summary.outline.fingerprint}: "
+                "plan again, or pass the model, batch and sequence the plan was made for"
+            )
+        return cls(model, plan, summary, mesh, resolve, **options)
+
+    def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
+        """The parameter as the plan stores it; one the graph does not use stays whole on every rank."""
+        if known is None:
+            return parameters.distribute(parameter.detach(), (), (), (), mesh, parameter.requires_grad)
+        storage = assign(self.plan, self.summary.outline).storage[known.tensor]
+        axes = tuple(mesh.names[a] for a in storage.zero_axes)
+        dims = self.summary.outline.tensors[known.tensor].dims
+        return parameters.distribute(parameter.detach(), dims, storage.home, axes, mesh, parameter.requires_grad)
+
+    def get(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Program:
+        """The program for this call, lowered on first demand."""
+        leaves, spec = tree_flatten((args, kwargs))
+        shapes = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        key = (train, grad, outputs, str(spec), shapes)
+        if key not in self._known:
+            self._known[key] = self._make(args, kwargs, train=train, grad=grad, outputs=outputs)
+        return self._known[key]
+
+    def _make(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Program:
+        args, kwargs = to_meta(args), to_meta(kwargs)
+        if self.local_batch:
+            data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
+            args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
+        self.model.train(train)
+        captured = capture(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift_float64=self.lift)
+        training = grad and bool(captured.loss)
+        summary = summarize(captured)
+        microbatches = self._microbatches(summary.outline) if training else 1
+        assignment = self._assignment(summary.outline)
+        if outputs and training and microbatches > 1:
+            raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
+        emit = RankEmit(self.mesh, self.plan, training=training)
+        others = summary.outline.outputs if outputs or not training else ()
+        lowered = lower(
+            summary, assignment, self.mesh.sizes, emit,
+            microbatches=microbatches, outputs=others, local_batch=self.local_batch,
+        )  # fmt: skip
+        body: Callable[..., Any] = lowered.body
+        if self.compile:
+            body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
+        names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
+        every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
+        return Program(
+            captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
+            self.mesh.device,
+        )  # fmt: skip
+
+    def _microbatches(self, outline: Outline) -> int:
+        """Microbatches of the plan's size; another batch must be a multiple of it."""
+        plan = self.plan
+        if plan.pipeline.microbatches == 1 and outline.batch == plan.source.batch:
+            return 1
+        data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
+        unit = data * plan.pipeline.micro_batch
+        if plan.pipeline.microbatches == 1:
+            return 1
+        if outline.batch % unit:
+            low = max(outline.batch // unit, 1) * unit
+            raise UsageError(
+                f"a batch of {outline.batch} does not divide into microbatches of {plan.pipeline.micro_batch} "
+                f"on {data} data-parallel ranks; nearest legal batch: {low}"
+            )
+        return outline.batch // unit
+
+    def _assignment(self, outline: Outline) -> Assignment:
+        """The plan's own choices where the graph has its structure and sizes divide, else choices solved for this graph."""
+        try:
+            assignment = assign(self.plan, outline)
+            check_choices(outline, assignment, self.mesh.sizes)
+            return assignment
+        except (PlanMismatch, PlanError) as error:
+            if outline.fingerprint == self.plan.graph:
+                raise
+            storage = self._storage(outline, error)
+        choices = self.resolve(outline, storage)
+        data = tuple(i for i, a in enumerate(self.mesh.axes) if a.role == "data")
+        return Assignment(choices, storage, parameter_groups(outline, storage), data)
+
+    def _storage(self, outline: Outline, error: Exception) -> dict[str, Storage]:
+        own = self.summary.outline
+        placed = assign(self.plan, own).storage
+        by_name = {name: (placed[p.tensor], own.tensors[p.tensor].dims) for p in own.parameters for name in p.names}
+        found = {}
+        for parameter in outline.parameters:
+            name = parameter.names[0]
+            if name not in by_name:
+                raise UsageError(f"parameter {name} is not in the plan, which was made for other inputs") from error
+            found[parameter.tensor] = by_name[name][0]
+        return found
+
+
+def _grown(value: Any, times: int) -> Any:
+    """A local input as the global one's shape (meta)."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return value.new_empty((value.shape[0] * times, *value.shape[1:]))

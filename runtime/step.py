@@ -1,0 +1,187 @@
+"""Run lowered graphs: one microbatch under autograd, or the whole microbatch loop inside the call.
+
+With one microbatch the body runs under ordinary autograd and the user's `backward()` walks it. With more, forward and
+backward of all microbatches run inside the call; the gradients are held, and the user's `backward()` adds them times the
+incoming gradient, so loss scaling, division and accumulation work as they do on the original module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..passes.lowered import Feed, Lowered
+from ..planner.placement import V
+
+Body = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Where feeds come from: local parameters and whole tensors by outline name, and the seed of this call."""
+
+    parameters: Mapping[str, Tensor]
+    whole: Mapping[str, Tensor]
+    seed: Tensor
+
+    def of(self, feed: Feed, microbatch: int = 0) -> Tensor:
+        """The value of a "chunk", "whole" or "seed" feed."""
+        if feed.kind == "chunk":
+            return self.parameters[feed.tensor]
+        if feed.kind == "seed":
+            return self.seed + microbatch
+        return self.whole[feed.tensor]
+
+
+def run_once(lowered: Lowered, body: Body, values: Values, regather: contextlib.AbstractContextManager[Any]) -> Sequence[Any]:
+    """One pass over the whole local batch; differentiable when grad mode is on. Returns the body's outputs."""
+    with regather:
+        return body(*[values.of(feed) for feed in lowered.body_feeds])
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Parameters whose gradients are reduced every microbatch (ZeRO-2), by group; the rest once per step."""
+
+    every_microbatch: tuple[tuple[str, ...], ...]
+
+
+def run_microbatches(
+    lowered: Lowered, body: Body, values: Values, microbatches: int, buckets: Buckets, axis_sizes: tuple[int, ...],
+    regather: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Tensor:  # fmt: skip
+    """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`."""
+    names = list(values.parameters)
+    leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
+    with torch.enable_grad():
+        loop = _Loop(lowered, Values(leaves, values.whole, values.seed), microbatches, buckets)
+        seed = _loss_gradient(lowered, axis_sizes)
+        total = None
+        for i in range(microbatches):
+            with regather():
+                loss = body(*loop.feeds(i))[0]
+                torch.autograd.backward(loss, torch.full_like(loss, seed))
+            total = loss.detach() if total is None else total + loss.detach()
+        loop.finish()
+    assert total is not None
+    for target, rest in lowered.loss_steps:
+        total = target(total, *rest)
+    held = [leaves[n].grad for n in names]
+    result: Tensor = _Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
+    return result
+
+
+def _loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
+    """Gradient of the partial loss when that of the whole loss is one: V -> R scales it, P -> R does not."""
+    scale = 1.0
+    for state, n in zip(lowered.loss_placement, axis_sizes, strict=True):
+        scale /= n if state == V else 1
+    return scale
+
+
+class _Loop:
+    """The step's tensors outside the loop: what entry makes of the parameters, what prologue makes of the inputs."""
+
+    def __init__(self, lowered: Lowered, values: Values, microbatches: int, buckets: Buckets) -> None:
+        assert lowered.entry is not None and lowered.prologue is not None
+        self.lowered, self.values, self.m = lowered, values, microbatches
+        with torch.no_grad():
+            self.cuts = iter(lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds]))
+        self.outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
+        self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in self.outputs]
+        cut_feeds = [f for f in lowered.body_feeds if f.kind == "cut"]
+        self.cut_values = dict(zip([f.node for f in cut_feeds], self.cuts, strict=True))
+        step_feeds = [f for f in lowered.body_feeds if f.kind == "step"]
+        self.step_values = dict(zip([f.node for f in step_feeds], self.leaves, strict=True))
+        self._hook(buckets)
+
+    def feeds(self, microbatch: int) -> list[Tensor]:
+        """Body arguments of one microbatch."""
+        found = []
+        for feed in self.lowered.body_feeds:
+            if feed.kind == "step":
+                found.append(self.step_values[feed.node])
+            elif feed.kind == "cut":
+                found.append(_cut(self.cut_values[feed.node], feed, self.m, microbatch))
+            else:
+                found.append(self.values.of(feed, microbatch))
+        return found
+
+    def _hook(self, buckets: Buckets) -> None:
+        """Reduce a ZeRO-2 group as soon as all its gradients of this microbatch have come."""
+        index: dict[str, list[int]] = {}
+        for i, (name, _) in enumerate(self.lowered.entry_outputs):
+            index.setdefault(name, []).append(i)
+        for group in buckets.every_microbatch:
+            members = [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
+            count = _Count(members)
+            for i in members:
+                self.leaves[i].register_post_accumulate_grad_hook(_when_all(count, self._reduce))
+
+    def _reduce(self, members: Sequence[int]) -> None:
+        ready = [i for i in members if self.leaves[i].grad is not None]
+        grads = [self.leaves[i].grad for i in ready]
+        for i in ready:
+            self.leaves[i].grad = None
+        if ready:
+            torch.autograd.backward([self.outputs[i] for i in ready], grads, retain_graph=True)
+
+    def finish(self) -> None:
+        """Reduce what is reduced once per step, in one backward pass through entry."""
+        self._reduce([i for i, leaf in enumerate(self.leaves) if leaf.requires_grad])
+
+
+def _when_all(state: _Count, then: Callable[[Sequence[int]], None]) -> Callable[[Tensor], None]:
+    """A hook that calls `then` when every member of the group has its gradient of this microbatch."""
+
+    def hook(_: Tensor) -> None:
+        state.seen += 1
+        if state.seen == len(state):
+            state.seen = 0
+            then(list(state))
+
+    return hook
+
+
+class _Count(list[int]):
+    """Members of a group and how many gradients have come."""
+
+    seen = 0
+
+
+def _cut(tensor: Tensor, feed: Feed, parts: int, index: int) -> Tensor:
+    """Microbatch `index` of a tensor: its dim seen as (blocks, parts, rest)."""
+    if feed.place is None:
+        return tensor
+    dim, blocks = feed.place
+    if blocks == 1:
+        return tensor.chunk(parts, dim)[index]
+    size = tensor.shape[dim]
+    opened = tensor.unflatten(dim, (blocks, parts, size // (blocks * parts))).select(dim + 1, index)
+    return opened.flatten(dim, dim + 1)
+
+
+class _Held(torch.autograd.Function):
+    """The loss of a finished schedule: backward hands out the held gradients times the incoming one."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, held: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.held = held
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        held = ctx.held
+        if held is None:
+            raise RuntimeError("backward was called twice on one step")
+        ctx.held = None
+        return (None, None, *[None if h is None else (h if _is_one(grad) else h * grad) for h in held])
+
+
+def _is_one(grad: Tensor) -> bool:
+    return grad.device.type == "cpu" and grad.item() == 1.0

@@ -1,0 +1,65 @@
+"""Private torch interfaces the runtime relies on, each with its reason; tried with torch 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
+
+__all__ = ["StorageRef", "is_strided", "is_tracing", "like_dtensor", "make_dtensor", "strided_split", "when_backward_ends"]
+# StorageRef: weak reference to a storage; it keeps the address (`cdata`) from being reused, which a data pointer does not.
+
+
+def is_tracing() -> bool:
+    """Whether code runs to be traced (dynamo, AOTAutograd, fake tensors), not to compute.
+
+    `torch.compiler.is_compiling` misses AOTAutograd called without dynamo; `torch._guards.detect_fake_mode` sees its fake
+    mode. Both are needed so that tracing a graph does not look like running it.
+    """
+    return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
+
+
+def when_backward_ends(callback: Callable[[], None]) -> bool:
+    """Call `callback` when the running backward pass ends; False outside a backward pass.
+
+    The engine's callback queue is the only signal that a backward pass, whoever started it, has ended.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+    return True
+
+
+def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
+    """A DTensor of global `shape` from this rank's slice, its placements read left to right over the mesh.
+
+    `DTensor.from_local` reads a strided split followed by a split of the same dim as the order of two plain splits ("shard
+    order"); full_tensor() then raises, or kills gloo for uneven chunks. The spec's flag turns that reading off.
+    """
+    stride = torch.empty(shape, device="meta").stride()
+    meta = TensorMeta(shape, stride, local.dtype)
+    spec = DTensorSpec(mesh, tuple(placements), meta, use_strided_shard_as_shard_order=False)
+    return DTensor(local, spec, requires_grad=local.requires_grad)
+
+
+def like_dtensor(local: Tensor, other: DTensor) -> DTensor:
+    """A DTensor with the spec of `other` (its flags included, unlike the gradient that `DTensor.to_local` makes)."""
+    return DTensor(local, other._spec, requires_grad=local.requires_grad)
+
+
+def strided_split(dim: int, outer: int) -> Placement:
+    """The split of a dim's minor factor: the dim viewed as (outer, ranks, inner), split in the middle."""
+    return _StridedShard(dim, split_factor=outer)
+
+
+def is_strided(placement: Placement) -> bool:
+    """Whether a placement is a `strided_split`."""
+    return isinstance(placement, _StridedShard)

@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests: pools of gloo ranks that live as long as the session, and one thread for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pool import Pool
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "nightly: too slow for every run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where torch sees no device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _pool(world_size: int) -> Iterator[Pool]:
+    pool = Pool(world_size)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[Pool]:
+    """Two gloo ranks."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[Pool]:
+    """Four gloo ranks."""
+    yield from _pool(4)
