@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
-from .planner.cluster import Cluster, default_limit_bytes
-from .planner.outline import Outline
-from .planner.pins import parse_pins
+from .errors import PinError, UsageError
+from .job import Clock, Job, Say
+from .planner.cluster import Cluster
+from .planner.pins import Pins, parse_pins
 from .planner.plan import Plan, Source
-from .planner.prices import Prices
-from .planner.solve import Request, solve
+from .planner.precision import choose_precision, model_precision
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .passes.models import Loaded
-    from .passes.summarize import Summary
     from .runtime.module import ParallelModule
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -37,64 +30,75 @@ class PlanResult:
     estimate: Mapping[str, float]
 
 
-@dataclass
-class _Clock:
-    """Seconds by phase; `phase` reports progress as it enters one."""
-
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def make_plan(
     model: nn.Module, example_inputs: Any, cluster: Cluster | str, *, optimizer: str = "adamw",
     memory_limit: int | str | None = None, pins: Sequence[str] = (), objective: str = "throughput",
-    loss_fn: Callable[..., Any] | None = None, seed: int = 0, progress: Progress | None = None,
+    loss_fn: Callable[..., Any] | None = None, seed: int = 0, store: Path | None = None, say: Say | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a live module (its parameters may be on meta) for a cluster; no device and no process group are needed.
 
-    `example_inputs`: a dict of keyword inputs, a tuple of positional ones, or one tensor, at the global batch. Raises
-    CaptureError, PinError, ClusterError, Infeasible (which carries the nearest settings that fit).
+    `example_inputs`: a dict of keyword inputs, a tuple of positional ones, or one tensor, at the global batch. `store` is
+    the profile store that measurements of this machine are kept in. Raises CaptureError, PinError, ClusterError, or
+    Infeasible, which carries the nearest settings that fit.
     """
     args, kwargs = split_inputs(example_inputs)
-    clock = _Clock(progress)
+    parsed, where = parse_pins(pins), cluster_of(cluster, memory_limit, store)
+    dtype = str(next((p.dtype for p in model.parameters()), "torch.float32")).removeprefix("torch.")
+    if parsed.dtype is None and parsed.precision is None:
+        precision = model_precision(dtype)
+    else:
+        precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
     source = Source("module", type(model).__name__, _leading(args, kwargs), seed=seed)
-    summary, precision = _outline(model, args, kwargs, cluster_of(cluster), pins, loss_fn, clock, own_dtype=True)
-    job = _Job(summary, cluster_of(cluster), optimizer, memory_limit, pins, objective, source, precision)
-    return job.solve(clock)
+    job = Job.create(
+        model, args, kwargs, where, parsed, precision, source, optimizer=optimizer, objective=objective, loss_fn=loss_fn,
+        store=store, clock=Clock(say),
+    )  # fmt: skip
+    return job.solve()
 
 
 def plan_model(
-    spec: str, cluster: Cluster | str, *, batch: int | str | None = None, seq: int | None = None, optimizer: str = "adamw",
-    memory_limit: int | str | None = None, pins: Sequence[str] = (), objective: str = "throughput", seed: int = 0,
-    progress: Progress | None = None, show: Callable[[Mapping[str, float]], None] | None = None,
+    spec: str, cluster: Cluster | str, *, batch: int | str | None = None, seq: int | None = None,
+    optimizer: str = "adamw", memory_limit: int | str | None = None, pins: Sequence[str] = (),
+    objective: str = "throughput", seed: int = 0, store: Path | None = None, say: Say | None = None,
+    show: Callable[[Mapping[str, float]], None] | None = None,
 ) -> PlanResult:  # fmt: skip
     """Plan a model named on the command line (`hf:NAME`, `hf:config.json`, `file.py:function`).
 
-    `batch` "auto" searches the batch with the best throughput that fits. `show` receives the estimate before the search.
+    `batch` "auto" takes the batch with the best throughput that fits. `show` receives the estimate before the search.
     """
     from .passes.models import load
 
-    clock, cluster = _Clock(progress), cluster_of(cluster)
+    clock, parsed, where = Clock(say), parse_pins(pins), cluster_of(cluster, memory_limit, store)
+    precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
+
+    def job_at(size: int) -> Job:
+        with clock.phase("load"):
+            loaded = load(spec, batch=size, seq=seq, seed=seed, device="meta")
+        return Job.create(
+            loaded.model, loaded.args, loaded.kwargs, where, parsed, precision, loaded.source, optimizer=optimizer,
+            objective=objective, loss_fn=loaded.loss_fn, store=store, clock=clock,
+        )  # fmt: skip
+
+    default = data_ranks(parsed, where)
+    job = job_at(default if batch is None or batch == "auto" else int(batch))
     if batch == "auto":
-        batch = _best_batch(spec, cluster, seq, optimizer, memory_limit, pins, objective, seed, clock)
-    with clock.phase("load"):
-        loaded = load(spec, batch=_batch(batch, cluster, pins), seq=seq, seed=seed, device="meta")
-    job = _job(loaded, cluster, optimizer, memory_limit, pins, objective, clock)
+        with clock.phase("batch"):
+            best = job.best_batch(default)
+        job = job if best == default else job_at(best)
     estimate = job.estimate()
     if show is not None:
         show(estimate)
-    plan = job.solve(clock)
+    plan = job.solve()
     return PlanResult(plan, clock.seconds, estimate)
+
+
+def data_ranks(pins: Pins, cluster: Cluster) -> int:
+    """Number of data-parallel ranks the pins leave: the default batch."""
+    if pins.dp is not None:
+        return pins.dp
+    if pins.tp is not None and cluster.devices % pins.tp:
+        raise PinError(f"tp={pins.tp} does not divide the {cluster.devices} devices")
+    return cluster.devices // (pins.tp or 1)
 
 
 def apply_plan(
@@ -151,10 +155,19 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def cluster_of(cluster: Cluster | str) -> Cluster:
-    """A cluster given as such, as a preset (`h100-sxm:8x4`), a TOML file, or `local:N`."""
-    if isinstance(cluster, Cluster):
-        return cluster
-    from .profiles.devices import parse_cluster
+def cluster_of(cluster: Cluster | str, memory_limit: int | str | None = None, store: Path | None = None) -> Cluster:
+    """A cluster given as such, as a preset (`h100-sxm:8x4`), a TOML file, or `local:N`; with a memory limit per device."""
+    from .profiles.devices import parse_bytes, parse_cluster
 
-    return parse_cluster(cluster)
+    if isinstance(cluster, Cluster):
+        return cluster if memory_limit is None else replace(cluster, limit_bytes=parse_bytes(memory_limit))
+    return parse_cluster(cluster, memory_limit, cache=store)
+
+
+def _leading(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The batch of example inputs: dim 0 of the first tensor that has one."""
+    for value in (*args, *kwargs.values()):
+        shape = getattr(value, "shape", ())
+        if len(shape):
+            return int(shape[0])
+    raise UsageError("the example inputs hold no tensor with a batch dim")

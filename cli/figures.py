@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_CAUSES = {
+_MEMORY = {
     "optimizer": "optimizer states", "saved": "saved activations", "gathered": "gathered weights",
-    "buffers": "communication buffers",
+    "buffers": "inputs and buffers",
+}  # fmt: skip
+_TIME = {
+    "activation_communication": "communication of activations", "parameter_communication": "communication of parameters",
+    "copies": "local copies", "optimizer": "optimizer step",
 }  # fmt: skip
 _COUNT = ("", " k", " M", " B", " T")
 
@@ -49,9 +53,14 @@ def change_text(change: float) -> str:
     return f"{change * 100:+.1f} %"
 
 
-def cause_text(cause: str) -> str:
-    """The planner's short name of a cause in full words."""
-    return _CAUSES.get(cause, cause.replace("_", " "))
+def memory_text(cause: str) -> str:
+    """The planner's short name of what takes memory, in full words."""
+    return _MEMORY.get(cause, cause.replace("_", " "))
+
+
+def time_text(cause: str) -> str:
+    """The planner's short name of what takes time, in full words."""
+    return _TIME.get(cause, cause.replace("_", " "))
 
 
 def mesh_text(names: Sequence[str], sizes: Sequence[int]) -> str:

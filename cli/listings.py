@@ -89,3 +89,31 @@ def _side(where: str, value: Any) -> str:
         name = next((value[key] for key in ("op", "name", "names", "collective") if key in value), None)
         return str(name[0] if isinstance(name, (list, tuple)) else name) if name is not None else "present"
     return str(value)
+
+
+def check_tables(found: Mapping[str, Any]) -> Group:
+    """What `check` found."""
+    trained = f"loss {found['loss']}" if found["loss"] else "no loss: an inference graph"
+    parts: list[RenderableType] = [
+        Text(f"{found['ops']} ops, {count_text(found['parameters'])} parameters, {trained}", style="bold"), Text()
+    ]  # fmt: skip
+    regions = table("region", "repeats", "ops", "parameters", "mostly", title="Regions", right=(1, 2, 3))
+    for region in found["regions"]:
+        mostly = ", ".join(f"{name.removeprefix('aten.')} x{count}" for name, count in list(region["targets"].items())[:5])
+        regions.add_row(
+            Text(region["name"]), str(region["repeats"]), str(region["ops"]), str(region["parameters"]), Text(mostly)
+        )
+    parts += [regions, Text()]
+    if found["discovered"]:
+        rows = table("op", "calls", "rule found by experiment", title="Ops without a line", right=(1,))
+        for row in found["discovered"]:
+            rows.add_row(Text(row["target"]), str(row["calls"]), Text(row["rule"]))
+        parts += [rows, Text()]
+    else:
+        parts.append(Text("Every op has a rule."))
+    if found["replicated"]:
+        names = ", ".join(f"{row['target'].removeprefix('aten.')} x{row['calls']}" for row in found["replicated"])
+        parts.append(Text(f"Run whole on every rank: {names}"))
+    parts += [Text(f"Couples samples (one microbatch): {name}") for name in found["microbatch_blockers"]]
+    parts += [Text(f"- {note}") for note in found["notes"]]
+    return Group(*parts)

@@ -47,7 +47,7 @@ def command(
 
         result = plan_model(
             model, cluster, batch=batch, seq=seq, memory_limit=memory_limit, pins=pins, objective=objective, seed=seed,
-            progress=tell, show=estimated,
+            say=tell, show=estimated,
         )  # fmt: skip
     if output is not None:
         save_plan(result.plan, output)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.plan import Plan, ShapeRecord
-from .figures import bytes_text, cause_text, count_text, mesh_text, percent_text, seconds_text
+from .figures import bytes_text, count_text, memory_text, mesh_text, percent_text, seconds_text, time_text
 from .placements import summaries
 
 _WIDTH = 120
@@ -81,19 +81,14 @@ def table(*columns: str, title: str | None = None, right: tuple[int, ...] = ()) 
 
 
 def estimate_line(estimate: Mapping[str, float]) -> str:
-    """The estimate before the search: "124 M parameters; per device ... parameters, ... gradients, ... limit"."""
-    parts = []
-    for name, value in estimate.items():
-        words = name.replace("_bytes", "").replace("_", " ")
-        if name == "parameters":
-            parts.append(f"{count_text(value)} parameters")
-        elif "flops" in name:
-            parts.append(f"{count_text(value)}FLOP {words.replace('flops', '').strip()}".strip())
-        elif name in ("devices", "batch", "seq", "tokens", "samples"):
-            parts.append(f"{count_text(value)} {words}")
-        else:
-            parts.append(f"{words} {bytes_text(value)}")
-    return ", ".join(parts)
+    """What is known before the search: parameters, bytes by cause if nothing were sharded, batch, devices and their limit."""
+    frozen = estimate["parameters"] - estimate["trainable"]
+    counted = f"{count_text(estimate['parameters'])} parameters" + (f" ({count_text(frozen)} frozen)" if frozen else "")
+    causes = (("parameters", "parameter_bytes"), ("gradients", "gradient_bytes"), ("optimizer", "optimizer_bytes"))
+    kept = ", ".join(f"{name} {bytes_text(estimate[key])}" for name, key in causes)
+    asked = f"batch {estimate['batch']:.0f} ({count_text(estimate['tokens'])} tokens)"
+    where = f"{estimate['devices']:.0f} x {bytes_text(estimate['limit_bytes'])}"
+    return f"{counted}; unsharded: {kept}; {asked} on {where}"
 
 
 def plan_tables(plan: Plan, seconds: Mapping[str, float] | None = None) -> Group:
@@ -163,7 +158,7 @@ def _memory(plan: Plan) -> Table:
     made = table("cause", "bytes", "of limit", "", title="Memory per device at the peak", right=(1, 2))
     for cause, size in predicted.memory.items():
         if size:
-            made.add_row(cause_text(cause), bytes_text(size), percent_text(size / limit), _bar(size / limit))
+            made.add_row(memory_text(cause), bytes_text(size), percent_text(size / limit), _bar(size / limit))
     peak = predicted.peak_bytes_per_device
     made.add_row("peak", bytes_text(peak), percent_text(peak / limit), _bar(peak / limit), style="bold")
     made.add_row("limit", bytes_text(limit), "", "")
@@ -172,13 +167,12 @@ def _memory(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> Table:
     predicted = plan.predicted
-    made = table("cause", "seconds", "of step", "", "source", title="Predicted time of a step", right=(1, 2))
+    made = table("cause", "seconds", "of step", "", title="Predicted time of a step", right=(1, 2))
     for cause, value in predicted.seconds.items():
         if value:
             share = value / predicted.step_seconds if predicted.step_seconds else 0.0
-            source = Text(predicted.sources.get(cause, ""), overflow="ellipsis", no_wrap=True)
-            made.add_row(cause_text(cause), seconds_text(value), percent_text(share), _bar(share), source)
-    made.add_row("step", seconds_text(predicted.step_seconds), "", "", "", style="bold")
+            made.add_row(time_text(cause), seconds_text(value), percent_text(share), _bar(share))
+    made.add_row("step", seconds_text(predicted.step_seconds), "", "", style="bold")
     return made
 
 
@@ -213,7 +207,8 @@ def shape_cells(record: ShapeRecord) -> tuple[str, str, str, str, str, str]:
 
 
 def _notes(plan: Plan) -> list[RenderableType]:
-    lines = [*plan.notes, *(f"given up: {text}" for text in plan.search.given_up)]
+    sources = (f"{cause} prices: {source}" for cause, source in plan.predicted.sources.items())
+    lines = [*plan.notes, *sources, *(f"given up: {text}" for text in plan.search.given_up)]
     return [Group(Text("Notes", style="bold"), *(Text(f"- {line}") for line in lines))] if lines else []
 
 

@@ -162,7 +162,11 @@ def _join_of(pieces: Sequence[torch.Tensor], wanted: torch.Tensor, size: int) ->
         if n == size and pieces[0].dim() == wanted.dim() and pieces[0].shape[d] < n:
             if not difference(torch.cat(list(pieces), d), wanted):
                 return d
-    if pieces[0].shape == wanted.shape and wanted.dtype != torch.bool and not difference(sum(pieces[1:], pieces[0]), wanted):
+    if (
+        pieces[0].shape == wanted.shape
+        and wanted.dtype != torch.bool
+        and not difference(sum(pieces[1:], pieces[0]), wanted)
+    ):
         return None
     raise ValueError("the pieces neither join nor sum")
 
@@ -182,7 +186,9 @@ def _problems(sample: Sample, factors: Sequence[Factor], linear: tuple[tuple[int
     trial = sample.trial
     args, kwargs = fill(trial.args, sample.operands), fill(trial.kwargs, sample.operands)
     floats = [x.dtype for x in sample.operands if x.is_floating_point()]
-    return verify_rule(trial.target, args, kwargs, replace(rule, linear=linear), dtype=floats[0] if floats else torch.float64)
+    return verify_rule(
+        trial.target, args, kwargs, replace(rule, linear=linear), dtype=floats[0] if floats else torch.float64
+    )
 
 
 def _rule(operands: Sequence[Shape], results: Sequence[Shape], factors: Sequence[Factor]) -> RuleInstance | None:
@@ -230,9 +236,14 @@ def _instance(finding: Finding, operands: Sequence[Shape], results: Sequence[Sha
 
 def _letters(operands: Sequence[torch.Tensor], dims: Mapping[int, int], letter: str) -> list[Letters]:
     return [
-        tuple(((letter,) if dims.get(i) == d else (f"{letter}{i}.{d}",)) for d in range(x.dim())) for i, x in enumerate(operands)
+        tuple(((letter,) if dims.get(i) == d else (f"{letter}{i}.{d}",)) for d in range(x.dim()))
+        for i, x in enumerate(operands)
     ]
 
 
 def _sizes(operands: Sequence[torch.Tensor], letters: Sequence[Letters]) -> dict[str, int]:
-    return {members[0]: n for x, dims in zip(operands, letters, strict=True) for members, n in zip(dims, x.shape, strict=True)}
+    return {
+        members[0]: n
+        for x, dims in zip(operands, letters, strict=True)
+        for members, n in zip(dims, x.shape, strict=True)
+    }

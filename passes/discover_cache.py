@@ -30,7 +30,11 @@ class Finding:
 
 
 def signature(
-    target: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]
+    target: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    shapes: Sequence[Shape],
+    dtypes: Sequence[torch.dtype],
 ) -> str:
     """The key of a call: the op with its schema, the shapes and dtypes of its tensors, and its other arguments."""
     schema = getattr(target, "_schema", None)
@@ -65,7 +69,9 @@ def load(path: Path, key: str) -> Finding | None:
 def store(path: Path, key: str, finding: Finding) -> None:
     """Add an entry; the file is replaced in one step, so a reader never sees half of it."""
     entry = {
-        "factors": [{"operands": {str(i): d for i, d in dims.items()}, "results": joined} for dims, joined in finding.factors],
+        "factors": [
+            {"operands": {str(i): d for i, d in dims.items()}, "results": joined} for dims, joined in finding.factors
+        ],
         "linear": [list(g) for g in finding.linear],
         "failures": finding.failures,
     }

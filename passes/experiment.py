@@ -7,7 +7,8 @@ are joined or summed, and so are the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,11 @@ def strip(args: Any, found: list[torch.Tensor]) -> Any:
         found.append(args)
         return Operand(len(found) - 1)
     if isinstance(args, list | tuple):
-        return type(args)(strip(a, found) for a in args) if type(args) in (list, tuple) else [strip(a, found) for a in args]
+        return (
+            type(args)(strip(a, found) for a in args)
+            if type(args) in (list, tuple)
+            else [strip(a, found) for a in args]
+        )
     if isinstance(args, Mapping):
         return {k: strip(v, found) for k, v in args.items()}
     return args
@@ -64,12 +69,24 @@ def flat(results: Any) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-def run(trial: Trial, operands: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor | None] | None = None) -> Outcome:
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The CPU's random state fixed inside, restored after. (`torch.manual_seed` would also queue calls for every device.)"""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def run(
+    trial: Trial, operands: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor | None] | None = None
+) -> Outcome:
     """Run the op with a fixed random state; `incoming` are the gradients of its results (None: forward only)."""
     leaves = [x.detach().clone().requires_grad_(d and incoming is not None)
               for x, d in zip(operands, trial.differentiable, strict=True)]  # fmt: skip
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded(0):
         results = flat(trial.target(*fill(trial.args, leaves), **fill(trial.kwargs, leaves)))
     pairs = [(r, g) for r, g in zip(results, incoming or (), strict=False) if r.requires_grad and g is not None]
     if pairs:

@@ -57,7 +57,11 @@ class Local:
 
 
 def localize(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], instance: RuleInstance, local_sizes: Mapping[str, int]
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    instance: RuleInstance,
+    local_sizes: Mapping[str, int],
 ) -> Emitted:
     """(target, args, kwargs) of an op on local shapes.
 

@@ -23,7 +23,7 @@ from .summarize import Call, Summary, operands_of, target_name
 
 BUDGET_SECONDS = 20.0
 MOST_SAMPLES = 250
-STARTUP_SECONDS = 60.0
+STARTUP_SECONDS = 120.0
 
 
 def measured_prices(

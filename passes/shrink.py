@@ -54,7 +54,10 @@ def samples(
             continue
         seen.add(small.shapes)
         if sum(torch.Size(s).numel() for s in small.shapes) > MOST_ELEMENTS:
-            reason = reason or f"it cannot be tried at a small size (operands of {', '.join(str(list(s)) for s in small.shapes)})"
+            reason = (
+                reason
+                or f"it cannot be tried at a small size (operands of {', '.join(str(list(s)) for s in small.shapes)})"
+            )
             continue
         here = replace(trial, args=small.args, kwargs=small.kwargs)
         some, problem = _valued(here, small.shapes, dtypes)
@@ -79,7 +82,9 @@ def _shrink(trial: Trial, small: Small, dtypes: Sequence[torch.dtype], row: Sequ
 
 def _replaced(small: Small, size: int, new: int) -> Iterable[Small]:
     """The call with `size` replaced in the shapes, then in the integer arguments as well."""
-    shapes, results = (tuple(tuple(new if n == size else n for n in s) for s in side) for side in (small.shapes, small.results))
+    shapes, results = (
+        tuple(tuple(new if n == size else n for n in s) for s in side) for side in (small.shapes, small.results)
+    )
     yield replace(small, shapes=shapes, results=results)
     yield Small(_swap(small.args, size, new), _swap(small.kwargs, size, new), shapes, results)
 
@@ -123,14 +128,19 @@ def _valued(trial: Trial, shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]
             try:
                 outcome = run(trial, operands)
             except Exception as error:
-                problem = problem or f"it does not run on the CPU: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                problem = (
+                    problem
+                    or f"it does not run on the CPU: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                )
                 continue
             found.append(Sample(trial, operands, outcome.results))
             break
     return found, problem
 
 
-def _values(shape: Shape, dtype: torch.dtype, floating: torch.dtype | None, kind: str, generator: torch.Generator) -> torch.Tensor:
+def _values(
+    shape: Shape, dtype: torch.dtype, floating: torch.dtype | None, kind: str, generator: torch.Generator
+) -> torch.Tensor:
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
     if dtype.is_floating_point or dtype.is_complex:

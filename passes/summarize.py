@@ -42,6 +42,7 @@ class Call:
 class Summary:
     """The outline together with the graph nodes it came from."""
 
+    captured: Captured
     outline: Outline
     calls: Mapping[str, Call]
     batch_cut: BatchCut
@@ -71,7 +72,7 @@ def summarize(captured: Captured, *, batch: int | None = None, discover: Discove
     inputs = {n: p if _role(captured)[n] == "input" else None for n, p in inputs.items()}
     cut = cut_batch(ops, tensors, inputs)
     outline = _outline(captured, ops, tensors, calls, size, cut)
-    return Summary(outline, calls, cut, inputs, found)
+    return Summary(captured, outline, calls, cut, inputs, found)
 
 
 def _values(captured: Captured) -> dict[str, torch.Tensor]:

@@ -14,7 +14,18 @@ import torch
 
 from ..planner.rule_types import RuleInstance
 from .experiment import (
-    Outcome, Trial, difference, differentiable, indices, join, run, sample_like, slack, strip, take, variants,
+    Outcome,
+    Trial,
+    difference,
+    differentiable,
+    indices,
+    join,
+    run,
+    sample_like,
+    slack,
+    strip,
+    take,
+    variants,
 )  # fmt: skip
 from .localize import localize
 
@@ -63,7 +74,9 @@ def verify_rule(
     return problems
 
 
-def _case(trial: Trial, rule: RuleInstance, values: list[torch.Tensor], label: str, generator: torch.Generator) -> _Case:
+def _case(
+    trial: Trial, rule: RuleInstance, values: list[torch.Tensor], label: str, generator: torch.Generator
+) -> _Case:
     plain = run(trial, values)
     incoming = tuple(sample_like(r, generator) if r.is_floating_point() else None for r in plain.results)
     return _Case(trial, rule, values, incoming, run(trial, values, incoming), label, generator)
@@ -97,7 +110,9 @@ def _verify_case(case: _Case, ways: int) -> list[str]:
         for minor in (False, True) if case.label == "given" else (False,):
             problem = _guard(_split, case, letter, n, minor)
             if problem:
-                problems.append(f"splitting {letter} {n} ways{' (strided)' if minor else ''}, values {case.label}: {problem}")
+                problems.append(
+                    f"splitting {letter} {n} ways{' (strided)' if minor else ''}, values {case.label}: {problem}"
+                )
     for entry, group in enumerate(case.rule.linear):
         problem = _guard(_partial, case, group, ways)
         if problem:
@@ -180,7 +195,9 @@ def _total(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _shares(x: torch.Tensor, ways: int, generator: torch.Generator) -> list[torch.Tensor]:
     """`ways` tensors that sum to `x`, none of them like it."""
-    noise = [sample_like(x, generator) if x.is_floating_point() else torch.randint_like(x, -3, 4) for _ in range(ways - 1)]
+    noise = [
+        sample_like(x, generator) if x.is_floating_point() else torch.randint_like(x, -3, 4) for _ in range(ways - 1)
+    ]
     return [*noise, x - _total(noise)]
 
 

@@ -265,6 +265,7 @@ class _Memory:
         self.groups = [g for g in assignment.groups]
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
+        self.moment = [0.0] * self.count
 
     def _held(self, name: str, parameter: Parameter, bytes_: StateBytes) -> Held:
         owner, storage = self.owner, self.assignment.storage.get(name)
@@ -296,6 +297,7 @@ class _Memory:
         points: dict[Point, dict[str, float]] = {}
         for v in range(self.count):
             points["op", v] = {c: lanes[c][v] for c in lanes}
+            points["op", v]["temporaries"] += self.moment[v]
         if owner.training:
             self._reductions(points, lanes)
             self._steps(points)
@@ -372,7 +374,7 @@ class _Memory:
         for i, op in enumerate(self.ops):
             for j in operand_gradients(op, owner.tensors):
                 amount = local_bytes(owner.tensors[op.operands[j].tensor], self.ledger.wanted[op.name][j], owner.sizes)
-                self._over("temporaries", i, i, amount)
+                self.moment[i] += amount
 
     def _inference(self) -> None:
         owner = self.owner
@@ -385,7 +387,7 @@ class _Memory:
                 tensor = owner.tensors[use.tensor]
                 source = self.ledger.produced.get(use.tensor)
                 if source is not None and buffer(owner.facts, use.tensor, source) != buffer(owner.facts, use.tensor, placement):
-                    self._over("temporaries", i, i, local_bytes(tensor, placement, owner.sizes))
+                    self.moment[i] += local_bytes(tensor, placement, owner.sizes)
 
     # -- other time points
 

@@ -25,7 +25,7 @@ _LINE = 118
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$?\.?(?P<path>.*)`)?$", re.DOTALL)
 
 
-def dumps(plan: Plan) -> str:
+def dump_plan(plan: Plan) -> str:
     """The canonical text of a plan, digest included; raises PlanError for a plan that no file may hold."""
     sealed = msgspec.structs.replace(plan, digest=digest(plan))
     problem = first_problem(sealed)
@@ -34,7 +34,7 @@ def dumps(plan: Plan) -> str:
     return _render(to_plain(sealed), "") + "\n"
 
 
-def loads(text: str | bytes, name: str = "plan") -> Plan:
+def parse_plan(text: str | bytes, name: str = "plan") -> Plan:
     """The plan in `text`; raises PlanError naming `name`, the field and what was expected."""
     raw = _parse(text, name)
     version = raw.get("version")
@@ -52,7 +52,7 @@ def loads(text: str | bytes, name: str = "plan") -> Plan:
 
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write `plan` to `path`: the whole file or, on any error, none of it."""
-    write_whole(path, dumps(plan))
+    write_whole(path, dump_plan(plan))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -61,7 +61,7 @@ def load_plan(path: str | Path) -> Plan:
         text = Path(path).read_bytes()
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror or error}; expected a plan file (`shardwright plan ... -o {path}`)") from None
-    return loads(text, str(path))
+    return parse_plan(text, str(path))
 
 
 def schema() -> dict[str, Any]:

@@ -199,6 +199,8 @@ def match(
     drafts = [work.side(pattern, shape) for pattern, shape in pairs]
     final: list[Letters] = []
     for (_, shape), draft in zip(pairs, drafts, strict=True):
-        final.append(tuple(work.resolve(x, n) if isinstance(x, Token) else x for x, n in zip(draft, shape, strict=True)))
+        final.append(
+            tuple(work.resolve(x, n) if isinstance(x, Token) else x for x, n in zip(draft, shape, strict=True))
+        )
     letters = {name: work.sizes[name] for name in work.order}
     return Factors(tuple(final[: len(operands)]), tuple(final[len(operands) :]), letters, frozenset(work.never))

@@ -11,10 +11,28 @@ from .rule_types import Call, Linear, Operand, Rule, Shape
 Adapt = Callable[[Call, Rule], "Rule | None"]
 
 _FLOATING = frozenset(
-    "float64 float32 float16 bfloat16 double float half complex32 complex64 complex128 cfloat cdouble "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz".split()
+    [
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "double",
+        "float",
+        "half",
+        "complex32",
+        "complex64",
+        "complex128",
+        "cfloat",
+        "cdouble",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+    ]
 )
-_INTEGRAL = frozenset("int8 int16 int32 int64 uint8 uint16 uint32 uint64 short int long bool".split())
+_INTEGRAL = frozenset(
+    ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "short", "int", "long", "bool"]
+)
 
 
 def dtype_name(value: Any) -> str | None:
@@ -280,7 +298,9 @@ def scatter(call: Call, rule: Rule) -> Rule | None:
             side.append(n if same else n + mark)
     rows = [" ".join(side) for side in sides]
     reduced = call.arg(4, "reduce") is not None
-    joint: Linear = () if reduced else ((0, 2),) if len(call.operands) > 2 else ((0,),) if call.arg(3, "value") == 0 else ()
+    joint: Linear = (
+        () if reduced else ((0, 2),) if len(call.operands) > 2 else ((0,),) if call.arg(3, "value") == 0 else ()
+    )
     return replace(rule, line=f"{', '.join(rows[: len(call.operands)])} -> {rows[0]}", linear=joint)
 
 

@@ -90,7 +90,9 @@ def _view(call: Call) -> RuleInstance | None:
         linear = ((0,),)
     elif view.linear == "joint":
         linear = (tuple(range(len(call.operands))),)
-    constant = call.name in ("aten.pad", "aten.constant_pad_nd") and call.arg(3 if call.name == "aten.pad" else 2, "value")
+    constant = call.name in ("aten.pad", "aten.constant_pad_nd") and call.arg(
+        3 if call.name == "aten.pad" else 2, "value"
+    )
     if constant or any(dtype_name(a) for a in call.args[1:]):
         linear = ()
     return _instance(view.kind, "none", call, factors, linear, {})

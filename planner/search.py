@@ -41,6 +41,7 @@ class Problem:
     setting: Setting
     limit: int | None
     gap: float = 1e-5
+    residual: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 class Candidate:
@@ -52,7 +53,7 @@ class Candidate:
         self.template = build(problem.outline, microbatches)
         costs = Costs(problem.prices, shape, training)
         setting = problem.setting
-        self.space = Space(self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed)
+        self.space = Space(self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed, problem.residual)
         self.rows = Rows(self.space, problem.facts, setting)
         self.evaluator = Evaluator(cut_outline(problem.outline, microbatches), problem.facts, costs, setting)
         self.program = RegionProgram(self.space, gap=problem.gap)

@@ -23,6 +23,7 @@ from .plan import (
 )  # fmt: skip
 from .prices import FLOPS_KINDS
 from .progress import Progress, silent
+from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
 from .template import cut_outline, retyped
@@ -56,7 +57,8 @@ def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     """The search problem of a request."""
     ready = retyped(outline, request.precision.compute)
     setting = _setting(cluster, request.precision, request.optimizer)
-    return Problem(ready, facts(ready), prices, request.pins, setting, request.memory_limit_bytes)
+    residual = residual_factors(ready)
+    return Problem(ready, facts(ready), prices, request.pins, setting, request.memory_limit_bytes, residual=residual)
 
 
 def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:

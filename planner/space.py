@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..errors import PinError
 from .assign import Storage
@@ -79,7 +80,9 @@ class Space:
     """Strategies and options of a template on one mesh, with what they cost. Building it raises PinError for impossible pins."""
 
     def __init__(self, template: Template, costs: Costs, pins: Pins, precision: Precision, optimizer: str,
-                 fixed: Mapping[str, Storage] | None = None) -> None:  # fmt: skip
+                 fixed: Mapping[str, Storage] | None = None,
+                 residual: Mapping[str, frozenset[str]] = MappingProxyType({})) -> None:  # fmt: skip
+        self.residual = residual
         self.template, self.costs, self.pins = template, costs, pins
         self.precision, self.optimizer, self.shape = precision, optimizer, costs.shape
         self.training = bool(template.outline.loss)
@@ -131,7 +134,7 @@ class Space:
         if self.shape.axes[axis].role == "data":
             batch = tuple(c for c in legal if c in factors and factors[c].batch)
             return batch or tuple(c for c in legal if c not in factors)
-        return restrict(op, self.tensors, legal, n, self.pins)
+        return restrict(op, self.tensors, legal, n, self.pins, self.residual.get(op.name, frozenset()))
 
     # -- parameters
 
@@ -232,14 +235,21 @@ def stored_elements(tensor: Tensor, option: Option, sizes: tuple[int, ...]) -> i
     return math.prod(shape)
 
 
-def restrict(op: Op, tensors: Mapping[str, Tensor], legal: tuple[str, ...], n: int, pins: Pins) -> tuple[str, ...]:
-    """Choices on the model axis that the pins leave; raises PinError naming the size that does not divide."""
+def restrict(
+    op: Op, tensors: Mapping[str, Tensor], legal: tuple[str, ...], n: int, pins: Pins, residual: frozenset[str]
+) -> tuple[str, ...]:
+    """Choices on the model axis that the pins leave; raises PinError naming the size that does not divide.
+
+    `residual` are the op's factors that the stream between layers has: closed under a tp or sequence_parallel pin.
+    """
     factors = {f.name: f for f in op.factors}
     on = pins.sequence_parallel is True or pins.forbids("sequence_parallel", False)
     off = pins.sequence_parallel is False or pins.forbids("sequence_parallel", True) or (pins.tp is not None and not on)
     kept = list(legal)
     if off:
         kept = [c for c in kept if c not in factors or not factors[c].token]
+    if on or off:
+        kept = [c for c in kept if c not in residual]
     if pins.tp is not None or pins.dp is not None:
         kept = [c for c in kept if c not in factors or not factors[c].batch]
     if pins.tp is not None and op.projection:

@@ -29,8 +29,7 @@ class Maker:
         """A fresh letter as the whole of a dim: () for size 1. An empty dim may not be split."""
         if size == 1:
             return ()
-        cycle, index = divmod(len(self.sizes), 26)
-        name = string.ascii_lowercase[index] + (str(cycle) if cycle else "")
+        name = _name(len(self.sizes))
         self.sizes[name] = size
         if never or size == 0:
             self.never.add(name)
@@ -40,13 +39,25 @@ class Maker:
         """One fresh letter per dim."""
         return [self.new(n, never=never) for n in shape]
 
-    def done(self, operands: Sequence[Sequence[tuple[str, ...]]], results: Sequence[Sequence[tuple[str, ...]]]) -> Factors:
-        """The finished factors, only letters that stand in some dim kept."""
-        fixed_operands: tuple[Letters, ...] = tuple(tuple(dims) for dims in operands)
-        fixed_results: tuple[Letters, ...] = tuple(tuple(dims) for dims in results)
-        used = {c for side in (fixed_operands, fixed_results) for dims in side for members in dims for c in members}
-        sizes = {c: n for c, n in self.sizes.items() if c in used}
-        return Factors(fixed_operands, fixed_results, sizes, frozenset(self.never & used))
+    def done(
+        self, operands: Sequence[Sequence[tuple[str, ...]]], results: Sequence[Sequence[tuple[str, ...]]]
+    ) -> Factors:
+        """The finished factors: only letters that stand in some dim, named in order of appearance."""
+        names: dict[str, str] = {}
+        for dims in (*operands, *results):
+            for members in dims:
+                for letter in members:
+                    if letter not in names:
+                        names[letter] = _name(len(names))
+        fixed: list[Letters] = [tuple(tuple(names[c] for c in m) for m in dims) for dims in (*operands, *results)]
+        sizes = {new: self.sizes[old] for old, new in names.items()}
+        never = frozenset(names[c] for c in self.never if c in names)
+        return Factors(tuple(fixed[: len(operands)]), tuple(fixed[len(operands) :]), sizes, never)
+
+
+def _name(index: int) -> str:
+    cycle, place = divmod(index, 26)
+    return string.ascii_lowercase[place] + (str(cycle) if cycle else "")
 
 
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
@@ -152,7 +163,9 @@ def expand(call: Call) -> Factors | None:
     make = Maker()
     after = make.row(call.results[0])
     lead = len(after) - call.rank
-    before = [after[lead + d] if n > 1 or n == call.results[0][lead + d] else () for d, n in enumerate(call.operands[0])]
+    before = [
+        after[lead + d] if n > 1 or n == call.results[0][lead + d] else () for d, n in enumerate(call.operands[0])
+    ]
     return make.done([before, *[after for _ in call.operands[1:]]], [after])
 
 
@@ -289,7 +302,10 @@ def unfold(call: Call) -> Factors | None:
     dim = call.arg(1, "dimension") % call.rank
     make = Maker()
     before = make.row(call.operands[0])
-    after = [*_place(before, dim, make.new(call.results[0][dim], never=True)), make.new(call.results[0][-1], never=True)]
+    after = [
+        *_place(before, dim, make.new(call.results[0][dim], never=True)),
+        make.new(call.results[0][-1], never=True),
+    ]
     return make.done([_place(before, dim, make.new(call.operands[0][dim], never=True))], [after])
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import LaunchError
 
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 150.0
+"""Far more than a measurement takes on an idle machine: starting Python on a crowded one is slow."""
 
 
 def run_ranks(

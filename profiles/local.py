@@ -162,7 +162,7 @@ def _gpus(count: int | None, spec: str) -> Cluster:
     if wanted > present:
         raise ClusterError(f"cluster {spec!r}: torch sees {present} GPUs; use local:{present} or local-cpu:{wanted}")
     properties = torch.cuda.get_device_properties(0)
-    name = _preset_name(properties.name, properties.total_memory)
+    name = preset_name(properties.name, properties.total_memory)
     if name is None:
         raise ClusterError(f"cluster {spec!r}: no preset for {properties.name}; describe it in a cluster.toml")
     cluster = parse_cluster(f"{name}:{wanted}")
@@ -171,8 +171,8 @@ def _gpus(count: int | None, spec: str) -> Cluster:
     return replace(cluster, name=spec, spec=spec, device=device)
 
 
-def _preset_name(title: str, memory: int) -> str | None:
-    """The preset whose words all stand in the driver's name of a GPU, the one with the nearest memory if several do."""
+def preset_name(title: str, memory: int) -> str | None:
+    """The preset that the driver's name of a GPU means, by nearest memory where several do; None without one."""
     words = set(re.findall(r"[a-z]+\d+\w*|\d{4}", title.lower()))
     fits = [n for n in list_clusters() if n.removeprefix("rtx-").partition("-")[0] in words]
     pcie = "pcie" in title.lower()

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LaunchError, ShardwrightError, UsageError
-from ..passes.capture import capture
-from ..passes.summarize import summarize
+from ..passes.prepare import in_dtype, prepare_bare
+from ..passes.skeleton import skeleton
 from ..planner.assign import Storage
 from ..planner.cluster import Cluster
 from ..planner.outline import Outline
@@ -23,7 +23,6 @@ from ..planner.solve import solve_fixed
 from .mesh import Mesh
 from .module import ParallelModule
 from .programs import Programs
-from .skeleton import skeleton, to_meta
 
 
 def apply(
@@ -35,11 +34,8 @@ def apply(
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
-    bare = skeleton(model)
-    if plan.precision.compute != plan.precision.parameter:
-        bare = bare.to(getattr(torch, plan.precision.compute))
-    captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, lift_float64=lift)
-    summary = summarize(captured)
+    bare = in_dtype(skeleton(model), plan.precision.compute)
+    summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn, lift=lift)
     programs = Programs.create(
         bare, plan, summary, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local", lift=lift
     )
@@ -51,7 +47,7 @@ def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[s
 
     def resolve(outline: Outline, storage: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
         prices = Prices(Cluster.from_dict(plan.cluster), plan.precision.compute)
-        return solve_fixed(outline, prices, plan.mesh, storage)
+        return solve_fixed(outline, prices, plan.mesh, storage, plan.precision)
 
     return resolve
 

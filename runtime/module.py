@@ -20,7 +20,7 @@ from . import parameters
 from .mesh import Mesh
 from .outputs import rebuild
 from .programs import Program, Programs
-from .skeleton import Tree
+from ..passes.skeleton import Tree
 from .step import Values, run_microbatches, run_once
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import PlanError, PlanMismatch, UsageError
-from ..passes.capture import Captured, capture
+from ..passes.capture import Captured
 from ..passes.lowered import Lowered
 from ..passes.shard import lower
-from ..passes.summarize import Summary, summarize
+from ..passes.prepare import prepare_bare
+from ..passes.skeleton import to_meta
+from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, parameter_groups
 from ..planner.legal import check_choices
 from ..planner.outline import Outline, Parameter
@@ -23,7 +25,6 @@ from ..planner.plan import Plan
 from . import parameters
 from .emit import RankEmit
 from .mesh import Mesh
-from .skeleton import to_meta
 from .step import Buckets
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
@@ -112,9 +113,9 @@ class Programs:
             data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
             args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
         self.model.train(train)
-        captured = capture(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift_float64=self.lift)
+        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=self.lift)
+        captured = summary.captured
         training = grad and bool(captured.loss)
-        summary = summarize(captured)
         microbatches = self._microbatches(summary.outline) if training else 1
         assignment = self._assignment(summary.outline)
         if outputs and training and microbatches > 1:

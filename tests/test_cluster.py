@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from shardwright.errors import ClusterError
 from shardwright.planner.cluster import Cluster, Level, default_limit_bytes
 from shardwright.planner.collectives import (
@@ -22,10 +21,10 @@ from shardwright.planner.collectives import (
 )
 from shardwright.profiles.devices import describe, list_clusters, load_device, parse_bytes, parse_cluster
 
-PRESETS = (
-    "v100-sxm-16gb v100-sxm-32gb a100-sxm-40gb a100-sxm-80gb a100-pcie-40gb a100-pcie-80gb h100-sxm h100-pcie h200-sxm "
-    "b200-sxm gb200 mi250x mi300x t4 l4 a10g rtx-3090 rtx-4090 cpu"
-).split()
+PRESETS = [
+    "v100-sxm-16gb", "v100-sxm-32gb", "a100-sxm-40gb", "a100-sxm-80gb", "a100-pcie-40gb", "a100-pcie-80gb", "h100-sxm",
+    "h100-pcie", "h200-sxm", "b200-sxm", "gb200", "mi250x", "mi300x", "t4", "l4", "a10g", "rtx-3090", "rtx-4090", "cpu",
+]  # fmt: skip
 
 
 def test_preset_names_are_those_promised() -> None:
@@ -35,7 +34,13 @@ def test_preset_names_are_those_promised() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_figure_of_a_preset_has_a_source(name: str) -> None:
     device = load_device(name)
-    for datum in ("memory_bytes", "memory_bytes_per_second", "kernel_overhead_seconds", "compute_units", "context_bytes"):
+    for datum in (
+        "memory_bytes",
+        "memory_bytes_per_second",
+        "kernel_overhead_seconds",
+        "compute_units",
+        "context_bytes",
+    ):
         assert device.sources[datum]
     assert all(device.sources[f"peak_flops.{dtype}"] for dtype in device.peak_flops)
     assert all(device.sources[f"efficiencies.{kind}"] for kind in device.efficiencies)
@@ -222,7 +227,9 @@ def test_alpha_beta_formulas(p: int) -> None:
     assert collective_seconds("all_gather", full, route) == pytest.approx(ring)
     assert collective_seconds("reduce_scatter", full, route) == pytest.approx(ring)
     assert collective_seconds("all_reduce", full, route) == pytest.approx(2 * ring)
-    assert collective_seconds("all_to_all", full, route) == pytest.approx((p - 1) * ALPHA + (p - 1) / p**2 * full * BETA)
+    assert collective_seconds("all_to_all", full, route) == pytest.approx(
+        (p - 1) * ALPHA + (p - 1) / p**2 * full * BETA
+    )
 
 
 def test_small_all_reduces_go_up_a_tree() -> None:
@@ -246,7 +253,9 @@ def test_collectives_are_monotone(name: str, stride: int, size: int) -> None:
     slow, fast = parse_cluster("h100-sxm:8x4@400Gbps"), parse_cluster("h100-sxm:8x4")
     seconds = [collective_seconds(name, 2.0**b, slow.route(stride, size)) for b in range(0, 34)]
     assert seconds == sorted(seconds)
-    assert collective_seconds(name, 1e8, fast.route(stride, size)) <= collective_seconds(name, 1e8, slow.route(stride, size))
+    assert collective_seconds(name, 1e8, fast.route(stride, size)) <= collective_seconds(
+        name, 1e8, slow.route(stride, size)
+    )
 
 
 def test_measured_rows_come_first_and_are_interpolated() -> None:

@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from shardwright.errors import ClusterError
 from shardwright.profiles.store import Store, default_path
 
@@ -68,7 +67,10 @@ def test_damaged_and_foreign_files_are_named_and_left_alone(path: Path, spoil: o
     path.parent.mkdir()
     spoil(path)  # type: ignore[operator]
     before = path.read_bytes()
-    for use in (lambda: Store(path).read("cpu", "torch 1", "op"), lambda: Store(path).write("cpu", "t", "op", {"a": 1})):
+    for use in (
+        lambda: Store(path).read("cpu", "torch 1", "op"),
+        lambda: Store(path).write("cpu", "t", "op", {"a": 1}),
+    ):
         with pytest.raises(ClusterError, match=r"profiles\.sqlite"):
             use()
     assert path.read_bytes() == before

@@ -58,7 +58,7 @@ class _Embedding(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Loss per row from class-split logits; saves the logits and their log-sum-exp."""
+    """Loss per row from class-split logits, in float32 for low precision; saves the logits and their log-sum-exp."""
 
     @staticmethod
     def forward(ctx, logits, target, ignore_index, smoothing, start, classes, groups):  # type: ignore[no-untyped-def,override]
@@ -82,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
         ignored = target == ignore_index
         ctx.save_for_backward(logits, spread, local, outside, ignored)
         ctx.home = dim, smoothing, classes
-        return loss.masked_fill(ignored, 0).to(logits.dtype)
+        return loss.masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
@@ -117,9 +117,11 @@ def _cross_entropy(
     classes, start = own * math.prod(size), _start(own, index, size)
     live = [group for group, n in zip(groups, size, strict=True) if n > 1]
     rows = _CrossEntropy.apply(logits, target, ignore_index, label_smoothing, start, classes, live)
-    if reduction == NONE:
-        return rows
-    return rows.sum() / (target != ignore_index).sum() if reduction == MEAN else rows.sum()
+    if reduction != NONE:
+        rows = rows.sum()
+    if reduction == MEAN:
+        rows = rows / (target != ignore_index).sum()
+    return rows.to(logits.dtype)
 
 
 _LIBRARY.define(

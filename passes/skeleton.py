@@ -33,12 +33,11 @@ class Tree(nn.Module):
         *path, last = name.split(".")
         here: nn.Module = self
         for part in path:
-            if part not in here._modules:
-                here.add_module(part, Tree())
-            here = here._modules[part]  # type: ignore[assignment]
+            # Written to the registries directly: forwarded attributes of the original must not count as taken names.
+            here = here._modules.setdefault(part, Tree())  # type: ignore[assignment]
         if isinstance(value, nn.Parameter):
-            here.register_parameter(last, value)
-        else:
-            here.register_buffer(last, value, persistent=persistent)
-
-
+            here._parameters[last] = value
+            return
+        here._buffers[last] = value
+        if not persistent:
+            here._non_persistent_buffers_set.add(last)

@@ -1,0 +1,81 @@
+"""`shardwright check MODEL`: what capture finds. All problems together, ops without a rule, the regions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import json_option
+
+if TYPE_CHECKING:
+    from ..passes.capture import Captured
+    from ..passes.summarize import Summary
+
+
+@click.command("check")
+@click.argument("model")
+@click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N")
+@click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
+@json_option
+def command(model: str, batch: int, seq: int | None, as_json: bool) -> None:
+    """Capture MODEL and show problems, ops without a rule, and the regions found."""
+    from ..passes.capture import capture
+    from ..passes.models import load
+    from ..passes.summarize import summarize
+    from .listings import check_tables
+    from .tables import print_json, progress, show
+
+    with progress() as tell:
+        tell("load")
+        loaded = load(model, batch=batch, seq=seq, device="meta")
+        tell("capture")
+        captured = capture(loaded.model, loaded.args, loaded.kwargs, loss_fn=loaded.loss_fn)
+        tell("summarize")
+        summary = summarize(captured)
+    found = document(captured, summary)
+    if as_json:
+        print_json(found)
+    else:
+        show(check_tables(found))
+
+
+def document(captured: Captured, summary: Summary) -> dict[str, Any]:
+    """What was found, as plain values."""
+    outline = summary.outline
+    by_name = outline.by_name
+    regions = [
+        {
+            "name": region.name,
+            "repeats": region.repeats,
+            "ops": len(region.instances[0]),
+            "parameters": len(region.parameters[0]),
+            "targets": dict(Counter(by_name[op].target for op in region.instances[0]).most_common()),
+        }
+        for region in outline.regions
+    ]
+    return {
+        "ops": len(outline.ops),
+        "parameters": sum(outline.tensors[p.tensor].elements for p in outline.parameters),
+        "loss": outline.loss,
+        "discovered": _discovered(summary),
+        "replicated": _replicated(summary),
+        "microbatch_blockers": list(outline.microbatch_blockers),
+        "notes": [*captured.notes, *outline.notes],
+        "regions": regions,
+    }
+
+
+def _discovered(summary: Summary) -> list[dict[str, Any]]:
+    """Ops whose rule was found by experiment, one row per op and line."""
+    calls = Counter((target, str(summary.calls[name].rule)) for name, target in summary.discovered.items())
+    return [{"target": target, "rule": rule, "calls": count} for (target, rule), count in calls.items()]
+
+
+def _replicated(summary: Summary) -> list[dict[str, Any]]:
+    """Ops that have loops but none that may be split: they run whole on every rank."""
+    calls = Counter(
+        op.target for op in summary.outline.ops if op.factors and all(f.split == "never" for f in op.factors)
+    )
+    return [{"target": target, "calls": count} for target, count in calls.items()]

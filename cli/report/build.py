@@ -1,0 +1,171 @@
+"""A plan as one HTML page: template.html filled from the plan, with report.css and report.js inlined.
+
+The page loads nothing: its content security policy forbids every request, and scripts other than its own. Everything that
+comes from a plan or a result passes the template's autoescape.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from ...planner.plan import OpPlan, Plan, RegionPlan
+from ...planner.planfile import dump_plan, write_whole
+from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
+from ..placements import RegionSummary, summaries, word
+from ..results import comparison, verify_rows
+from ..tables import optimum_text, shape_cells
+
+_COLOURS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One cause: its figure as text, its share of the whole in percent, and which colour of the palette it has."""
+
+    name: str
+    text: str
+    share: str
+    percent: float
+    colour: int
+
+
+def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None) -> None:
+    """Write the page of `plan` to `path`, whole or not at all."""
+    write_whole(path, build(plan, result))
+
+
+def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
+    """The page of a plan; `result` is what a run of it measured."""
+    style, script = _asset("report.css"), _asset("report.js")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset("template.html")).render(
+        policy=_policy(style, script),
+        style=markupsafe.Markup(style),
+        script=markupsafe.Markup(script),
+        plan=plan,
+        title=plan.source.model,
+        facts=_facts(plan),
+        figures=_figures(plan),
+        regions=list(zip(plan.regions, summaries(plan), strict=True)),
+        parameters=_parameters,
+        ops=_ops,
+        counted=_counted,
+        memory=_memory(plan),
+        limit_at=_limit_at(plan),
+        time=_time(plan),
+        bytes_text=bytes_text,
+        seconds_text=seconds_text,
+        shapes=[shape_cells(record) for record in plan.search.shapes],
+        runners_up=[shape_cells(record) for record in plan.runners_up],
+        optimum=optimum_text(plan),
+        comparison=comparison(plan, result) if result and "step_seconds" in result else [],
+        verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
+        losses=_losses(result),
+        text=dump_plan(plan),
+    )
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing is loaded, and nothing runs or styles but what stands in the page (bars set their width in place)."""
+    return (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "style-src-attr 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    """One line under the title: what is trained, how, and where."""
+    source, precision = plan.source, plan.precision
+    found = [("batch", str(source.batch))]
+    if source.seq:
+        found.append(("sequence", str(source.seq)))
+    where = str(plan.cluster.get("spec") or plan.cluster.get("name") or "")
+    found += [("cluster", where), ("precision", precision.recipe), ("optimizer", plan.optimizer)]
+    return found + [("pinned", pin) for pin in plan.pins]
+
+
+def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+    """(name, figure, remark): what everybody asks first."""
+    predicted, limit = plan.predicted, plan.memory_limit_bytes
+    tokens = f"{predicted.tokens_per_second_per_device:,.0f}"
+    return [
+        ("Step", seconds_text(predicted.step_seconds), f"predicted, ± {percent_text(predicted.error)}"),
+        ("Throughput", tokens, "tokens per second and device"),
+        ("Utilisation", percent_text(predicted.mfu), "model FLOPs over dense peak"),
+        ("Peak memory", bytes_text(predicted.peak_bytes_per_device), f"per device, of {bytes_text(limit)}"),
+        ("Optimality", "none" if plan.edited else percent_text(plan.search.gap), _gap_remark(plan)),
+    ]
+
+
+def _gap_remark(plan: Plan) -> str:
+    if plan.edited:
+        return "edited: no certificate"
+    return "gap to the proven bound" + (", search interrupted" if plan.search.interrupted else "")
+
+
+def _parameters(summary: RegionSummary, plan: Plan) -> list[str]:
+    axes = tuple(axis.name for axis in plan.mesh)
+    return [group.text(axes) for group in summary.parameters]
+
+
+def _ops(region: RegionPlan, plan: Plan) -> list[tuple[OpPlan, list[tuple[str, str, str]]]]:
+    """Each op with (word, choice, result) along every axis."""
+    rows = []
+    for op in region.ops:
+        states = op.result or ("",) * len(plan.mesh)
+        axes = [(word(op, i, plan.mesh), op.choice[i], states[i]) for i in range(len(plan.mesh))]
+        rows.append((op, axes))
+    return rows
+
+
+def _counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
+
+
+def _memory(plan: Plan) -> list[Bar]:
+    scale = max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
+    return [
+        Bar(memory_text(cause), bytes_text(size), percent_text(size / plan.memory_limit_bytes), 100 * size / scale, i % _COLOURS)
+        for i, (cause, size) in enumerate(_large_first(plan.predicted.memory))
+    ]
+
+
+def _limit_at(plan: Plan) -> float:
+    """Where the limit stands on the memory bar, in percent."""
+    return 100 * plan.memory_limit_bytes / max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
+
+
+def _time(plan: Plan) -> list[Bar]:
+    causes = _large_first(plan.predicted.seconds)
+    whole = max(sum(value for _, value in causes), plan.predicted.step_seconds) or 1.0
+    return [
+        Bar(time_text(cause), seconds_text(value), percent_text(value / whole), 100 * value / whole, i % _COLOURS)
+        for i, (cause, value) in enumerate(causes)
+    ]
+
+
+def _large_first(causes: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(((k, v) for k, v in causes.items() if v > 0), key=lambda item: -item[1])
+
+
+def _losses(result: Mapping[str, Any] | None) -> Sequence[str]:
+    return [f"{value:.4f}" for value in result.get("losses", ())] if result else []

@@ -1,0 +1,43 @@
+"""`shardwright report plan.json -o report.html`: a plan as one self-contained page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...errors import UsageError
+from ..options import json_option, output_option
+
+
+@click.command("report")
+@click.argument("plan", type=click.Path(path_type=Path))
+@output_option("-o", "--output", required=True, help="HTML page to write.")
+@click.option("--measured", type=click.Path(path_type=Path), metavar="FILE", help="What `run --json` printed, to compare.")
+@json_option
+def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> None:
+    """Write a plan as one HTML page that needs no network."""
+    from ...planner.planfile import load_plan
+    from .build import write_report
+
+    write_report(load_plan(plan), output, _measured(measured))
+    if as_json:
+        click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size}))
+    else:
+        click.echo(f"wrote {output}")
+
+
+def _measured(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}; expected what `run --json` printed") from None
+    except ValueError:
+        raise UsageError(f"{path}: not JSON; expected what `run --json` printed") from None
+    if not isinstance(found, dict) or not ({"verify", "step_seconds"} & set(found)):
+        raise UsageError(f"{path}: expected what `run --json` printed (step_seconds, peak_bytes, verify)")
+    return found

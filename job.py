@@ -1,0 +1,149 @@
+"""One planning job: a captured model on a cluster, priced and solved. The stages of the road, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import Infeasible, PinError
+from .planner.cluster import Cluster, default_limit_bytes
+from .planner.outline import Outline
+from .planner.pins import Pins
+from .planner.plan import Plan, Precision, Source
+from .planner.precision import state_bytes
+from .planner.prices import Prices
+from .planner.progress import Event
+from .planner.rebatch import rebatch
+from .planner.solve import Request, solve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Say = Callable[[str], None]
+MOST_DOUBLINGS = 16
+WORTHWHILE = 1.02
+"""A larger batch is taken while it raises tokens per second by at least this factor."""
+
+
+@dataclass
+class Clock:
+    """Seconds by phase; `say` hears the name of each phase as it begins, and what the search says."""
+
+    say: Say | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        self.tell(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def tell(self, text: str) -> None:
+        """Pass on one line of progress."""
+        if self.say is not None:
+            self.say(text)
+
+    def event(self, event: Event) -> None:
+        """Pass on what the search says."""
+        best = f" (best {event.best_seconds:.4g} s)" if event.best_seconds is not None else ""
+        self.tell(f"{event.phase}: {event.text}{best}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned. `measure` prices an outline on the cluster; `outline` is the model at the batch of the inputs."""
+
+    outline: Outline
+    cluster: Cluster
+    prices: Prices
+    request: Request
+    clock: Clock
+
+    @classmethod
+    def create(
+        cls, model: nn.Module, args: Any, kwargs: Any, cluster: Cluster, pins: Pins, precision: Precision, source: Source,
+        *, optimizer: str, objective: str, loss_fn: Callable[..., Any] | None, store: Path | None, clock: Clock,
+    ) -> Job:  # fmt: skip
+        """Capture, outline and price `model`; its parameters and inputs are only looked at."""
+        from .passes.prepare import prepare
+
+        with clock.phase("capture"):
+            summary = prepare(model, args, kwargs, precision.compute, loss_fn=loss_fn)
+        if pins.optimizer is not None:
+            optimizer = pins.optimizer
+        pins.check("optimizer", optimizer)
+        with clock.phase("prices"):
+            from .passes.measure import measured_prices
+
+            prices = measured_prices(summary, cluster, precision.compute, store=store)
+        request = Request(
+            source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event
+        )
+        return cls(summary.outline, cluster, prices, request, clock)
+
+    def solve(self) -> Plan:
+        """The plan; raises Infeasible or PinError."""
+        with self.clock.phase("solve"):
+            return solve(self.outline, self.cluster, self.prices, self.request)
+
+    def estimate(self) -> dict[str, float]:
+        """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""
+        sizes = {p.tensor: self.outline.tensors[p.tensor].elements for p in self.outline.parameters}
+        trainable = sum(sizes[p.tensor] for p in self.outline.parameters if p.trainable)
+        kept = state_bytes(self.request.precision, self.request.optimizer)
+        total = sum(sizes.values())
+        return {
+            "parameters": total,
+            "trainable": trainable,
+            "parameter_bytes": float(total * (kept.parameter + kept.master)),
+            "gradient_bytes": float(trainable * kept.gradient),
+            "optimizer_bytes": float(trainable * kept.moments),
+            "batch": self.outline.batch,
+            "tokens": self.outline.tokens,
+            "devices": self.cluster.devices,
+            "limit_bytes": self.request.memory_limit_bytes,
+        }
+
+    def best_batch(self, unit: int) -> int:
+        """The multiple of `unit` by powers of two with the best throughput that fits, while more still pays."""
+        best, rate, blocked = 0, 0.0, None
+        for k in range(MOST_DOUBLINGS):
+            batch = unit * 2**k
+            try:
+                plan = self._at(batch)
+            except Infeasible as error:
+                blocked = error
+                break
+            found = plan.predicted.tokens_per_second_per_device
+            if found < rate * WORTHWHILE:
+                break
+            best, rate = batch, found
+        if best == 0:
+            assert blocked is not None
+            raise blocked
+        return best
+
+    def _at(self, batch: int) -> Plan:
+        try:
+            outline = rebatch(self.outline, batch)
+        except ValueError as error:
+            raise PinError(f"--batch auto: {error}; give --batch N") from None
+        self.clock.tell(f"batch {batch}")
+        request = replace(self.request, source=_with_batch(self.request.source, batch))
+        return solve(outline, self.cluster, self.prices, request)
+
+
+def _with_batch(source: Source, batch: int) -> Source:
+    import msgspec
+
+    return msgspec.structs.replace(source, batch=batch)
+
+
