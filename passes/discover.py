@@ -9,7 +9,7 @@ every rank, and `Discovery.failures` says why.
 from __future__ import annotations
 
 import itertools
-import string
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from ..errors import UnsupportedOp
 from ..planner.rule_types import Letters, RuleInstance, Shape
+from ..planner.views import letter_name
 from .discover_cache import Factor, Finding, load, signature, store
 from .experiment import Trial, difference, fill, flat, indices, run, strip, take
 from .shrink import Sample, samples
@@ -56,14 +57,24 @@ def discover(
     shapes = [tuple(int(n) for n in x.shape) for x in found]
     dtypes = [x.dtype for x in found]
     trial = Trial(target, bare, named, tuple(d.is_floating_point for d in dtypes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ops without an autograd kernel warn once per backward
+        return _discover(trial, shapes, dtypes, results, cache)
+
+
+def _discover(
+    trial: Trial, shapes: list[Shape], dtypes: list[torch.dtype], results: Sequence[Shape] | None, cache: Path | None
+) -> Discovery:
     try:
         outcome = [tuple(r) for r in results] if results is not None else _result_shapes(trial, shapes, dtypes)
     except Exception as error:
-        raise UnsupportedOp(f"{target} fails on meta tensors ({_first_line(error)}); register a fake for it") from error
+        raise UnsupportedOp(
+            f"{trial.target} fails on meta tensors ({_first_line(error)}); register a fake for it"
+        ) from error
     tried = _prepare(trial, shapes, dtypes, outcome)
     if isinstance(tried, str):
         return Discovery(_instance(Finding(), shapes, outcome), (tried,))
-    key = signature(target, bare, named, shapes, dtypes)
+    key = signature(trial.target, trial.args, trial.kwargs, shapes, dtypes)
     finding = load(cache, key) if cache is not None else None
     if finding is None or _problems(tried[0], finding.factors, tuple(finding.linear)):
         finding = _search(tried)
@@ -159,15 +170,12 @@ def _joins(sample: Sample, dims: Mapping[int, int]) -> list[int | None] | None:
 def _join_of(pieces: Sequence[torch.Tensor], wanted: torch.Tensor, size: int) -> int | None:
     """The dim along which pieces join to `wanted`, or None where their sum is it; raises ValueError for neither."""
     for d, n in enumerate(wanted.shape):
-        if n == size and pieces[0].dim() == wanted.dim() and pieces[0].shape[d] < n:
-            if not difference(torch.cat(list(pieces), d), wanted):
-                return d
-    if (
-        pieces[0].shape == wanted.shape
-        and wanted.dtype != torch.bool
-        and not difference(sum(pieces[1:], pieces[0]), wanted)
-    ):
-        return None
+        cut = n == size and pieces[0].dim() == wanted.dim() and pieces[0].shape[d] < n
+        if cut and not difference(torch.cat(list(pieces), d), wanted):
+            return d
+    if pieces[0].shape == wanted.shape and wanted.dtype != torch.bool:  # noqa: SIM102
+        if not difference(sum(pieces[1:], pieces[0]), wanted):
+            return None
     raise ValueError("the pieces neither join nor sum")
 
 
@@ -193,33 +201,33 @@ def _problems(sample: Sample, factors: Sequence[Factor], linear: tuple[tuple[int
 
 def _rule(operands: Sequence[Shape], results: Sequence[Shape], factors: Sequence[Factor]) -> RuleInstance | None:
     """A rule instance with these factors; every other dim gets a letter of its own that may not be split."""
-    names = (a + b for b in ("", *map(str, range(1, 1000))) for a in string.ascii_lowercase)
+    places: dict[tuple[str, int, int], int] = {}
+    for index, (dims, joined) in enumerate(factors):
+        here = [("operand", i, d) for i, d in dims.items()]
+        here += [("result", i, d) for i, d in enumerate(joined) if d is not None]
+        if len({(operands if side == "operand" else results)[i][d] for side, i, d in here}) > 1:
+            return None
+        places |= dict.fromkeys(here, index)
     sizes: dict[str, int] = {}
     never: set[str] = set()
-    placed: dict[tuple[str, int, int], str] = {}
-    for dims, joined in factors:
-        letter = next(names)
-        places = [("operand", i, d) for i, d in dims.items()]
-        places += [("result", i, d) for i, d in enumerate(joined) if d is not None]
-        for side, i, d in places:
-            size = (operands if side == "operand" else results)[i][d]
-            if sizes.setdefault(letter, size) != size:
-                return None
-            placed[side, i, d] = letter
-        if sizes[letter] == 1:
-            placed = {place: c for place, c in placed.items() if c != letter}
-            del sizes[letter]
+    named: dict[int, str] = {}
+
+    def letter(place: tuple[str, int, int], size: int) -> tuple[str, ...]:
+        if size == 1:
+            return ()
+        index = places.get(place)
+        name = named.get(index) if index is not None else None
+        if name is None:
+            name = letter_name(len(sizes))
+            sizes[name] = size
+            if index is None:
+                never.add(name)
+            else:
+                named[index] = name
+        return (name,)
 
     def row(side: str, index: int, shape: Shape) -> Letters:
-        dims: list[tuple[str, ...]] = []
-        for d, size in enumerate(shape):
-            name = placed.get((side, index, d))
-            if name is None and size != 1:
-                name = next(names)
-                sizes[name] = size
-                never.add(name)
-            dims.append((name,) if name is not None else ())
-        return tuple(dims)
+        return tuple(letter((side, index, d), size) for d, size in enumerate(shape))
 
     left = tuple(row("operand", i, tuple(s)) for i, s in enumerate(operands))
     right = tuple(row("result", i, tuple(s)) for i, s in enumerate(results))

@@ -56,7 +56,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 def load(path: Path, key: str) -> Finding | None:
     """The entry of `key`, or None where there is none or it cannot be read."""
-    entry = _entries(path).get(key)
+    entry: Any = _entries(path).get(key)
     try:
         factors: list[Factor] = [
             ({int(i): int(d) for i, d in f["operands"].items()}, list(f["results"])) for f in entry["factors"]

@@ -8,8 +8,9 @@ computed by walking the chain backwards with *indices*: `_Lazy.at(node, grid)` g
 index tensor per dim. The decision looks at the whole mask up to 2^24 elements, else at the first and last rows, evenly spaced rows and
 pseudo-random rows (seeded) of the first, last and some batch entries.
 
-An all-true mask goes, a causal one becomes `is_causal`, boolean or additive; operands of `and` that are all true go; a mask
-that is only broadcast over its rows is passed unbroadcast. Anything else stays.
+An all-true mask goes, a causal one becomes `is_causal`, boolean or additive. A sliding window becomes one S x S band without batch. In an
+`and` with a padding mask, all-true operands go and causal ones become such a band; what is only broadcast is passed unbroadcast. Anything
+else stays.
 """
 
 from __future__ import annotations
@@ -52,46 +53,73 @@ class RecogniseMasks:
         return program
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a mask is: "true", "band" or "other". A band of window w allows 0 <= row - column < w; causal is w = rows."""
+
+    name: str
+    window: int = 0
+    rows: int = 0
+
+    @property
+    def causal(self) -> bool:
+        return self.name == "band" and self.window >= self.rows
+
+
+TRUE, OTHER = Kind("true"), Kind("other")
+
+
 class Judge:
     """Decides what a mask is, each mask once."""
 
     def __init__(self, program: Program) -> None:
         self.known = Known(program.constants, LEAF)
         self._lazy = Lazy(self.known)
-        self._kinds: dict[fx.Node, str] = {}
+        self._kinds: dict[fx.Node, Kind] = {}
         self._reduced: dict[fx.Node, fx.Node | None] = {}
 
-    def kind(self, node: fx.Node) -> str:
-        """ "true", "causal" or "other"; an additive mask is "true" where it is zero everywhere."""
+    def kind(self, node: fx.Node) -> Kind:
+        """The kind of a mask, boolean or additive (0 allows, the least number of its dtype or -inf blocks)."""
         if node not in self._kinds:
             self._kinds[node] = self._decide(node)
         return self._kinds[node]
 
-    def _decide(self, node: fx.Node) -> str:
-        value = fake(node)
-        if value.dim() < 2 or not self.known.independent(node):
-            return "other"
-        rows, columns = value.shape[-2:]
-        possible = {"true", "causal"} if rows == columns else {"true"}
+    def _decide(self, node: fx.Node) -> Kind:
+        shape = tuple(fake(node).shape)
+        if len(shape) < 2 or not self.known.independent(node):
+            return OTHER
         try:
-            for grid in _samples(tuple(value.shape)):
+            possible = {TRUE, self._band(node, shape)} - {OTHER}
+            for grid in _samples(shape):
                 allowed, blocked = _as_boolean(self._lazy.at(node, grid))
-                possible -= _ruled_out(allowed, blocked, grid[-2], grid[-1])
+                possible = {k for k in possible if _agrees(k, allowed, blocked, grid[-1] - grid[-2])}
                 if not possible:
-                    return "other"
+                    return OTHER
         except Unknown:
-            return "other"
-        return "true" if "true" in possible else "causal"
+            return OTHER
+        return TRUE if TRUE in possible else possible.pop()
+
+    def _band(self, node: fx.Node, shape: tuple[int, ...]) -> Kind:
+        """The only band that agrees with the last row of a square mask."""
+        rows, columns = shape[-2:]
+        if rows != columns:
+            return OTHER
+        last = [torch.zeros((), dtype=torch.long)] * (len(shape) - 2) + [torch.tensor(rows - 1), torch.arange(columns)]
+        allowed, _ = _as_boolean(self._lazy.at(node, last))
+        return Kind("band", int(allowed.expand(columns).sum()), rows)
 
     def reduced(self, node: fx.Node) -> fx.Node | None:
-        """A boolean mask without its all-true operands and broadcasts; None where nothing is left."""
+        """A boolean mask without its all-true operands and broadcasts, bands in one form; None where nothing is left."""
         if node not in self._reduced:
             self._reduced[node] = self._reduce(node)
         return self._reduced[node]
 
     def _reduce(self, node: fx.Node) -> fx.Node | None:
-        if self.known.independent(node) and self.kind(node) == "true":
+        kind = self.kind(node)
+        if kind is TRUE:
             return None
+        if kind.name == "band":
+            return make_band(node, kind)
         if node.target is aten.expand.default:
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -108,7 +136,23 @@ class Judge:
         if len(kept) < 2:
             return kept[0] if kept else None
         with node.graph.inserting_after(node):
-            return emit(node.graph, aten.bitwise_and.Tensor, (kept[0], kept[1]), like=node)
+            return _known_flag(emit(node.graph, aten.bitwise_and.Tensor, (kept[0], kept[1]), like=node))
+
+
+def make_band(node: fx.Node, kind: Kind) -> fx.Node:
+    """The boolean (rows, rows) mask of a band, after `node`."""
+    graph = node.graph
+    with graph.inserting_after(node):
+        made = emit(graph, aten.full.default, ([kind.rows, kind.rows], True), {"dtype": torch.bool}, like=node)
+    for target, *arguments in [(aten.tril.default,)] + ([] if kind.causal else [(aten.triu.default, 1 - kind.window)]):
+        with graph.inserting_after(_known_flag(made)):
+            made = emit(graph, target, (made, *arguments), like=node)
+    return _known_flag(made)
+
+
+def _known_flag(node: fx.Node) -> fx.Node:
+    node.meta["differentiable"] = False
+    return node
 
 
 def _samples(shape: tuple[int, ...]) -> list[list[torch.Tensor]]:
@@ -150,15 +194,12 @@ def _as_boolean(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values == 0, values <= torch.finfo(values.dtype).min
 
 
-def _ruled_out(allowed: torch.Tensor, blocked: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> set[str]:
-    """The kinds that these elements contradict."""
-    wrong = set()
-    if not bool(allowed.all()):
-        wrong.add("true")
-    below = column <= row
-    if not bool((torch.where(below, allowed, blocked)).all()):
-        wrong.add("causal")
-    return wrong
+def _agrees(kind: Kind, allowed: torch.Tensor, blocked: torch.Tensor, ahead: torch.Tensor) -> bool:
+    """Whether these elements are as the kind says; `ahead` is column - row."""
+    if kind is TRUE:
+        return bool(allowed.all())
+    inside = (ahead <= 0) & (ahead > -kind.window)
+    return bool(torch.where(inside, allowed, blocked).all())
 
 
 def _attention(node: fx.Node, judge: Judge) -> None:
@@ -168,13 +209,15 @@ def _attention(node: fx.Node, judge: Judge) -> None:
     if not isinstance(mask, fx.Node):
         return
     kind = judge.kind(mask)
-    if fake(mask).dtype is torch.bool and kind == "other":
-        left = judge.reduced(mask)
-        kind = "true" if left is None else "causal" if left is not mask and judge.kind(left) == "causal" else "other"
-        mask = left if left is not None else mask
+    if kind is OTHER and fake(mask).dtype is torch.bool:
+        reduced = judge.reduced(mask)
+        mask, kind = (mask, TRUE) if reduced is None else (reduced, judge.kind(reduced))
+    elif kind.name == "band" and not kind.causal:
+        mask = judge.reduced(mask)
     dropout = rest[1] if len(rest) > 1 else node.kwargs.get("dropout_p", 0.0)
     kept = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p", "is_causal")}
-    node.args = (query, key, value, mask if kind == "other" else None, dropout, kind == "causal")
+    stays = kind is not TRUE and not kind.causal
+    node.args = (query, key, value, mask if stays else None, dropout, kind.causal)
     node.kwargs = kept
 
 

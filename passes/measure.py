@@ -21,7 +21,7 @@ from ..profiles.store import Store
 from .localize import localize
 from .summarize import Call, Summary, operands_of, target_name
 
-BUDGET_SECONDS = 20.0
+BUDGET_SECONDS = 12.0
 MOST_SAMPLES = 250
 STARTUP_SECONDS = 120.0
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -45,6 +46,14 @@ def storage_key(value: torch.Tensor) -> int:
 def is_plain(value: torch.Tensor) -> bool:
     """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to 2.13."""
     return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(value, FakeTensor)
+
+
+def lazy_graphs() -> contextlib.AbstractContextManager[None]:
+    """While active, new graph modules print and compile their code when first called, not at each change.
+
+    Export changes its graph module some thirty times and never calls it: a quarter of its time. Tried: 2.11 to 2.13.
+    """
+    return _use_lazy_graph_module(True)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

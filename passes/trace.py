@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..errors import CaptureError
 from .diagnose import explain
 from .lift import lift_casts
-from .torch_compat import FakeTensorMode, fake_mode, is_plain, watch_autograd_functions
+from .torch_compat import FakeTensorMode, fake_mode, is_plain, lazy_graphs, watch_autograd_functions
 
 WRAPPED = "model."
 """Prefix of names when a loss function is wrapped around the model."""
@@ -66,7 +66,7 @@ def trace(
         if lift_float64:
             stack.enter_context(lift_casts())
         try:
-            with watch_autograd_functions(functions.append):
+            with watch_autograd_functions(functions.append), lazy_graphs():
                 program = torch.export.export(called, args, kwargs, strict=False)
         except Exception as error:
             problems = explain(called, args, kwargs, error) + _functions(functions)

@@ -127,6 +127,7 @@ class Costs:
 
     def __init__(self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True) -> None:
         self.prices, self.shape, self.training = prices, shape, loss_is_differentiated
+        self._sizes = shape.sizes
         self._ops: dict[tuple[object, ...], tuple[float, float, tuple[Call, ...]] | None] = {}
         self._chains: dict[tuple[object, ...], Chain | None] = {}
         self._collectives: dict[tuple[str, float, int], float] = {}
@@ -136,7 +137,7 @@ class Costs:
         """Factor sizes of `op` under one choice per axis; None where they do not divide."""
         sizes = [f.size for f in op.factors]
         names = [f.name for f in op.factors]
-        for name, n in zip(choice, self.shape.sizes, strict=True):
+        for name, n in zip(choice, self._sizes, strict=True):
             if name in names:
                 index = names.index(name)
                 if sizes[index] % n:
@@ -205,7 +206,7 @@ class Costs:
         return self._chains[key]
 
     def _chain(self, dims: Dims, width: int, both: bool, source: Placement, target: Placement) -> Chain | None:
-        sizes = self.shape.sizes
+        sizes = self._sizes
         try:
             path = steps(dims, source, target, sizes)
             for step in path:

@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .assign import Assignment, Storage
 from .costs import Call, Costs, replaced
-from .memory import (
-    CAUSES, Facts, Held, buffer, held, local_bytes, new_bytes, operand_gradients,
-)  # fmt: skip
-from .outline import DTYPE_BYTES, Op, Outline, Parameter
+from .memory import Facts, Held, Point, Setting, held
+from .outline import DTYPE_BYTES, Op
 from .placement import Placement, R, V, local_elements
-from .plan import Precision, Traffic
-from .precision import StateBytes, state_bytes
+from .plan import Traffic
+from .precision import state_bytes
 from .space import Option, Times, stored_elements, times
-from .template import Cut
-
-Point = tuple[str, int]
-"""A time point: ("op", index of the op whose backward runs), ("reduce", group), ("finish", group), ("held", 0), ("step", index)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a plan is evaluated under."""
-
-    precision: Precision
-    optimizer: str
-    reserve: int = 0
-    foreach: bool = False
+from .template import Template
+from .timeline import Timeline, Uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +44,10 @@ class Evaluation:
 class Evaluator:
     """Evaluates assignments of one outline, cut into microbatches, on one mesh."""
 
-    def __init__(self, cut: Cut, found: Facts, costs: Costs, setting: Setting) -> None:
+    def __init__(self, template: Template, found: Facts, costs: Costs, setting: Setting) -> None:
+        cut = template.cut
+        self.class_of = template.class_of
+        self.representatives = tuple(item.op for item in template.ops)
         self.cut, self.facts, self.costs, self.setting = cut, found, costs, setting
         self.outline, self.m, self.sizes = cut.outline, cut.microbatches, costs.shape.sizes
         self.tensors = dict(self.outline.tensors)
@@ -75,9 +64,27 @@ class Evaluator:
         ledger.ops()
         ledger.transitions()
         ledger.parameters()
-        points, causes = _Memory(self, assignment, ledger).points()
+        held = {name: self._held(name, assignment, ledger) for name in self.parameters}
+        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses())
+        points, causes = walked.points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
+
+
+    def _held(self, name: str, assignment: Assignment, ledger: _Ledger) -> Held:
+        bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
+        tensor, storage = self.tensors[name], assignment.storage.get(name)
+        if storage is None:
+            return held(tensor, False, tensor.elements, tensor.elements, 0, 0, bytes_, self.setting.optimizer)
+        used = local_elements(tensor.dims, storage.home, self.sizes)
+        trains = self.parameters[name].trainable and self.training
+        return held(
+            tensor, trains, ledger.stored(name), used, storage.zero, ledger.reduced[name], bytes_, self.setting.optimizer
+        )
+
+
+Run = tuple[tuple[float, float, tuple[Call, ...]], tuple[Placement, ...], tuple[Placement, ...]]
+"""Price of an op, placements it wants of operands and makes of results."""
 
 
 class _Ledger:
@@ -95,14 +102,11 @@ class _Ledger:
         self.fresh: dict[str, list[Placement]] = defaultdict(list)
 
     def ops(self) -> None:
-        """Price every op and note what it makes and wants."""
+        """Price every op and note what it makes and wants; ops of one class and choice are looked up once."""
         owner = self.owner
+        known: dict[tuple[int, tuple[str, ...]], Run] = {}
         for op in owner.outline.ops:
-            choice = self.assignment.choices[op.name]
-            price = owner.costs.op(op, owner.tensors, choice)
-            if price is None:
-                raise ValueError(f"{op.name}: a split by {', '.join(choice)} does not divide")
-            wanted, produced = owner.costs.placed(op, owner.tensors, choice)
+            price, wanted, produced = self._op(op, self.assignment.choices[op.name], known)
             self.wanted[op.name] = wanted
             runs = 1 if self._once(op) else owner.m
             self.seconds["compute"] += runs * price[0]
@@ -112,6 +116,16 @@ class _Ledger:
                 self.produced[use.tensor] = placement
             for use, placement in zip(op.operands, wanted, strict=True):
                 self.wants[use.tensor].setdefault(placement)
+
+    def _op(self, op: Op, choice: tuple[str, ...], known: dict[tuple[int, tuple[str, ...]], Run]) -> Run:
+        owner, key = self.owner, (self.owner.class_of[op.name], choice)
+        if key not in known:
+            stands = owner.representatives[key[0]]
+            price = owner.costs.op(stands, owner.tensors, choice)
+            if price is None:
+                raise ValueError(f"{op.name}: a split by {', '.join(choice)} does not divide")
+            known[key] = (price, *owner.costs.placed(stands, owner.tensors, choice))
+        return known[key]
 
     def _once(self, op: Op) -> bool:
         return any(u.tensor in self.owner.cut.once for u in op.results)
@@ -163,7 +177,8 @@ class _Ledger:
         if not storage.zero:
             return
         often, reference = self._times(group[0]), owner.references[owner.region_of[group[0]]]
-        padded = sum(self.stored(t) * option(self.assignment.storage[t], owner.sizes).chunks * DTYPE_BYTES[owner.tensors[t].dtype] for t in group)
+        chunks = math.prod(owner.sizes[a] for a in storage.zero_axes)
+        padded = chunks * sum(self.stored(t) * DTYPE_BYTES[owner.tensors[t].dtype] for t in group)
         for name, runs in (("all_gather", often.gather), ("reduce_scatter", often.scatter)):
             bucket = owner.costs.bucket(name, storage.zero_axes, reference)
             self._bucket(name, storage.zero_axes, runs, bucket.fixed + bucket.slope * sum(used.values()), padded)
@@ -237,6 +252,10 @@ class _Ledger:
         entry[1] += runs * total
         entry[2] += seconds
 
+    def uses(self) -> Uses:
+        """The placements memory depends on."""
+        return Uses(self.wanted, self.produced, self.fresh)
+
     def traffic(self) -> tuple[Traffic, ...]:
         """Collectives of one step by kind and axis."""
         return tuple(
@@ -250,176 +269,3 @@ def option(storage: Storage, sizes: tuple[int, ...]) -> Option:
     """A storage as an option of the space (without its uses)."""
     chunks = math.prod(sizes[a] for a in storage.zero_axes) if storage.zero else 1
     return Option(storage.home, storage.zero, storage.zero_axes, storage.home, chunks)
-
-
-class _Memory:
-    """Bytes alive at every time point of one assignment, counted concretely."""
-
-    def __init__(self, owner: Evaluator, assignment: Assignment, ledger: _Ledger) -> None:
-        self.owner, self.assignment, self.ledger = owner, assignment, ledger
-        self.ops = owner.outline.ops
-        bytes_ = state_bytes(owner.setting.precision, owner.setting.optimizer)
-        self.held: dict[str, Held] = {}
-        for name, parameter in owner.parameters.items():
-            self.held[name] = self._held(name, parameter, bytes_)
-        self.groups = [g for g in assignment.groups]
-        self.count = len(self.ops)
-        self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
-        self.moment = [0.0] * self.count
-
-    def _held(self, name: str, parameter: Parameter, bytes_: StateBytes) -> Held:
-        owner, storage = self.owner, self.assignment.storage.get(name)
-        tensor = owner.tensors[name]
-        if storage is None:
-            return held(tensor, False, tensor.elements, tensor.elements, 0, 0, bytes_, owner.setting.optimizer)
-        used = local_elements(tensor.dims, storage.home, owner.sizes)
-        trains = parameter.trainable and owner.training
-        reduced = self.ledger.reduced[name]
-        return held(tensor, trains, self.ledger.stored(name), used, storage.zero, reduced, bytes_, owner.setting.optimizer)
-
-    def _over(self, cause: str, low: int, high: int, amount: float) -> None:
-        """Add to a lane for time points low..high (inclusive), as differences."""
-        if amount and low <= high:
-            self.lanes[cause][low] += amount
-            self.lanes[cause][high + 1] -= amount
-
-    def points(self) -> tuple[dict[Point, float], Callable[[Point], dict[str, int]]]:
-        """(bytes by point, function giving the causes at a point)."""
-        owner = self.owner
-        (self._training if owner.training else self._inference)()
-        lanes = {cause: _accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
-        base = {
-            "parameters": sum(h.stored for h in self.held.values()),
-            "optimizer": sum(h.moments for h in self.held.values()),
-            "buffers": sum(t.bytes for t in owner.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name),
-            "reserve": owner.setting.reserve,
-        }
-        points: dict[Point, dict[str, float]] = {}
-        for v in range(self.count):
-            points["op", v] = {c: lanes[c][v] for c in lanes}
-            points["op", v]["temporaries"] += self.moment[v]
-        if owner.training:
-            self._reductions(points, lanes)
-            self._steps(points)
-        fixed = sum(base.values())
-        totals = {p: fixed + sum(c.values()) for p, c in points.items()}
-
-        def causes(point: Point) -> dict[str, int]:
-            found = {c: float(base.get(c, 0)) for c in CAUSES}
-            for cause, amount in points[point].items():
-                found[cause] += amount
-            return {c: round(x) for c, x in found.items()}
-
-        return totals, causes
-
-    # -- lanes
-
-    def _training(self) -> None:
-        self._saved()
-        self._gradients()
-        self._gathered()
-        self._temporaries()
-
-    def _saved(self) -> None:
-        owner, found = self.owner, self.owner.facts
-        first: dict[tuple[str, Placement], int] = {}
-        whole: Placement = (R,) * len(owner.sizes)
-        for i, op in enumerate(self.ops):
-            for item in op.saved:
-                if item.source == "new":
-                    self._over("saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], owner.sizes))
-                    continue
-                use = (op.operands if item.source == "operand" else op.results)[item.index]
-                placement = self.ledger.wanted[op.name][item.index] if item.source == "operand" else self.ledger.produced[use.tensor]
-                first.setdefault(buffer(found, use.tensor, placement), i)
-        for (name, placement), i in first.items():
-            root = owner.tensors[name]
-            if root.role == "parameter" or (root.role != "activation" and placement == whole):
-                continue
-            self._over("saved", i, self.count - 1, local_bytes(root, placement, owner.sizes))
-        for name, i in found.saved_parameters.items():
-            for want in self.ledger.fresh[name] if owner.m == 1 or self.assignment.storage[name].zero == 3 else ():
-                self._over("saved", i, self.count - 1, local_bytes(owner.tensors[name], want, owner.sizes))
-
-    def _gradients(self) -> None:
-        found, m, last = self.owner.facts, self.owner.m, self.count - 1
-        for name, h in self.held.items():
-            if not h.whole or not found.uses[name]:
-                continue
-            if m > 1 and self.assignment.storage[name].zero < 2:
-                self._over("gradients", 0, last, h.whole)
-                continue
-            self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
-            self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
-
-    def _gathered(self) -> None:
-        owner, found, last = self.owner, self.owner.facts, self.count - 1
-        span = {}
-        for r, region in enumerate(owner.outline.regions):
-            for k, ops in enumerate(region.instances):
-                span[r, k] = (found.order[ops[0]], found.order[ops[-1]])
-        for name, storage in self.assignment.storage.items():
-            h = self.held[name]
-            self._over("gathered", 0 if owner.m > 1 else found.low[name], last, h.copy)
-            for key in sorted(found.touched[name]):
-                self._over("gathered", *span[key], h.gathered)
-            for want in self.ledger.fresh[name] if owner.m > 1 and storage.zero < 3 else ():
-                self._over("gathered", 0, last, local_bytes(owner.tensors[name], want, owner.sizes))
-
-    def _temporaries(self) -> None:
-        owner = self.owner
-        for span in owner.facts.spans:
-            amount = local_bytes(owner.tensors[span.root], self.ledger.produced[span.root], owner.sizes)
-            self._over("temporaries", span.start, span.end - 1, amount)
-        for i, op in enumerate(self.ops):
-            for j in operand_gradients(op, owner.tensors):
-                amount = local_bytes(owner.tensors[op.operands[j].tensor], self.ledger.wanted[op.name][j], owner.sizes)
-                self.moment[i] += amount
-
-    def _inference(self) -> None:
-        owner = self.owner
-        self._gathered()
-        for span in owner.facts.spans:
-            amount = local_bytes(owner.tensors[span.root], self.ledger.produced[span.root], owner.sizes)
-            self._over("temporaries", span.start, min(span.end, self.count - 1), amount)
-        for i, op in enumerate(self.ops):
-            for use, placement in zip(op.operands, self.ledger.wanted[op.name], strict=True):
-                tensor = owner.tensors[use.tensor]
-                source = self.ledger.produced.get(use.tensor)
-                if source is not None and buffer(owner.facts, use.tensor, source) != buffer(owner.facts, use.tensor, placement):
-                    self.moment[i] += local_bytes(tensor, placement, owner.sizes)
-
-    # -- other time points
-
-    def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
-        found, m = self.owner.facts, self.owner.m
-        final = sum(h.final for h in self.held.values())
-        waiting = sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2)
-        copies = sum(h.copy for h in self.held.values())
-        for g, group in enumerate(self.groups):
-            bucket = sum(self.held[t].bucket for t in group)
-            if m > 1 and self.assignment.storage[group[0]].zero < 2:
-                points["finish", g] = {"gradients": waiting + final, "gathered": copies, "reserve": bucket}
-                continue
-            v = found.low[group[0]]
-            before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
-            points["reduce", g] = {"gradients": lanes["gradients"][v], "gathered": lanes["gathered"][v], "reserve": bucket, **before}
-
-    def _steps(self, points: dict[Point, dict[str, float]]) -> None:
-        final = sum(h.final for h in self.held.values())
-        if self.owner.m > 1:
-            points["held", 0] = {"gradients": 2 * final}
-        if self.owner.setting.foreach:
-            points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
-            return
-        for i, p in enumerate(self.owner.outline.parameters):
-            if self.held[p.tensor].step:
-                points["step", i] = {"gradients": final, "temporaries": self.held[p.tensor].step}
-
-
-def _accumulated(differences: list[float]) -> list[float]:
-    total, found = 0.0, []
-    for d in differences:
-        total += d
-        found.append(total)
-    return found

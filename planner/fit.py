@@ -8,6 +8,7 @@ Its error is the median relative deviation of the rows it was fitted to.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ from .prices import FREE_KINDS, OpKey, OpRow, Prices, Rate
 
 UNTIMED_KINDS = FREE_KINDS | {"fill"}
 LEAST_ERROR = 0.05
+MOST_SECONDS = 0.1
+"""An op estimated to take longer is timed at a smaller shape: rates hardly depend on it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,10 @@ class Sample:
 
 
 def samples(outline: Outline, prices: Prices) -> tuple[Sample, ...]:
-    """Distinct (op, local shape) that plans on the cluster of `prices` may ask for, the heaviest first.
+    """Distinct (op, local shape) that plans on the cluster of `prices` may ask for, every target's heaviest first.
 
     Shapes: the batch cut over d ranks and at most one other factor over t, for every d x t that makes up the devices.
+    Targets take turns, so that a short budget has timed each of them once.
     """
     found: dict[OpKey, Sample] = {}
     devices = prices.cluster.devices
@@ -38,13 +42,14 @@ def samples(outline: Outline, prices: Prices) -> tuple[Sample, ...]:
     for op in outline.ops:
         if op.kind in UNTIMED_KINDS:
             continue
-        for sizes in dict.fromkeys(s for d, t in meshes for s in _cuts(op, d, t)):
+        for wanted in dict.fromkeys(s for d, t in meshes for s in _cuts(op, d, t)):
+            sizes = _shrunk(op, wanted, prices, outline.tensors)
             key = prices.op_key(op, sizes, outline.tensors)
             forward, backward = prices.op(op, sizes, outline.tensors)
             seconds = forward.seconds + backward.seconds
             kept = found.get(key)
             found[key] = Sample(op, sizes, seconds + (kept.weight if kept is not None else 0.0))
-    return tuple(sorted(found.values(), key=lambda s: -s.weight))
+    return _in_turn(sorted(found.values(), key=lambda s: -s.weight))
 
 
 def fitted(
@@ -62,6 +67,27 @@ def fitted(
                 points.setdefault(name, []).append(point)
     rates = {name: _rate(found, overhead) for name, found in points.items()}
     return replace(prices, ops={**prices.ops, **rows}, rates={**prices.rates, **rates})
+
+
+def _in_turn(ordered: list[Sample]) -> tuple[Sample, ...]:
+    """The first of every target, then the second of every target, and so on."""
+    turn: Counter[str] = Counter()
+    keyed = []
+    for place, sample in enumerate(ordered):
+        keyed.append((turn[sample.op.target], place, sample))
+        turn[sample.op.target] += 1
+    return tuple(sample for _, _, sample in sorted(keyed, key=lambda k: k[:2]))
+
+
+def _shrunk(op: Op, sizes: tuple[int, ...], prices: Prices, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """`sizes` with the largest free factor halved until the op is short enough to time (its work stays as compact)."""
+    while sum(price.seconds for price in prices.op(op, sizes, tensors)) > MOST_SECONDS:
+        free = [i for i, f in enumerate(op.factors) if f.split != "never" and sizes[i] > 1]
+        if not free:
+            break
+        largest = max(free, key=lambda i: sizes[i])
+        sizes = tuple(size // 2 if i == largest else size for i, size in enumerate(sizes))
+    return sizes
 
 
 @dataclass(frozen=True, slots=True)

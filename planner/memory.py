@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor
 from .placement import Placement, R, State, local_elements, split
+from .plan import Precision
 from .precision import OPTIMIZERS, StateBytes
 
 PASSING = frozenset({"aten.add", "aten.sub", "aten.clone", "aten.contiguous"})
@@ -29,6 +30,19 @@ PASSING = frozenset({"aten.add", "aten.sub", "aten.clone", "aten.contiguous"})
 CAUSES = ("parameters", "gradients", "optimizer", "saved", "gathered", "temporaries", "buffers", "reserve")
 
 Place = tuple[int, int]
+
+Point = tuple[str, int]
+"""A time point: ("op", index of the op whose backward runs), ("reduce", group), ("finish", group), ("held", 0), ("step", index)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a plan is evaluated under."""
+
+    precision: Precision
+    optimizer: str
+    reserve: int = 0
+    foreach: bool = False
 
 
 @dataclass(frozen=True, slots=True)

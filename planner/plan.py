@@ -5,6 +5,8 @@ Only plain facts: no solver types, no wall-clock figures, no group names. Identi
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 VERSION = 1
@@ -76,7 +78,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     batch: int
     seq: int | None = None
-    config: dict[str, object] | None = None
+    config: dict[str, Any] | None = None
     file: str | None = None
     function: str | None = None
     sha256: str | None = None
@@ -136,7 +138,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     source: Source
     graph: str
-    cluster: dict[str, object]
+    cluster: dict[str, Any]
     cluster_fingerprint: str
     objective: str
     optimizer: str

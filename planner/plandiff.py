@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from .plan import Plan
+from .planfile import to_plain
 
 # Top-level field of a plan -> the dimension a reader thinks in; fields not named here stand for themselves.
 _DIMENSIONS = {
@@ -45,7 +44,7 @@ class Difference:
 
 def diff(a: Plan, b: Plan) -> tuple[Difference, ...]:
     """Every difference between two plans, decisions before consequences; empty when they say the same."""
-    left, right = msgspec.to_builtins(a), msgspec.to_builtins(b)
+    left, right = to_plain(a), to_plain(b)
     found = [
         Difference(_dimension(where), where, x, y)
         for where, x, y in _walk(left, right, "")
@@ -72,7 +71,7 @@ def _walk(a: Any, b: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
         for key in [*a, *(k for k in b if k not in a)]:
             yield from _walk(a.get(key), b.get(key), f"{where}.{key}" if where else key)
         return
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+    if isinstance(a, list) and isinstance(b, list):
         left, right = _named(a), _named(b)
         if left is not None and right is not None:
             for key in [*left, *(k for k in right if k not in left)]:
@@ -81,7 +80,7 @@ def _walk(a: Any, b: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     yield where, a, b
 
 
-def _named(records: list[Any] | tuple[Any, ...]) -> dict[str, Any] | None:
+def _named(records: list[Any]) -> dict[str, Any] | None:
     """Records by their name; None for a list that holds something else, or names that repeat."""
     if not all(isinstance(r, dict) for r in records):
         return None
@@ -99,4 +98,4 @@ def _name(record: dict[str, Any]) -> str:
 def _spell(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}={v}" for k, v in value.items())
-    return str(value[0]) if isinstance(value, (list, tuple)) and value else str(value)
+    return str(value[0]) if isinstance(value, list) and value else str(value)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def parse_plan(text: str | bytes, name: str = "plan") -> Plan:
     try:
         plan = msgspec.convert(raw, Plan)
     except msgspec.ValidationError as error:
-        raise PlanError(f"{name}: {_explain(str(error))}") from None
+        raise PlanError(f"{name}: {_explain(_with_indices(raw, str(error)))}") from None
     problem = first_problem(plan)
     if problem is not None:
         raise PlanError(f"{name}: {problem}")
@@ -139,6 +140,51 @@ def _explain(message: str) -> str:
         return f"{path + '.' if path else ''}{unknown[1]}: unknown field; expected only the fields of a plan (docs/plan.md)"
     what = what[:1].lower() + what[1:]
     return f"{path}: {what}" if path else what
+
+
+def _with_indices(raw: dict[str, Any], message: str) -> str:
+    """msgspec says `ops[...]` for any element; which one, by converting the document with one element left at a time."""
+    what, at, path = message.partition(" - at `$")
+    if "[...]" not in path:
+        return message
+    spots = path.rstrip("`").split("[...]")
+    done = ""
+    for depth in range(len(spots) - 1):
+        done += spots[depth]
+        keys = [int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", done)]
+        refused = next((each for each in _one_left(raw, keys) if _refusal(each[1]) == message), None)
+        if refused is None:
+            return message
+        index, raw = refused
+        spots[depth] += f"[{index}]" if isinstance(index, int) else f".{index}"
+        done += "[0]" if isinstance(index, int) else f".{index}"
+    return f"{what}{at}{''.join(spots)}`"
+
+
+def _one_left(raw: dict[str, Any], keys: list[str | int]) -> Iterator[tuple[str | int, dict[str, Any]]]:
+    """(index, the document with only that element in the container at `keys`), for every element."""
+    here: Any = raw
+    for key in keys:
+        here = here[key]
+    for index in list(here) if isinstance(here, dict) else range(len(here)):
+        yield index, _replaced(raw, keys, {index: here[index]} if isinstance(here, dict) else [here[index]])
+
+
+def _replaced(value: Any, keys: list[str | int], new: Any) -> Any:
+    """A copy of `value` with `new` at `keys`."""
+    if not keys:
+        return new
+    copy = value.copy()
+    copy[keys[0]] = _replaced(value[keys[0]], keys[1:], new)
+    return copy
+
+
+def _refusal(raw: dict[str, Any]) -> str:
+    try:
+        msgspec.convert(raw, Plan)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def _render(value: Any, indent: str) -> str:

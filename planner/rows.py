@@ -7,18 +7,33 @@ times the bytes each strategy or storage option gives it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .evaluate import Point, Setting
-from .memory import Facts, Held, buffer, held, local_bytes, new_bytes, operand_gradients
+from .memory import Facts, Held, Point, Setting, buffer, held, local_bytes, new_bytes, operand_gradients
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
 from .space import Space
+from .template import Template
 
 Saver = tuple[int, str, int]
 """(op class, "operand" or "result", index)."""
+
+
+Savers = Mapping[str, Sequence[tuple[int, Saver]]]
+"""Per storage, the ops (indices) that save it."""
+
+
+def savers(template: Template, found: Facts) -> Savers:
+    """Who saves what, parameters left out."""
+    known: dict[str, list[tuple[int, Saver]]] = defaultdict(list)
+    for i, op in enumerate(template.outline.ops):
+        for item in op.saved:
+            if item.source != "new":
+                use = (op.operands if item.source == "operand" else op.results)[item.index]
+                known[found.aliases[use.tensor].root].append((i, (template.class_of[op.name], item.source, item.index)))
+    return {root: s for root, s in known.items() if template.tensors[root].role != "parameter"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +48,7 @@ class Group:
 class Rows:
     """Forms of one space; time points are those of the concrete graph."""
 
-    def __init__(self, space: Space, found: Facts, setting: Setting) -> None:
+    def __init__(self, space: Space, found: Facts, setting: Setting, known: Savers) -> None:
         self.space, self.facts, self.setting = space, found, setting
         self.template, self.sizes = space.template, space.shape.sizes
         self.outline = self.template.outline
@@ -42,7 +57,7 @@ class Rows:
         self.members: list[list[str]] = [[] for _ in self.template.parameters]
         for name, w in self.template.parameter_of.items():
             self.members[w].append(name)
-        self.savers = self._savers()
+        self.savers = known
         self._canon: dict[Saver, tuple[tuple[Key, float, bool], ...]] = {}
         self._held: dict[tuple[int, int, int], Held] = {}
         self.producer = {
@@ -160,16 +175,6 @@ class Rows:
                 total["z", w, o] += h.step * (len(self.members[w]) if self.setting.foreach else mine)
 
     # -- activations
-
-    def _savers(self) -> dict[str, list[tuple[int, Saver]]]:
-        found: dict[str, list[tuple[int, Saver]]] = defaultdict(list)
-        for i, op in enumerate(self.ops):
-            for item in op.saved:
-                if item.source != "new":
-                    use = (op.operands if item.source == "operand" else op.results)[item.index]
-                    saver = (self.template.class_of[op.name], item.source, item.index)
-                    found[self.facts.aliases[use.tensor].root].append((i, saver))
-        return {root: s for root, s in found.items() if self.tensors[root].role != "parameter"}
 
     def _buffers(self, saver: Saver) -> tuple[tuple[Key, float, bool], ...]:
         """Per strategy of the saver's class: (buffer within its storage, bytes, whether it is whole)."""

@@ -53,10 +53,12 @@ ELEMENTWISE: Mapping[str, Rule] = {
     **_same(replace(_POINT, linear=((0, 1), (0, 2))), "addcmul"),
     **_same(replace(_POINT, linear=((0, 1),)), "addcdiv"),
     **_same(replace(_POINT, kind="random"), "bernoulli rand_like randn_like randint_like empty_like"),
-    **_same(Rule("*b -> *b, *b", EACH, "random"), "dropout native_dropout"),
+    **_same(Rule("*b -> *b", EACH, "random"), "dropout"),
+    **_same(Rule("*b -> *b, *b", (), "random"), "native_dropout"),
 }  # fmt: skip
 
 _MATMUL = Rule("*b k, n k -> *b n", BOTH, "matmul", "contract")
+_ADDED = replace(_MATMUL, linear=((0, 1), (0, 2)), adapt=variants.added_matmul)
 
 MATMULS: Mapping[str, Rule] = {
     **_same(replace(_MATMUL, adapt=variants.linear), "linear"),
@@ -66,9 +68,9 @@ MATMULS: Mapping[str, Rule] = {
     **_same(replace(_MATMUL, line="m k, k -> m"), "mv"),
     **_same(replace(_MATMUL, line="k, k -> "), "dot vdot"),
     **_same(replace(_MATMUL, line="m, n -> m n"), "outer ger"),
-    **_same(replace(_MATMUL, line="m n, m k!, k! n -> m n", linear=((0, 1), (0, 2)), adapt=variants.added_matmul), "addmm"),
-    **_same(replace(_MATMUL, line="m, m k!, k! -> m", linear=((0, 1), (0, 2)), adapt=variants.added_matmul), "addmv"),
-    **_same(replace(_MATMUL, line="b m n, b m k!, b k! n -> b m n", linear=((0, 1), (0, 2)), adapt=variants.added_matmul), "baddbmm"),
+    **_same(replace(_ADDED, line="m n, m k!, k! n -> m n"), "addmm"),
+    **_same(replace(_ADDED, line="m, m k!, k! -> m"), "addmv"),
+    **_same(replace(_ADDED, line="b m n, b m k!, b k! n -> b m n"), "baddbmm"),
     **_same(replace(_MATMUL, adapt=variants.einsum), "einsum"),
     **_same(replace(_MATMUL, adapt=variants.conv, kind="conv"),
             "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"),

@@ -11,28 +11,10 @@ from .rule_types import Call, Linear, Operand, Rule, Shape
 Adapt = Callable[[Call, Rule], "Rule | None"]
 
 _FLOATING = frozenset(
-    [
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-        "double",
-        "float",
-        "half",
-        "complex32",
-        "complex64",
-        "complex128",
-        "cfloat",
-        "cdouble",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-    ]
+    """float64 float32 float16 bfloat16 double float half complex32 complex64 complex128 cfloat cdouble float8_e4m3fn
+    float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz""".split()  # noqa: SIM905
 )
-_INTEGRAL = frozenset(
-    ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "short", "int", "long", "bool"]
-)
+_INTEGRAL = frozenset("int8 int16 int32 int64 uint8 uint16 uint32 uint64 short int long bool".split())  # noqa: SIM905
 
 
 def dtype_name(value: Any) -> str | None:

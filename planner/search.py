@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from ..errors import PinError
 from .assign import Assignment, Storage, parameter_groups
 from .costs import Costs, PriceBook, Shape
-from .evaluate import Evaluation, Evaluator, Point, Setting
-from .memory import Facts
+from .evaluate import Evaluation, Evaluator
+from .memory import Facts, Point, Setting
 from .outline import Outline
 from .pins import Pins, microbatch_counts
 from .plan import ShapeRecord
 from .progress import Event, Progress
 from .region import Choice, Form, RegionProgram, Solution
-from .rows import Group, Rows
+from .rows import Group, Rows, Savers, savers
 from .space import Space
-from .template import build, cut_outline
+from .template import Template, build
 
 ROWS_PER_ROUND = 6
 """Time points added after one solve: the worst of as many kinds and regions."""
@@ -40,8 +40,16 @@ class Problem:
     pins: Pins
     setting: Setting
     limit: int | None
-    gap: float = 1e-5
+    gap: float = 1e-4
     residual: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    _made: dict[int, tuple[Template, Savers]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def template(self, microbatches: int) -> tuple[Template, Savers]:
+        """The outline with its repeats tied at this number of microbatches, made once."""
+        if microbatches not in self._made:
+            template = build(self.outline, microbatches)
+            self._made[microbatches] = template, savers(template, self.facts)
+        return self._made[microbatches]
 
 
 class Candidate:
@@ -50,12 +58,12 @@ class Candidate:
     def __init__(self, problem: Problem, shape: Shape, microbatches: int, fixed: Mapping[str, Storage] | None = None) -> None:
         self.problem, self.shape, self.m = problem, shape, microbatches
         training = bool(problem.outline.loss)
-        self.template = build(problem.outline, microbatches)
+        self.template, known = problem.template(microbatches)
         costs = Costs(problem.prices, shape, training)
         setting = problem.setting
         self.space = Space(self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed, problem.residual)
-        self.rows = Rows(self.space, problem.facts, setting)
-        self.evaluator = Evaluator(cut_outline(problem.outline, microbatches), problem.facts, costs, setting)
+        self.rows = Rows(self.space, problem.facts, setting, known)
+        self.evaluator = Evaluator(self.template, problem.facts, costs, setting)
         self.program = RegionProgram(self.space, gap=problem.gap)
         self.bound = 0.0
         self.solution: Solution | None = None
@@ -76,6 +84,13 @@ class Candidate:
         if not self._restrict(assignment, limit):
             raise AssertionError("a memory row that holds in the program is broken in the evaluation")
         return False
+
+    @property
+    def chosen(self) -> Choice:
+        """The point found; call only where one was."""
+        assert self.solution is not None
+        assert self.solution.choice is not None
+        return self.solution.choice
 
     def _restrict(self, assignment: Assignment, limit: int) -> bool:
         assert self.evaluation is not None

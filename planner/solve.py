@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -12,21 +12,31 @@ from ..errors import Infeasible, PlanError
 from .assign import Assignment, Storage, assign
 from .cluster import Cluster
 from .costs import Costs, PriceBook, Shape
-from .evaluate import Evaluation, Evaluator, Setting
+from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
 from .legal import check_choices
-from .memory import facts
+from .memory import Setting, facts
 from .outline import Outline
 from .pins import Pins, mesh_shapes
 from .plan import (
-    VERSION, MeshAxis, OpPlan, ParameterPlan, Pipeline, Plan, Precision, Prediction, RegionPlan, Search, Source,
+    VERSION,
+    MeshAxis,
+    OpPlan,
+    ParameterPlan,
+    Pipeline,
+    Plan,
+    Precision,
+    Prediction,
+    RegionPlan,
+    Search,
+    Source,
 )  # fmt: skip
 from .prices import FLOPS_KINDS
 from .progress import Progress, silent
 from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
-from .template import cut_outline, retyped
+from .template import build, retyped
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Request:
     optimizer: str
     precision: Precision
     memory_limit_bytes: int
-    pins: Pins = Pins()
+    pins: Pins = field(default_factory=Pins)
     objective: str = "throughput"
     seed: int = 0
     progress: Progress = silent
@@ -49,7 +59,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
-        raise explain(problem, shapes, cluster, request.progress)
+        raise explain(problem, shapes, request.progress)
     return _plan(outline, cluster, request, found, found.best)
 
 
@@ -114,7 +124,7 @@ def _evaluate(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook,
     ready = retyped(outline, plan.precision.compute)
     costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
     setting = _setting(cluster, plan.precision, plan.optimizer)
-    evaluator = Evaluator(cut_outline(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
+    evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
         return evaluator.evaluate(assignment)
     except ValueError as error:
@@ -142,7 +152,7 @@ def predict(
 
 
 def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, best: Candidate) -> Plan:
-    assert best.evaluation is not None and best.solution is not None and best.solution.choice is not None
+    assert best.evaluation is not None
     evaluation, costs = best.evaluation, best.space.costs
     sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
     errors = [e for known in costs.sources.values() for e in known.values()]
@@ -166,8 +176,7 @@ def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, be
 
 
 def _regions(outline: Outline, best: Candidate) -> tuple[RegionPlan, ...]:
-    assert best.solution is not None and best.solution.choice is not None
-    choice, space, template = best.solution.choice, best.space, best.template
+    choice, space, template = best.chosen, best.space, best.template
     names = best.shape.names
     ops: list[list[OpPlan]] = [[] for _ in outline.regions]
     for v, item in enumerate(template.ops):
@@ -186,6 +195,3 @@ def _regions(outline: Outline, best: Candidate) -> tuple[RegionPlan, ...]:
     return tuple(
         RegionPlan(region.name, region.repeats, tuple(ops[r]), tuple(parameters[r])) for r, region in enumerate(outline.regions)
     )
-
-
-__all__ = ["Request", "make_problem", "predict", "reprice", "replace", "shape_of", "solve", "solve_fixed"]

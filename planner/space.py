@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from ..errors import PinError
 from .assign import Storage
-from .choices import choices
+from .choices import choices, states
 from .costs import Bucket, Call, Chain, Costs, replaced
 from .outline import DTYPE_BYTES, Factor, Op, Tensor
 from .pins import Pins
@@ -101,14 +101,14 @@ class Space:
     def _strategies(self, item: OpClass) -> tuple[Strategy, ...]:
         op = item.op
         allowed = [self._axis_choices(op, a) for a in range(len(self.shape.axes))]
+        sides = {c: states(op, self.tensors, c) for c in dict.fromkeys(itertools.chain(*allowed))}
         found: dict[tuple[tuple[Placement, ...], tuple[Placement, ...]], Strategy] = {}
         for choice in itertools.product(*allowed):
             price = self.costs.op(op, self.tensors, choice)
             if price is None:
                 continue
-            operands, results = self.costs.placed(op, self.tensors, choice)
-            if not self._divides(op, operands, results):
-                continue
+            operands = tuple(zip(*(sides[c][0] for c in choice), strict=True))
+            results = tuple(zip(*(sides[c][1] for c in choice), strict=True))
             made = Strategy(choice, operands, results, *price)
             known = found.get((operands, results))
             if known is None or made.seconds < known.seconds:
@@ -116,14 +116,6 @@ class Space:
         if not found:
             raise PinError(f"{op.name} ({op.target}) has no legal way to run on this mesh under the pins {self.pins.texts}")
         return tuple(found.values())
-
-    def _divides(self, op: Op, operands: tuple[Placement, ...], results: tuple[Placement, ...]) -> bool:
-        try:
-            for use, placement in (*zip(op.operands, operands, strict=True), *zip(op.results, results, strict=True)):
-                local_dims(self.tensors[use.tensor].dims, placement, self.shape.sizes)
-        except ValueError:
-            return False
-        return True
 
     def _axis_choices(self, op: Op, axis: int) -> tuple[str, ...]:
         n = self.shape.sizes[axis]

@@ -71,6 +71,11 @@ class Template:
     parameter_of: Mapping[str, int]
     once: frozenset[str]
 
+    @property
+    def cut(self) -> Cut:
+        """The outline it was made from, at the sizes of one microbatch."""
+        return Cut(self.outline, self.microbatches, self.once)
+
 
 def batch_cut(outline: Outline) -> BatchCut:
     """How the batch of `outline` is cut into microbatches; inputs carry it where an op runs their first dim over samples."""
@@ -141,7 +146,12 @@ def cut_outline(outline: Outline, microbatches: int) -> Cut:
 
 def build(outline: Outline, microbatches: int = 1) -> Template:
     """Tie the repeats of `outline`, whose batch is cut into `microbatches`."""
-    cut = cut_outline(outline, microbatches)
+    return tie(cut_outline(outline, microbatches))
+
+
+def tie(cut: Cut) -> Template:
+    """Tie the repeats of an outline that is cut into microbatches."""
+    outline, microbatches = cut.outline, cut.microbatches
     ops, tensors = cut.outline.by_name, cut.outline.tensors
     class_of: dict[str, int] = {}
     op_classes: list[OpClass] = []

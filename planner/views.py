@@ -11,6 +11,7 @@ import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .rule_types import Call, Factors, Letters, Shape
 
@@ -29,7 +30,7 @@ class Maker:
         """A fresh letter as the whole of a dim: () for size 1. An empty dim may not be split."""
         if size == 1:
             return ()
-        name = _name(len(self.sizes))
+        name = letter_name(len(self.sizes))
         self.sizes[name] = size
         if never or size == 0:
             self.never.add(name)
@@ -48,14 +49,15 @@ class Maker:
             for members in dims:
                 for letter in members:
                     if letter not in names:
-                        names[letter] = _name(len(names))
+                        names[letter] = letter_name(len(names))
         fixed: list[Letters] = [tuple(tuple(names[c] for c in m) for m in dims) for dims in (*operands, *results)]
         sizes = {new: self.sizes[old] for old, new in names.items()}
         never = frozenset(names[c] for c in self.never if c in names)
         return Factors(tuple(fixed[: len(operands)]), tuple(fixed[len(operands) :]), sizes, never)
 
 
-def _name(index: int) -> str:
+def letter_name(index: int) -> str:
+    """a, b, ..., z, a1, ..."""
     cycle, place = divmod(index, 26)
     return string.ascii_lowercase[place] + (str(cycle) if cycle else "")
 
@@ -107,7 +109,7 @@ def factor_reshape(make: Maker, before: Shape, after: Shape) -> tuple[list[tuple
                 right[d] = make.new(after[d], never=True)
             continue
         bounds = [math.prod(a), *reversed(cuts)]
-        letters = [(make.new(hi // lo)[0], lo) for hi, lo in zip(bounds, bounds[1:], strict=False)]
+        letters = [(make.new(hi // lo)[0], lo) for hi, lo in pairwise(bounds)]
         _deal(letters, mine, before, left)
         _deal(letters, theirs, after, right)
     return left, right

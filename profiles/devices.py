@@ -217,7 +217,7 @@ def _toml(*parts: str) -> dict[str, Any]:
 
 def _merged(base: Mapping[str, Any] | None, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     _only(table, ("preset", "name", "kind", "peak_flops", "efficiencies", *_FIGURES), f"{where}: field device")
-    merged = dict(base) if base is not None else {"name": "device", "kind": "gpu"}
+    merged: dict[str, Any] = dict(base) if base is not None else {"name": "device", "kind": "gpu"}
     for key, value in table.items():
         if key in ("peak_flops", "efficiencies"):
             if not isinstance(value, dict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .timing import spread_mean, time_call
@@ -57,5 +59,6 @@ def _optimizer() -> float:
     return 7.0 * 4 * PARAMETER_ELEMENTS / _seconds(step)
 
 
-def _seconds(call: object) -> float:
-    return time_call(call, SECONDS).seconds  # type: ignore[arg-type]
+def _seconds(call: Callable[[], object]) -> float:
+    call()
+    return time_call(call, SECONDS).seconds

@@ -14,32 +14,31 @@ import torch
 import torch.distributed as dist
 
 MOST_REPEATS = 25
-LEAST_REPEATS = 3
+LEAST_REPEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Usual seconds of a call, their relative spread (half the interquartile range), seconds spent in all."""
+    """Usual seconds of a call and their relative spread (half the interquartile range)."""
 
     seconds: float
     spread: float
-    spent: float
 
 
 def time_call(call: Callable[[], object], budget_seconds: float) -> Timing:
-    """Time `call`: one warm-up, then 3 to 25 repeats as the budget allows (the same number on every rank)."""
+    """Time a call that has run before: 2 to 25 repeats as the budget allows, the same number on every rank."""
+    times = [_once(call)]
+    # Ranks repeat equally often, so that they load the machine together all along.
+    repeats = int(min(MOST_REPEATS, max(LEAST_REPEATS, budget_seconds / max(agree(times[0]), 1e-7))))
+    times += [_once(call) for _ in range(repeats - 1)]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(low, (high - low) / 2 / low if low > 0 else 0.0)
+
+
+def _once(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
-    once = time.perf_counter() - begin
-    # Ranks repeat equally often, so that they load the machine together all along.
-    repeats = int(min(MOST_REPEATS, max(LEAST_REPEATS, budget_seconds / max(agree(once), 1e-7))))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(low, (high - low) / 2 / low if low > 0 else 0.0, time.perf_counter() - begin)
+    return time.perf_counter() - begin
 
 
 def agree(value: float) -> float:

@@ -25,7 +25,7 @@ def main(folder: Path, rank: int) -> None:
     job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    store = dist.FileStore(str(folder / "store"), job["ranks"])
+    store = torch.distributed.FileStore(str(folder / "store"), job["ranks"])  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=job["ranks"], timeout=timedelta(seconds=job["timeout"])
     )

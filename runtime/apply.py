@@ -28,16 +28,16 @@ from .programs import Programs
 def apply(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, *, compile: bool = False,
     loss_fn: Callable[..., Any] | None = None, device: torch.device | str | None = None, data: str = "global",
-    lift: bool = False,
+    exact: bool = False,
 ) -> ParallelModule:  # fmt: skip
-    """`api.apply_plan` with split inputs; `lift` captures with float32 casts lifted to float64 (verification)."""
+    """`api.apply_plan` with split inputs; `exact` is for verification: dropout off, and in float64 the casts lifted."""
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
     bare = in_dtype(skeleton(model), plan.precision.compute)
-    summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn, lift=lift)
+    summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn, lift=exact and plan.precision.compute == "float64")
     programs = Programs.create(
-        bare, plan, summary, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local", lift=lift
+        bare, plan, summary, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local", exact=exact
     )
     return ParallelModule(model, programs, mesh, seed=shared_seed(plan.source.seed))
 

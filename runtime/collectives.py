@@ -47,7 +47,9 @@ class CommLedger:
         self._tokens.append(_ledger.set(self))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _ledger.reset(self._tokens.pop())
 
     def counts(self, phase: str | None = None) -> dict[str, int]:

@@ -23,8 +23,8 @@ from .regather import Regather
 class RankEmit:
     """`passes.lowered.Emit` for one rank of a mesh, under a plan's dtypes."""
 
-    def __init__(self, mesh: Mesh, plan: Plan, *, training: bool) -> None:
-        self.mesh, self.device, self.training = mesh, mesh.device, training
+    def __init__(self, mesh: Mesh, plan: Plan, *, training: bool, dropout: bool = True) -> None:
+        self.mesh, self.device, self.training, self.dropout = mesh, mesh.device, training, dropout
         precision = plan.precision
         self.compute: torch.dtype | None = None
         self.sum: torch.dtype | None = None
@@ -63,8 +63,11 @@ class RankEmit:
         return make(form, self.mesh.group_name(axis_name), self.mesh.coordinate[axis], self.mesh.sizes[axis])
 
     def random(self, form: CallForm, salt: int) -> Callable[[fx.Node], CallForm] | None:
-        """The op under a seed, if it draws random numbers."""
-        return seeded_call(form, salt)
+        """The op under a seed, if it draws random numbers; with `dropout` off, the op with probability zero."""
+        seeded = seeded_call(form, salt)
+        if seeded is None or self.dropout:
+            return seeded
+        return None if _probability(form) is None else lambda _: _at_zero(form)
 
     def shard_index(self, axes: Sequence[int]) -> int:
         """This rank's index among the shards made by `axes`."""
@@ -73,6 +76,22 @@ class RankEmit:
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """A fresh regathering context for one forward pass."""
         return Regather()
+
+
+DROPOUT = {"aten.dropout": (1, "p"), "aten.scaled_dot_product_attention": (4, "dropout_p")}
+"""Position and name of the probability of ops that drop."""
+
+
+def _probability(form: CallForm) -> tuple[int, str] | None:
+    return DROPOUT.get(str(getattr(form[0], "overloadpacket", form[0])))
+
+
+def _at_zero(form: CallForm) -> CallForm:
+    target, args, kwargs = form
+    position, name = DROPOUT[str(target.overloadpacket)]
+    if len(args) > position:
+        return target, (*args[:position], 0.0, *args[position + 1 :]), kwargs
+    return target, args, {**kwargs, name: 0.0}
 
 
 Make = Callable[[CallForm, str, int, int], CallForm]

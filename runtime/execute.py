@@ -73,11 +73,11 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     loaded = rebuild(plan.source, device="cpu", seed=plan.source.seed)
     found: dict[str, Any] = {"plan": str(options.plan), "verify": [], "world_size": _world()}
     if options.verify:
-        def build(model: Any, precise: Plan) -> ParallelModule:
-            lift = precise.precision.compute == "float64"
-            return apply(model, loaded.args, loaded.kwargs, precise, device=device, loss_fn=loaded.loss_fn, lift=lift)
+        def build(model: Any, args: Any, kwargs: Any, precise: Plan) -> ParallelModule:
+            return apply(model, args, kwargs, precise, device=device, loss_fn=loaded.loss_fn, exact=True)
 
-        found["verify"] = [d.to_dict() for d in verify(loaded.model, loaded.args, loaded.kwargs, plan, build, loaded.loss_fn)]
+        differences = verify(loaded.model, loaded.args, loaded.kwargs, plan, build, loaded.loss_fn)
+        found["verify"] = [d.to_dict() for d in differences]
     if options.steps > 0:
         pm = apply(
             loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile, loss_fn=loaded.loss_fn

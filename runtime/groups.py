@@ -8,7 +8,9 @@ A whole is chunked on dim 0 by the rule of `torch.chunk`: with n ranks and c = c
 [i c, (i + 1) c), the last ones shorter or empty. Over several axes (`sizes`, major to minor) every chunk is chunked again, as
 DTensors do. The flat buffer of a rank is padded to that of chunk 0, the longest. `positions[g]` is the chunk that rank g of
 the process group holds (`Mesh.members`), since a group over two mesh axes may be numbered along either.
-A 0-dim tensor is whole on every rank. Tensors of one group have one dtype. All three are library ops, composite over autograd functions as in transitions.py.
+A 0-dim tensor is whole on every rank. Tensors of one group have one dtype.
+
+All three are library ops, composite over autograd functions as in transitions.py.
 """
 
 from __future__ import annotations

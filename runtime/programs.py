@@ -74,7 +74,7 @@ class Programs:
     compile: bool = False
     loss_fn: Callable[..., Any] | None = None
     local_batch: bool = False
-    lift: bool = False
+    exact: bool = False
     _known: dict[Any, Program] = field(default_factory=dict)
 
     @classmethod
@@ -113,14 +113,14 @@ class Programs:
             data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
             args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
         self.model.train(train)
-        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=self.lift)
+        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=self.exact and self.plan.precision.compute == "float64")
         captured = summary.captured
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
         assignment = self._assignment(summary.outline)
         if outputs and training and microbatches > 1:
             raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
-        emit = RankEmit(self.mesh, self.plan, training=training)
+        emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
         others = summary.outline.outputs if outputs or not training else ()
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,

@@ -122,15 +122,15 @@ attention = torch.ops.shardwright.attention.default
 torch itself does for dropout on a CPU."""
 
 
-def seeded_op(target: Callable[..., Any], seed: Tensor, salt: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+def seeded_op(
+    target: Callable[..., Any], seed: Tensor, salt: int, device: torch.device, *args: Any, **kwargs: Any
+) -> Any:
     """Any random op under the seed (eagerly; a compiler breaks the graph here)."""
     with seeded(device, seed, salt):
         return target(*args, **kwargs)
 
 
-def seeded_call(
-    form: CallForm, salt: int, device: torch.device | None = None
-) -> Callable[[fx.Node], CallForm] | None:
+def seeded_call(form: CallForm, salt: int, device: torch.device | None = None) -> Callable[[fx.Node], CallForm] | None:
     """How to call `form` given the node of the seed; None if it draws nothing (dropout off, an ordinary op).
 
     `device` is where the op runs; it matters for ops other than dropout and attention.

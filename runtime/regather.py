@@ -71,7 +71,9 @@ class Regather:
         self._hooks.append((hooks, _active.set(self)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         hooks, token = self._hooks.pop()
         _active.reset(token)
         hooks.__exit__(kind, error, trace)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
 
-__all__ = ["StorageRef", "is_strided", "is_tracing", "like_dtensor", "make_dtensor", "strided_split", "when_backward_ends"]
+__all__ = [
+    "StorageRef",
+    "allocation_events",
+    "is_strided",
+    "is_tracing",
+    "like_dtensor",
+    "make_dtensor",
+    "strided_split",
+    "when_backward_ends",
+]
+T = TypeVar("T")
+
 # StorageRef: weak reference to a storage; it keeps the address (`cdata`) from being reused, which a data pointer does not.
 
 
@@ -63,3 +77,22 @@ def strided_split(dim: int, outer: int) -> Placement:
 def is_strided(placement: Placement) -> bool:
     """Whether a placement is a `strided_split`."""
     return isinstance(placement, _StridedShard)
+
+
+def allocation_events(function: Callable[[], T]) -> tuple[T, list[tuple[float, int]]]:
+    """Run `function`; returns its result and the CPU allocator's events, in order: (microseconds, bytes, negative if freed).
+
+    The legacy profiler reports every allocation of the CPU allocator, compiled code's included, also those of gloo's threads
+    (which inherit it), and prints nothing, unlike the kineto one. Memory that was allocated before any profiling is not
+    reported when it is freed.
+    """
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    _enable_profiler_legacy(config)
+    try:
+        with torch.autograd.profiler.record_function("start"):
+            result = function()
+    finally:
+        threads = _disable_profiler_legacy()
+    start = next(e for thread in threads for e in thread if e.kind() == "push")
+    found = [(start.cpu_elapsed_us(e), e.cpu_memory_usage()) for t in threads for e in t if e.kind() == "memory_alloc"]
+    return result, sorted(found, key=lambda event: event[0])

@@ -1,7 +1,7 @@
 """`--verify`: the planned module against the user's original eager module, in float64 and in the plan's own dtype.
 
-The reference is always the eager module, never the captured graph. Both sides run with dropout off and under one mode that
-lifts the float32 casts inside models to float64. Rank 0 runs the reference; every parameter is compared whole.
+The reference is always the eager module, never the captured graph. Both sides run with dropout off and with the float32 casts
+inside models lifted to float64, by the same mode: active in the reference, and in the capture. Rank 0 runs the reference; every parameter is compared whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOISE = 1e-3
 gradients that are zero in exact arithmetic (key biases) are rounding noise."""
 STEPS = 3
 
-Apply = Callable[[nn.Module, Plan], ParallelModule]
+Apply = Callable[[nn.Module, Any, Any, Plan], ParallelModule]
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,14 @@ class Difference:
 def verify(model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, loss_fn: Any = None) -> list[Difference]:
     """Loss and every gradient of one step, and parameters after 3 optimizer steps; all ranks take part.
 
-    `apply` makes a ParallelModule of a module under a plan. float32 is compared for plans that compute in float32.
+    `apply` makes a ParallelModule of a module under a plan, exact. float32 is compared for plans that compute in float32.
     """
     found = []
     for dtype in ("float64", "float32"):
         if dtype == "float32" and plan.precision.compute != "float32":
             continue
         precise = msgspec.structs.replace(plan, precision=Precision(dtype, dtype, dtype, dtype, dtype))
-        with Lift(casts=dtype == "float64", dropout=False):
-            found += _compare(model, args, kwargs, precise, apply, getattr(torch, dtype), loss_fn)
+        found += _compare(model, args, kwargs, precise, apply, getattr(torch, dtype), loss_fn)
     return found
 
 
@@ -74,7 +73,7 @@ def _compare(
     name = str(dtype).removeprefix("torch.")
     reference = copy.deepcopy(model).to(dtype)
     args, kwargs = tree_map(lambda v: v.to(dtype) if _floating(v) else v, (args, kwargs))
-    planned = apply(reference, plan)
+    planned = apply(reference, args, kwargs, plan)
     device = planned.device_of_run
     if _rank() != 0:
         reference = reference.to("meta")
@@ -113,8 +112,9 @@ class _Pair:
         theirs = torch.zeros_like(mine)
         if self.leads and self.of_reference is not None:
             self.of_reference.zero_grad()
-            output = self.reference(*self.args, **self.kwargs)
-            loss = self.loss_fn(output) if self.loss_fn is not None else loss_of(output)
+            with Lift(casts=self.exact, dropout=False):
+                output = self.reference(*self.args, **self.kwargs)
+                loss = self.loss_fn(output) if self.loss_fn is not None else loss_of(output)
             loss.backward()
             theirs = loss.detach()
         theirs = _from_first(theirs.detach().clone())

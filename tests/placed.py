@@ -40,7 +40,9 @@ def shares(shape: Sequence[int], n: int, seed: int, dtype: torch.dtype) -> Tenso
     return parts
 
 
-def place(x: Tensor, dims: Dims, placement: Placement, sizes: Sequence[int], where: Sequence[int], seed: int = 0) -> Tensor:
+def place(
+    x: Tensor, dims: Dims, placement: Placement, sizes: Sequence[int], where: Sequence[int], seed: int = 0
+) -> Tensor:
     """The local value of global x (float) at `where`."""
     assert tuple(x.shape) == shape_of(dims)
     for axis, state in enumerate(placement):

@@ -44,7 +44,9 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connec
     with open(Path(folder) / f"stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
         pipe.send_bytes(pickle.dumps(("ok", None)))
         while True:
             try:

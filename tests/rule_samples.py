@@ -14,60 +14,17 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 Sample = Callable[["Draw"], Call]
 
 UNIT = frozenset(
-    [
-        "acos",
-        "asin",
-        "atanh",
-        "arccos",
-        "arcsin",
-        "arctanh",
-        "logit",
-        "log",
-        "log2",
-        "log10",
-        "log1p",
-        "sqrt",
-        "rsqrt",
-        "digamma",
-        "lgamma",
-        "erfinv",
-        "reciprocal",
-        "i0",
-        "xlogy",
-        "log_sigmoid",
-    ]
+    """acos asin atanh arccos arcsin arctanh logit log log2 log10 log1p sqrt rsqrt digamma lgamma erfinv reciprocal i0 xlogy
+    log_sigmoid""".split()  # noqa: SIM905
 )
 """Elementwise ops that want values inside (0, 1)."""
 INTEGER = frozenset(
-    [
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_xor",
-        "bitwise_not",
-        "bitwise_left_shift",
-        "bitwise_right_shift",
-        "__lshift__",
-        "__rshift__",
-        "__and__",
-        "__or__",
-        "__xor__",
-    ]
+    """bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ __and__
+    __or__ __xor__""".split()  # noqa: SIM905
 )
 RANDOM = frozenset(
-    [
-        "bernoulli",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "empty_like",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "empty",
-        "new_empty",
-        "empty_permuted",
-    ]
+    """bernoulli rand_like randn_like randint_like empty_like rand randn randint randperm empty new_empty
+    empty_permuted""".split()  # noqa: SIM905
 )
 """Ops whose values cannot be compared."""
 

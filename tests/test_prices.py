@@ -223,7 +223,7 @@ def test_measured_rows_come_first_then_rates_then_the_data_sheet() -> None:
     assert ask(known, add(64, 64))[0].source == "datasheet"
 
 
-def test_samples_are_distinct_and_heaviest_first() -> None:
+def test_samples_are_distinct_and_in_order_of_weight() -> None:
     made = make_op("aten.linear", "matmul", {"m": 64, "n": 32, "k": 16}, [("mk", True), ("nk", True)], "mn", batch="m")
     outline, prices = _outline(made), Prices(CPU, "float32")
     picked = samples(outline, prices)
@@ -277,8 +277,7 @@ def test_optimizer_and_copy_move_bytes() -> None:
 @pytest.mark.parametrize(
     ("recipe", "total", "copy"),
     [
-    [("megatron", 18, 0), ("zero", 16, 0), ("fsdp-fp32", 16, 2), ("fp16", 16, 2)]
-    + [("fp32", 16, 0), ("fp64", 32, 0), ("pure-bf16", 8, 0)],
+        ("megatron", 18, 0),
         ("zero", 16, 0),
         ("fsdp-fp32", 16, 2),
         ("fp16", 16, 2),

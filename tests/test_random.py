@@ -50,7 +50,9 @@ def test_attention_without_drops_is_attention(causal: bool, masked: torch.dtype 
 def test_attention_dropout_is_right_on_average() -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 8, dtype=torch.float64)
     wanted = F.scaled_dot_product_attention(q, k, v)
-    runs = torch.stack([random.attention(q, k, v, None, 0.2, False, None, False, torch.tensor(i), 5) for i in range(400)])
+    runs = torch.stack(
+        [random.attention(q, k, v, None, 0.2, False, None, False, torch.tensor(i), 5) for i in range(400)]
+    )
     assert float((runs.mean(0) - wanted).abs().max()) < 6 * float(runs.std(0).max()) / 20
     assert float(runs.std(0).min()) > 0
 

@@ -83,16 +83,16 @@ def _cross_entropy(node: fx.Node, make: _Emit, program: Program) -> fx.Node | No
         return None
     logits, target, weight = given["self"], given["target"], given["weight"]
     by_class = not fake(target).dtype.is_floating_point  # else probabilities: the mean is over samples
-    if weight is not None and by_class:
-        program.notes.append(f"a class-weighted mean loss is kept whole (its weights sum over the batch): {node.meta['source']}")
-        return None
     smoothing = given.get("label_smoothing", 0.0)
     total = make(node.target, make.wide(logits), target, weight, SUM, given["ignore_index"], *([smoothing] if smoothing else []))
     if not by_class:
         classes = fake(logits).shape[1 if fake(logits).dim() > 1 else 0]
         return make.divided(total, fake(logits).numel() // classes)
-    kept = make(aten.sum.default, make(aten.ne.Scalar, target, given["ignore_index"]))
-    return make.divided(total, make(aten.to.dtype, kept, fake(total).dtype))
+    kept = make(aten.ne.Scalar, target, given["ignore_index"])
+    if weight is not None:  # the mean is over the weights of the targets
+        weights = make(aten.index.Tensor, weight, [make(aten.mul.Tensor, target, kept)])
+        return make.divided(total, make(aten.sum.default, make(aten.mul.Tensor, weights, kept)))
+    return make.divided(total, make(aten.to.dtype, make(aten.sum.default, kept), fake(total).dtype))
 
 
 def _elementwise(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None:

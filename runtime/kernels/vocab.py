@@ -46,7 +46,9 @@ class _Embedding(torch.autograd.Function):
         outside = (local < 0) | (local >= rows)
         ctx.save_for_backward(local.masked_fill(outside, rows))
         ctx.home = rows, padding_idx - start if 0 <= padding_idx - start < rows else -1, by_frequency
-        return torch.nn.functional.embedding(local.masked_fill(outside, 0), weight).masked_fill_(outside.unsqueeze(-1), 0)
+        return torch.nn.functional.embedding(local.masked_fill(outside, 0), weight).masked_fill_(
+            outside.unsqueeze(-1), 0
+        )
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]

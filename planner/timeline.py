@@ -1,0 +1,186 @@
+"""Bytes alive at every time point of one assignment, counted concretely: op by op, buffer by buffer (planner/memory.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .assign import Assignment
+from .memory import CAUSES, Facts, Held, Point, Setting, buffer, local_bytes, new_bytes, operand_gradients
+from .placement import Placement, R
+from .template import Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Placements wanted of operands by op, produced by tensor, and those of parameters that take a buffer of their own."""
+
+    wanted: Mapping[str, tuple[Placement, ...]]
+    produced: Mapping[str, Placement]
+    fresh: Mapping[str, list[Placement]]
+
+
+class Timeline:
+    """One assignment's memory over its time points."""
+
+    def __init__(
+        self, cut: Cut, found: Facts, setting: Setting, sizes: tuple[int, ...], assignment: Assignment,
+        held: Mapping[str, Held], uses: Uses,
+    ) -> None:  # fmt: skip
+        self.outline, self.m, self.facts, self.setting, self.sizes = cut.outline, cut.microbatches, found, setting, sizes
+        self.assignment, self.held, self.uses = assignment, held, uses
+        self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
+        self.training = bool(self.outline.loss)
+        self.count = len(self.ops)
+        self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
+        self.moment = [0.0] * self.count
+
+    def _over(self, cause: str, low: int, high: int, amount: float) -> None:
+        """Add to a lane for time points low..high (inclusive), as differences."""
+        if amount and low <= high:
+            self.lanes[cause][low] += amount
+            self.lanes[cause][high + 1] -= amount
+
+    def points(self) -> tuple[dict[Point, float], Callable[[Point], dict[str, int]]]:
+        """(bytes by point, function giving the causes at a point)."""
+        (self._training if self.training else self._inference)()
+        lanes = {cause: _accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
+        base = {
+            "parameters": sum(h.stored for h in self.held.values()),
+            "optimizer": sum(h.moments for h in self.held.values()),
+            "buffers": sum(
+                t.bytes for t in self.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name
+            ),
+            "reserve": self.setting.reserve,
+        }
+        points: dict[Point, dict[str, float]] = {}
+        for v in range(self.count):
+            points["op", v] = {c: lanes[c][v] for c in lanes}
+            points["op", v]["temporaries"] += self.moment[v]
+        if self.training:
+            self._reductions(points, lanes)
+            self._steps(points)
+        fixed = sum(base.values())
+        totals = {p: fixed + sum(c.values()) for p, c in points.items()}
+
+        def causes(point: Point) -> dict[str, int]:
+            found = {c: float(base.get(c, 0)) for c in CAUSES}
+            for cause, amount in points[point].items():
+                found[cause] += amount
+            return {c: round(x) for c, x in found.items()}
+
+        return totals, causes
+
+    # -- lanes
+
+    def _training(self) -> None:
+        self._saved()
+        self._gradients()
+        self._gathered()
+        self._temporaries()
+
+    def _saved(self) -> None:
+        found = self.facts
+        first: dict[tuple[str, Placement], int] = {}
+        whole: Placement = (R,) * len(self.sizes)
+        for i, op in enumerate(self.ops):
+            for item in op.saved:
+                if item.source == "new":
+                    self._over("saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], self.sizes))
+                    continue
+                if item.source == "operand":
+                    use, placement = op.operands[item.index], self.uses.wanted[op.name][item.index]
+                else:
+                    use = op.results[item.index]
+                    placement = self.uses.produced[use.tensor]
+                first.setdefault(buffer(found, use.tensor, placement), i)
+        for (name, placement), i in first.items():
+            root = self.tensors[name]
+            if root.role == "parameter" or (root.role != "activation" and placement == whole):
+                continue
+            self._over("saved", i, self.count - 1, local_bytes(root, placement, self.sizes))
+        for name, i in found.saved_parameters.items():
+            for want in self.uses.fresh[name] if self.m == 1 or self.assignment.storage[name].zero == 3 else ():
+                self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
+
+    def _gradients(self) -> None:
+        found, m, last = self.facts, self.m, self.count - 1
+        for name, h in self.held.items():
+            if not h.whole or not found.uses[name]:
+                continue
+            if m > 1 and self.assignment.storage[name].zero < 2:
+                self._over("gradients", 0, last, h.whole)
+                continue
+            self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
+            self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
+
+    def _gathered(self) -> None:
+        found, last = self.facts, self.count - 1
+        span = {}
+        for r, region in enumerate(self.outline.regions):
+            for k, ops in enumerate(region.instances):
+                span[r, k] = (found.order[ops[0]], found.order[ops[-1]])
+        for name, storage in self.assignment.storage.items():
+            h = self.held[name]
+            self._over("gathered", 0 if self.m > 1 else found.low[name], last, h.copy)
+            for key in sorted(found.touched[name]):
+                self._over("gathered", *span[key], h.gathered)
+            for want in self.uses.fresh[name] if self.m > 1 and storage.zero < 3 else ():
+                self._over("gathered", 0, last, local_bytes(self.tensors[name], want, self.sizes))
+
+    def _temporaries(self) -> None:
+        for span in self.facts.spans:
+            amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
+            self._over("temporaries", span.start, span.end - 1, amount)
+        for i, op in enumerate(self.ops):
+            for j in operand_gradients(op, self.tensors):
+                amount = local_bytes(self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes)
+                self.moment[i] += amount
+
+    def _inference(self) -> None:
+        self._gathered()
+        for span in self.facts.spans:
+            amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
+            self._over("temporaries", span.start, min(span.end, self.count - 1), amount)
+        for i, op in enumerate(self.ops):
+            for use, placement in zip(op.operands, self.uses.wanted[op.name], strict=True):
+                tensor = self.tensors[use.tensor]
+                source = self.uses.produced.get(use.tensor)
+                if source is not None and buffer(self.facts, use.tensor, source) != buffer(self.facts, use.tensor, placement):
+                    self.moment[i] += local_bytes(tensor, placement, self.sizes)
+
+    # -- other time points
+
+    def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
+        found, m = self.facts, self.m
+        final = sum(h.final for h in self.held.values())
+        waiting = sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2)
+        copies = sum(h.copy for h in self.held.values())
+        for g, group in enumerate(self.groups):
+            bucket = sum(self.held[t].bucket for t in group)
+            if m > 1 and self.assignment.storage[group[0]].zero < 2:
+                points["finish", g] = {"gradients": waiting + final, "gathered": copies, "reserve": bucket}
+                continue
+            v = found.low[group[0]]
+            before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
+            now = {c: lanes[c][v] for c in ("gradients", "gathered")}
+            points["reduce", g] = {"reserve": bucket, **now, **before}
+
+    def _steps(self, points: dict[Point, dict[str, float]]) -> None:
+        final = sum(h.final for h in self.held.values())
+        if self.m > 1:
+            points["held", 0] = {"gradients": 2 * final}
+        if self.setting.foreach:
+            points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
+            return
+        for i, p in enumerate(self.outline.parameters):
+            if self.held[p.tensor].step:
+                points["step", i] = {"gradients": final, "temporaries": self.held[p.tensor].step}
+
+
+def _accumulated(differences: list[float]) -> list[float]:
+    total, found = 0.0, []
+    for d in differences:
+        total += d
+        found.append(total)
+    return found

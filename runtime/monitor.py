@@ -1,0 +1,174 @@
+"""Measured memory: the peak of a call from allocator events, bytes alive at rest, and an enforced byte budget.
+
+The peak is exact for eager and compiled code alike. On a CPU it is summed up from the allocator's own events, on CUDA it is the
+caching allocator's high-water mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ShardwrightError
+from .torch_compat import StorageRef, allocation_events
+
+T = TypeVar("T")
+
+
+class MemoryExceeded(ShardwrightError):
+    """A byte budget was exceeded while running."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Peak(Generic[T]):
+    """Memory of one call, in bytes above what was alive when it began.
+
+    `retained` is what is still alive when it ends (negative if it freed more than it kept); `timeline` has (seconds since the
+    beginning, bytes) after every allocation and release (CPU only). `result` is what the call returned.
+    """
+
+    bytes: int
+    retained: int
+    result: T
+    timeline: tuple[tuple[float, int], ...] = ()
+
+
+def measure_peak(function: Callable[[], T], device: torch.device | None = None) -> Peak[T]:
+    """Call `function` and measure its peak memory on `device` (default CPU).
+
+    On a CPU, the release of a tensor that was allocated before any measured call is not seen: it counts as alive. Measure
+    a steady state by measuring the call before it as well.
+    """
+    if device is not None and device.type == "cuda":
+        return _measure_cuda(function, device)
+    result, events = allocation_events(function)
+    timeline, alive, top = [], 0, 0
+    for moment, size in events:
+        alive += size
+        top = max(top, alive)
+        timeline.append((moment * 1e-6, alive))
+    return Peak(top, alive, result, tuple(timeline))
+
+
+def measure_step(step: Callable[[], T], *objects: Any, device: torch.device | None = None) -> Peak[T]:
+    """Total peak of a training step: what `objects` (module, optimizer, batch) hold before it, and what it adds.
+
+    Runs the step twice and reports the second run: the first one makes gradients and states whose release the second can see.
+    """
+    measure_peak(step, device)
+    baseline = live_bytes(*objects)
+    peak = measure_peak(step, device)
+    timeline = tuple((moment, baseline + size) for moment, size in peak.timeline)
+    return Peak(baseline + peak.bytes, baseline + peak.retained, peak.result, timeline)
+
+
+def _measure_cuda(function: Callable[[], T], device: torch.device) -> Peak[T]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = function()
+    torch.cuda.synchronize(device)
+    top, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    return Peak(top - before, after - before, result)
+
+
+def storages(x: Tensor) -> list[torch.UntypedStorage]:
+    """The memory behind a tensor; that of its parts for wrappers such as DTensor."""
+    if hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        parts = [getattr(x, name) for name in names]
+        return [s for part in parts if isinstance(part, Tensor) for s in storages(part)]
+    return [x.untyped_storage()] if x.layout == torch.strided else []
+
+
+def live_bytes(*objects: Any) -> int:
+    """Bytes of all distinct storages in tensors, containers, modules (with gradients) and optimizers."""
+    sizes = {s._cdata: s.nbytes() for x in _tensors(objects) for s in storages(x)}
+    return sum(sizes.values())
+
+
+def _tensors(objects: Iterable[Any]) -> Iterable[Tensor]:
+    for item in tree_leaves(list(objects)):
+        if isinstance(item, Tensor):
+            yield item
+            if item.is_leaf and item.grad is not None:
+                yield item.grad
+        elif isinstance(item, nn.Module):
+            yield from _tensors([*item.parameters(), *item.buffers()])
+        elif isinstance(item, torch.optim.Optimizer):
+            yield from _tensors([g["params"] for g in item.param_groups])
+            yield from _tensors(list(item.state.values()))
+
+
+@dataclass
+class Budget:
+    """Raises MemoryExceeded as soon as tensors made inside the block hold more than `limit_bytes` with `baseline`.
+
+    Counts the storages of every op's results until they are freed. Eager only: a compiled function called inside the block
+    runs eagerly. What kernels allocate and free inside one op is not seen.
+    """
+
+    limit_bytes: int
+    baseline: int = 0
+    peak: int = 0
+    alive: int = 0
+    _mode: _Count | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Budget:
+        self._mode = _Count(self)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._mode is not None
+        self._mode.__exit__(kind, error, trace)
+        self._mode = None
+
+
+class _Count(TorchDispatchMode):
+    """Weak references to the storages of all results; a recount after each one that is new."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.budget = budget
+        self.known: dict[int, tuple[StorageRef, int]] = {}
+        self.total = budget.baseline
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {s._cdata for x in _tensors([args, kwargs]) for s in storages(x)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            for storage in storages(x) if isinstance(x, Tensor) else ():
+                if storage._cdata not in before:
+                    self._note(storage)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        entry = self.known.get(storage._cdata)
+        if entry is not None and not entry[0].expired():
+            return
+        self.known[storage._cdata] = StorageRef(storage), storage.nbytes()
+        self._recount()
+        budget = self.budget
+        budget.alive = self.total
+        budget.peak = max(budget.peak, self.total)
+        if self.total > budget.limit_bytes:
+            raise MemoryExceeded(
+                f"{self.total:,} bytes are alive (of them {budget.baseline:,} before this call); the budget is "
+                f"{budget.limit_bytes:,} bytes"
+            )
+
+    def _recount(self) -> None:
+        self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
+        self.total = self.budget.baseline + sum(size for _, size in self.known.values())

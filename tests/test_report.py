@@ -1,0 +1,140 @@
+"""The report: one page without a request, complete, and nothing of a plan ever becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import plans
+import pytest
+from shardwright.cli.report.build import build, write_report
+
+HOSTILE = '</style></script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
+RESULT = {
+    "step_seconds": 0.15, "peak_bytes": [6_500_000_000] * 4, "losses": [3.5, 3.25],
+    "collectives": [{"collective": "all_reduce", "axis": "tp", "count": 8, "bytes": 268_435_456}],
+    "verify": [
+        {"dtype": "float64", "kind": "gradient", "worst": 1e-13, "at": "wte.weight", "limit": 1e-10, "ok": True},
+        {"dtype": "float64", "kind": "loss", "worst": 1.0, "at": "loss", "limit": 1e-10, "ok": False},
+    ],
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that is closed but not open."""
+
+    EMPTY = ("meta", "br", "img", "input", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(build(plans.plan(), RESULT))
+
+
+def test_everything_asked_for_stands_there(page: Page) -> None:
+    for heading in ("Memory at the peak", "Time of a step", "Mesh", "Placements", "Search", "Predicted and measured"):
+        assert heading in page.text
+    for fact in ("hf:tiny", "125 ms", "6.24 GiB", "13.7 GiB", "column, row", "zero-1 over dp, S(0) on tp", "saved activations",
+                 "cut: bound above the incumbent", "h.0.up.weight", "0.40 %", "150 ms", "+20.0 %", "DIFFERS"):  # fmt: skip
+        assert fact in page.text, fact
+
+
+def test_one_self_contained_page(page: Page) -> None:
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio", "source"}
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "srcset", "action", "onload", "onerror", "onclick"} & set(attributes), tag
+    assert not re.search(r"https?://|url\(|@import|//cdn", build(plans.plan()))
+
+
+def test_policy_allows_only_its_own_script_and_style(page: Page) -> None:
+    (policy,) = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    text = build(plans.plan())
+    for kind in ("script", "style"):
+        body = re.search(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        assert body is not None
+        digest = base64.b64encode(hashlib.sha256(body[1].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+
+
+def test_readable_on_a_phone_in_print_and_in_the_dark() -> None:
+    text = build(plans.plan())
+    assert 'name="viewport"' in text
+    for rule in ("prefers-color-scheme: dark", "@media print", "@media (max-width: 40rem)"):
+        assert rule in text
+
+
+def test_bars_have_the_plans_shares(page: Page) -> None:
+    widths = [float(re.findall(r"width:([\d.]+)%", a["style"] or "")[0]) for t, a in page.tags if t == "i" and a.get("style")]
+    memory, time = widths[:5], widths[5:]
+    plan = plans.plan()
+    assert sum(memory) == pytest.approx(100 * plan.predicted.peak_bytes_per_device / plan.memory_limit_bytes, abs=0.01)
+    assert sum(time) == pytest.approx(100, abs=0.01)
+
+
+def test_hostile_strings_stay_text() -> None:
+    plan = plans.plan()
+    op = msgspec.structs.replace(plan.regions[1].ops[1], op=HOSTILE, target=HOSTILE)
+    parameter = msgspec.structs.replace(plan.regions[1].parameters[0], names=(HOSTILE,))
+    region = msgspec.structs.replace(plan.regions[1], name=HOSTILE, ops=(op,), parameters=(parameter,))
+    hostile = plans.plan(
+        regions=(region,), notes=(HOSTILE,), pins=(HOSTILE,), optimizer=HOSTILE, graph=HOSTILE, objective=HOSTILE,
+        mesh=tuple(msgspec.structs.replace(a, link=HOSTILE) for a in plan.mesh),
+        source=msgspec.structs.replace(plan.source, model=HOSTILE, config={HOSTILE: HOSTILE}),
+        predicted=msgspec.structs.replace(
+            plan.predicted, memory={HOSTILE: 7}, seconds={HOSTILE: 0.1}, sources={HOSTILE: HOSTILE}
+        ),
+        search=msgspec.structs.replace(plan.search, solver=HOSTILE, given_up=(HOSTILE,)),
+        cluster={**plan.cluster, "spec": HOSTILE},
+    )  # fmt: skip
+    result = {**RESULT, "verify": [{**RESULT["verify"][0], "at": HOSTILE, "kind": HOSTILE}]}  # type: ignore[index]
+    text = build(hostile, result)
+    page = Page(text)
+    assert [t for t, _ in page.tags].count("script") == 1
+    assert "img" not in {t for t, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert HOSTILE in page.text
+    assert "49" not in re.findall(r"alert\(2\)&quot;&gt;(.*?)<", text)
+
+
+def test_edited_plan_has_no_certificate() -> None:
+    text = Page(build(plans.plan(edited=True))).text
+    assert "no certificate" in text
+    assert "proven bound" not in text
+
+
+def test_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    write_report(plans.plan(), path, RESULT)
+    assert path.read_text(encoding="utf-8") == build(plans.plan(), RESULT)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
