@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Seen through a link of the package's name, so that the folder of the checkout may have any name.
+TYPED := $(addprefix shardwright/,errors.py planner profiles cli)
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check nightly install clean
@@ -14,7 +16,8 @@ test: check
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
-	$(BIN)/mypy planner profiles cli
+	mkdir -p build/types && ln -sfn ../.. build/types/shardwright
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --explicit-package-bases --follow-imports=silent $(TYPED)
 
 nightly: $(INSTALLED)
 	$(BIN)/python -m pytest -m nightly

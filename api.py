@@ -66,17 +66,17 @@ def plan_model(
 
     `batch` "auto" takes the batch with the best throughput that fits. `show` receives the estimate before the search.
     """
-    from .passes.models import load
+    from .passes.models import load_model
 
     clock, parsed, where = Clock(say), parse_pins(pins), cluster_of(cluster, memory_limit, store)
     precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
 
     def job_at(size: int) -> Job:
         with clock.phase("load"):
-            loaded = load(spec, batch=size, seq=seq, seed=seed, device="meta")
+            loaded = load_model(spec, batch=size, seq=seq, seed=seed, device="meta")
         return Job.create(
             loaded.model, loaded.args, loaded.kwargs, where, parsed, precision, loaded.source, optimizer=optimizer,
-            objective=objective, loss_fn=loaded.loss_fn, store=store, clock=clock,
+            objective=objective, loss_fn=None, store=store, clock=clock,
         )  # fmt: skip
 
     default = data_ranks(parsed, where)

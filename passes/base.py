@@ -66,13 +66,17 @@ class Record:
 
 
 def run_passes(
-    passes: Iterable[Pass[P]], program: P, *, after: Callable[[str, P], None] | None = None
+    passes: Iterable[Pass[P]],
+    program: P,
+    *,
+    known: Iterable[str] = (),
+    after: Callable[[str, P], None] | None = None,
 ) -> tuple[P, tuple[Record, ...]]:
     """Run passes in order and record each; `after(name, program)` is called after each (to print, say).
 
-    Raises ShardwrightError where a pass requires a fact that no earlier pass provides.
+    `known` are facts that hold already. Raises ShardwrightError where a pass requires a fact that no earlier pass provides.
     """
-    known: set[str] = set()
+    known = set(known)
     records = []
     for step in passes:
         if missing := [fact for fact in step.requires if fact not in known]:
@@ -92,7 +96,12 @@ def fake(node: fx.Node) -> Any:
 
 
 def emit(
-    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: fx.Node
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: fx.Node,
 ) -> fx.Node:
     """Insert a call at the graph's insertion point, with provenance from `like` and its value from fake tensors."""
     node = graph.call_function(target, args, kwargs or {})

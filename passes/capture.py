@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, UsageError
 from .base import Program, Record, run_passes
-from .cleanup import cleanup_passes
+from .cleanup import cleanup_passes, first_passes
 from .gradients import mark
 from .inline import Fixed, Lifted, Slot, lift
+from .torch_compat import OpOverload, full_name, pytree
 from .trace import WRAPPED, trace
 
 ROLES = ("parameter", "buffer", "constant", "input")
@@ -68,7 +68,9 @@ class Captured:
         """Tensor inputs by node name; raises UsageError where the call differs in structure or constants from the captured one."""
         leaves, spec = pytree.tree_flatten((tuple(args), _ordered(dict(kwargs or {}), self.input_spec)))
         if spec != self.input_spec:
-            raise UsageError(f"this call has another structure than the captured one: got {spec}, captured {self.input_spec}")
+            raise UsageError(
+                f"this call has another structure than the captured one: got {spec}, captured {self.input_spec}"
+            )
         found = {}
         for leaf, known in zip(leaves, self.inputs, strict=True):
             if isinstance(known, str):
@@ -91,7 +93,9 @@ class Captured:
 
     def values(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors of parameters, buffers and constants by node name: the model's own, not copies."""
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
         named = {e.node: tensors[e.fqn] for e in self.entries if e.role in ("parameter", "buffer")}
         return named | dict(self.constants)
 
@@ -121,13 +125,17 @@ def capture(
     if not train:
         for slot in lifted.slots:
             slot.node.meta["differentiable"] = False
-    program, records = run_passes(cleanup_passes(), program, after=after)
+    program, found = run_passes(first_passes(), program, after=after)
     if program.problems:
         raise CaptureError(f"{type(model).__name__} cannot be captured:", list(dict.fromkeys(program.problems)))
+    program, cleaned = run_passes(cleanup_passes(), program, known=("functional",), after=after)
+    records = (*found, *cleaned)
     return _finish(lifted, program, traced.program.call_spec, traced.wrapped, train, records)
 
 
-def _finish(lifted: Lifted, program: Program, spec: Any, wrapped: bool, train: bool, records: tuple[Record, ...]) -> Captured:
+def _finish(
+    lifted: Lifted, program: Program, spec: Any, wrapped: bool, train: bool, records: tuple[Record, ...]
+) -> Captured:
     """The final graph: canonical names, placeholders in order of role, loss first."""
     mark(program.graph)
     kept = list(_output(program.graph).args[0])  # type: ignore[arg-type]
@@ -156,7 +164,17 @@ def _output(graph: fx.Graph) -> fx.Node:
 def _loss_fn_output(kept: list[fx.Node], outputs: list[int | Fixed]) -> fx.Node:
     first = outputs[0]
     if isinstance(first, Fixed) or kept[first].meta["val"].dim() != 0:
-        raise CaptureError("loss_fn must return one 0-dim tensor:", ["it returned " + str(first.value if isinstance(first, Fixed) else "a tensor of shape " + str(tuple(kept[first].meta["val"].shape)))])
+        raise CaptureError(
+            "loss_fn must return one 0-dim tensor:",
+            [
+                "it returned "
+                + str(
+                    first.value
+                    if isinstance(first, Fixed)
+                    else "a tensor of shape " + str(tuple(kept[first].meta["val"].shape))
+                )
+            ],
+        )
     return kept[first]
 
 
@@ -203,7 +221,8 @@ def _renamed(
 def _base_name(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
-    return node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+    assert isinstance(node.target, OpOverload)
+    return full_name(node.target).split("::")[-1]
 
 
 def _entries(slots: tuple[Slot, ...], program: Program, new: dict[fx.Node, fx.Node]) -> tuple[Entry, ...]:

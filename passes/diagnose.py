@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .torch_compat import DATA_DEPENDENT, mode_of
+from .torch_compat import DATA_DEPENDENT, mode_of, quiet
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -24,7 +24,7 @@ def explain(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     """
     watch = _Watch()
     try:
-        with watch, torch.enable_grad():
+        with quiet(), watch, torch.enable_grad():
             model(*args, **kwargs)
     except Exception as raised:
         # After a stand-in value, a failure may be its consequence: it is reported only when nothing else was found.
@@ -41,7 +41,11 @@ class _Watch(TorchFunctionMode):
         self.problems: list[str] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _VALUES:
@@ -71,6 +75,7 @@ _VALUES: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "__float__": lambda x: 0.0,
     "equal": lambda x: True,
     "allclose": lambda x: True,
+    "numpy": lambda x: torch.zeros(x.shape, dtype=x.dtype).numpy(),
 }
 """Calls that turn a tensor into a Python value, and their stand-ins."""
 
@@ -93,14 +98,15 @@ def _raised(error: BaseException) -> str:
     """One line for an exception: its type and text, and the user's line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:400] + " ..."
-    return f"{type(error).__name__}: {text} at {user_line(traceback.extract_tb(error.__traceback__))}"
+    line = user_line(traceback.extract_tb(error.__traceback__))
+    return f"{type(error).__name__}: {text}" + (f" at {line}" if line else "")
 
 
 def user_line(frames: Iterable[traceback.FrameSummary]) -> str:
-    """The innermost frame outside torch and this package, as `file:line: code`."""
+    """The innermost frame outside torch and this package, as `file:line: code`; "" where there is none."""
     outside = [f for f in frames if not in_torch(f.filename)]
     if not outside:
-        return "an unknown line"
+        return ""
     frame = outside[-1]
     return f"{frame.filename}:{frame.lineno}: {frame.line or frame.name}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..errors import UnsupportedOp
 from ..planner.rule_types import Letters, RuleInstance, Shape
@@ -60,6 +61,14 @@ def discover(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ops without an autograd kernel warn once per backward
         return _discover(trial, shapes, dtypes, results, cache)
+
+
+def discover_node(node: fx.Node, *, cache: Path | None = None) -> Discovery:
+    """The same for a node of a captured graph, whose `meta["val"]` and those of its arguments are (fake) tensors."""
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    results = [tuple(int(n) for n in r.shape) for r in flat(node.meta["val"])]
+    return discover(node.target, tuple(args), kwargs, results=results, cache=cache)  # type: ignore[arg-type]
 
 
 def _discover(

@@ -18,10 +18,13 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from ..errors import CaptureError
 from .base import Program
 from .diagnose import in_torch
+from .torch_compat import HigherOrderOperator
 
 aten = torch.ops.aten
+SET_GRAD, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Fixed:
 
 def lift(exported: ExportedProgram, model: nn.Module, prefix: str = "") -> Lifted:
     """One flat graph of an exported program; `prefix` (of a wrapper) is removed from names."""
+    if problems := _unsupported_regions(exported.graph_module):
+        raise CaptureError(f"{type(model).__name__} cannot be captured:", problems)
     copy = _Copy(Program(fx.Graph()))
     source = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     slots = _parameters(copy, exported, model, prefix, source)
@@ -73,11 +78,28 @@ def lift(exported: ExportedProgram, model: nn.Module, prefix: str = "") -> Lifte
     return Lifted(copy.program, tuple(slots), tuple(inputs), tuple(outputs))
 
 
+def _unsupported_regions(module: nn.Module) -> list[str]:
+    """Problems: higher-order ops other than those that can be inlined, in all nested graphs."""
+    problems = []
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            if not isinstance(node.target, HigherOrderOperator):
+                continue
+            if str(node.target) not in (SET_GRAD, AUTOCAST):
+                problems.append(f"{node.target} is not supported: {source_of(node)}")
+            elif str(node.target) == AUTOCAST and node.args[2]:
+                body = _attribute(graph_module, str(node.args[4].target))  # type: ignore[union-attr]
+                problems.append(f"autocast inside the model is not supported yet: {source_of(_first(body))}")
+    return list(dict.fromkeys(problems))
+
+
 def _parameters(
     copy: _Copy, exported: ExportedProgram, model: nn.Module, prefix: str, source: dict[str, fx.Node]
 ) -> list[Slot]:
     """One slot per parameter tensor; the names of tied ones share it."""
-    nodes = {s.target: source[s.arg.name] for s in exported.graph_signature.input_specs if s.kind == InputKind.PARAMETER}  # type: ignore[union-attr]
+    nodes = {
+        s.target: source[s.arg.name] for s in exported.graph_signature.input_specs if s.kind == InputKind.PARAMETER
+    }  # type: ignore[union-attr]
     owners: dict[int, list[str]] = {}
     tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -91,7 +113,9 @@ def _parameters(
     return slots
 
 
-def _buffers(copy: _Copy, exported: ExportedProgram, model: nn.Module, prefix: str, source: dict[str, fx.Node]) -> list[Slot]:
+def _buffers(
+    copy: _Copy, exported: ExportedProgram, model: nn.Module, prefix: str, source: dict[str, fx.Node]
+) -> list[Slot]:
     specs = {s.target: s for s in exported.graph_signature.input_specs if s.kind == InputKind.BUFFER}
     owners: dict[int, list[str]] = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -130,7 +154,9 @@ def _inputs(copy: _Copy, exported: ExportedProgram, source: dict[str, fx.Node]) 
     return found
 
 
-def _outputs(copy: _Copy, exported: ExportedProgram, result: tuple[Any, ...]) -> tuple[list[int | Fixed], list[fx.Node]]:
+def _outputs(
+    copy: _Copy, exported: ExportedProgram, result: tuple[Any, ...]
+) -> tuple[list[int | Fixed], list[fx.Node]]:
     outputs: list[int | Fixed] = []
     kept: list[fx.Node] = []
     for spec, value in zip(exported.graph_signature.output_specs, result, strict=True):
@@ -187,7 +213,7 @@ class _Copy:
         return self.new[node]
 
     def _call(self, node: fx.Node, grad: bool) -> Any:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             return self._region(node, grad)
         if node.target is operator.getitem and isinstance(self.new[node.args[0]], tuple):  # type: ignore[index]
             return self.new[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -212,17 +238,11 @@ class _Copy:
 
     def _region(self, node: fx.Node, grad: bool) -> Any:
         """Inline a region; its value is the tuple of its outputs."""
-        name = str(node.target)
         args = list(node.args)
-        if name == "wrap_with_set_grad_enabled":
+        if str(node.target) == SET_GRAD:
             enabled, body, operands = bool(args[0]), args[1], args[2:]
-        elif name == "wrap_with_autocast":
-            enabled, body, operands = grad, args[4], args[5:]
-            if args[2]:
-                self.program.problems.append(f"autocast inside the model is not supported yet: {source_of(_first(self.new[body]))}")  # type: ignore[index]
         else:
-            self.program.problems.append(f"higher-order op {name} is not supported: {source_of(node)}")
-            return ()
+            enabled, body, operands = grad, args[4], args[5:]
         module = self.new[body]  # type: ignore[index]
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
         for old, operand in zip(inner, operands, strict=True):

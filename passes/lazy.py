@@ -14,6 +14,7 @@ from torch import fx
 
 from .base import fake
 from .constants import Known
+from .torch_compat import name_of
 
 aten = torch.ops.aten
 Grid = list[torch.Tensor]
@@ -36,10 +37,10 @@ class Lazy:
             return whole[tuple(grid)] if grid else whole
         if not self.known.independent(node) or node.op != "call_function":
             raise Unknown(str(node))
-        walk = _WALKS.get(_name(node))
+        walk = _WALKS.get(name_of(node))
         if walk is not None:
             return walk(self, node, grid)
-        if torch.Tag.pointwise in node.target.tags or _name(node) in _POINTWISE:  # type: ignore[union-attr]
+        if torch.Tag.pointwise in node.target.tags or name_of(node) in _POINTWISE:  # type: ignore[union-attr]
             return self._pointwise(node, grid)
         raise Unknown(str(node.target))
 
@@ -51,10 +52,6 @@ class Lazy:
         # Elements that depend on no dim have rank 0, which promotes differently: the dtype is the node's own.
         value = node.target(*fx.map_arg(node.args, element), **fx.map_arg(node.kwargs, element))  # type: ignore[operator]
         return value.to(fake(node).dtype)  # type: ignore[no-any-return]
-
-
-def _name(node: fx.Node) -> str:
-    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
 
 
 def _broadcast(grid: Grid, shape: Any) -> Grid:

@@ -87,5 +87,3 @@ def _local_form(op: Op, call: Call, sizes: Sequence[int]) -> tuple[Any, tuple[An
     _, args, kwargs = operands_of(call.node)
     target, args, kwargs = localize(call.node.target, args, kwargs, call.rule, {**call.rule.sizes, **cut})
     return target, args, kwargs
-
-

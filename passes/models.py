@@ -54,7 +54,13 @@ def shipped() -> tuple[str, ...]:
 
 
 def load_model(
-    name: str, *, batch: int, seq: int | None = None, device: str = "meta", seed: int = 0, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    batch: int,
+    seq: int | None = None,
+    device: str = "meta",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Loaded:
     """Build what a MODEL argument names, with `batch` sequences (or images) of example inputs.
 
@@ -67,23 +73,37 @@ def load_model(
         return _hugging_face(name, config, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
     file, separator, function = name.rpartition(":")
     if not separator or not file.endswith(".py"):
-        raise UsageError(f"{name!r} is not a model; write hf:NAME (one of {', '.join(shipped())}), hf:config.json or file.py:function")
+        raise UsageError(
+            f"{name!r} is not a model; write hf:NAME (one of {', '.join(shipped())}), hf:config.json or file.py:function"
+        )
     return _from_function(name, file, function, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
 
 
-def rebuild(source: Source, *, device: str = "cpu", batch: int | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def rebuild(
+    source: Source, *, device: str = "cpu", batch: int | None = None, dtype: torch.dtype = torch.float32
+) -> Loaded:
     """Build the model of a plan from its `source` alone; `batch` overrides the source's.
 
     Raises PlanMismatch where the file is not the one that was planned, UsageError for a source that cannot be rebuilt.
     """
-    options: dict[str, Any] = {"batch": batch or source.batch, "seq": source.seq, "device": device, "seed": source.seed, "dtype": dtype}
+    options: dict[str, Any] = {
+        "batch": batch or source.batch,
+        "seq": source.seq,
+        "device": device,
+        "seed": source.seed,
+        "dtype": dtype,
+    }
     if source.kind == "hf" and source.config is not None:
         return _hugging_face(source.model, dict(source.config), **options)
     if source.kind == "function" and source.file and source.function:
         if (found := _digest(Path(source.file))) != source.sha256:
-            raise PlanMismatch(f"{source.file} has changed since it was planned (sha256 {found}, planned {source.sha256}); plan again")
+            raise PlanMismatch(
+                f"{source.file} has changed since it was planned (sha256 {found}, planned {source.sha256}); plan again"
+            )
         return _from_function(source.model, source.file, source.function, **options)
-    raise UsageError(f"the plan was made from a live module ({source.model}); load it with shardwright.apply_plan in your script")
+    raise UsageError(
+        f"the plan was made from a live module ({source.model}); load it with shardwright.apply_plan in your script"
+    )
 
 
 def _read_config(name: str) -> dict[str, Any]:
@@ -91,7 +111,9 @@ def _read_config(name: str) -> dict[str, Any]:
     if not path.suffix:
         path = MODELS / f"{name}.json"
         if not path.is_file():
-            raise UsageError(f"no shipped config {name!r}; there are {', '.join(shipped())}; or give hf:path/to/config.json")
+            raise UsageError(
+                f"no shipped config {name!r}; there are {', '.join(shipped())}; or give hf:path/to/config.json"
+            )
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     try:
@@ -146,7 +168,9 @@ def _model_class(transformers: Any, name: str, config: Any) -> Callable[[Any], n
         return cls  # type: ignore[no-any-return]
     auto = transformers.AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
-        raise UsageError(f'{name}: {type(config).__name__} has no causal language model; name a class in "architectures"')
+        raise UsageError(
+            f'{name}: {type(config).__name__} has no causal language model; name a class in "architectures"'
+        )
     return auto._model_mapping[type(config)]  # type: ignore[no-any-return]
 
 
@@ -205,8 +229,12 @@ def _labels(cls: str, config: Any, inputs: torch.Tensor, generator: torch.Genera
         return torch.randint(0, classes, inputs.shape[:1], generator=generator)
     if "TokenClassification" in cls:
         return torch.randint(0, classes, inputs.shape, generator=generator)
-    if re.search(r"NextSentence|MultipleChoice|QuestionAnswering|Segmentation|ObjectDetection|MaskedImage|DepthEstimation", cls):
-        raise UsageError(f"example inputs of {cls} are not known; write a function that builds them and give file.py:function")
+    if re.search(
+        r"NextSentence|MultipleChoice|QuestionAnswering|Segmentation|ObjectDetection|MaskedImage|DepthEstimation", cls
+    ):
+        raise UsageError(
+            f"example inputs of {cls} are not known; write a function that builds them and give file.py:function"
+        )
     return inputs.clone()
 
 
@@ -232,7 +260,8 @@ def _from_function(
 def _import(path: Path, function: str) -> Callable[..., Any]:
     """The function of a file, imported as a module of its own name with its folder on the path."""
     spec = importlib.util.spec_from_file_location(f"shardwright_model_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     sys.modules[spec.name] = module  # dataclasses and pickling look their module up
@@ -269,7 +298,9 @@ def _arguments(make: Callable[..., Any], name: str, batch: int, seq: int | None)
     return given
 
 
-def _call(make: Callable[..., Any], name: str, given: dict[str, int], device: str, seed: int, dtype: torch.dtype) -> Any:
+def _call(
+    make: Callable[..., Any], name: str, given: dict[str, int], device: str, seed: int, dtype: torch.dtype
+) -> Any:
     with _seeded(seed, device, dtype), _clear(name):
         return make(**given)
 

@@ -6,21 +6,60 @@ Nothing else under `passes/` imports a private name, so a new torch release is c
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils import _pytree as pytree
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What torch raises where a value or a shape depends on data. No public base class exists (tried: 2.11 to 2.13)."""
+
+
+__all__ = [
+    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
+    "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "storage_key", "watch_autograd_functions",
+]  # fmt: skip
+"""OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
+return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
+
+
+def full_name(target: OpOverload) -> str:
+    """The name of an op with its namespace, without its overload: "aten::add". Tried: 2.11 to 2.13."""
+    return target._schema.name
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the aten op a node calls ("add"), "" for anything that is no op; other namespaces stay ("custom::op")."""
+    return full_name(node.target).removeprefix("aten::") if isinstance(node.target, OpOverload) else ""
+
+
+def overload_name(target: OpOverload) -> str:
+    """The overload of an op: "Tensor" of aten::add.Tensor. Tried: 2.11 to 2.13."""
+    return target._overloadname
+
+
+def arguments(target: OpOverload) -> list[Any]:
+    """The arguments of an op's schema (name, default_value, has_default_value(), alias_info). Tried: 2.11 to 2.13."""
+    return list(target._schema.arguments)
+
+
+def is_mutable(target: OpOverload) -> bool:
+    """Whether an op writes to one of its arguments. Tried: 2.11 to 2.13."""
+    return bool(target._schema.is_mutable)
 
 
 def fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
@@ -54,6 +93,26 @@ def lazy_graphs() -> contextlib.AbstractContextManager[None]:
     Export changes its graph module some thirty times and never calls it: a quarter of its time. Tried: 2.11 to 2.13.
     """
     return _use_lazy_graph_module(True)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what export prints and logs about its own failure (graphs, stack traces) from the user, who gets one clear message.
+
+    After a success, everything the model printed goes to stderr: stdout is for results. Tried: 2.11 to 2.13.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export._trace")]
+    before = [logger.disabled for logger in loggers]
+    printed = io.StringIO()
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 @contextlib.contextmanager

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
 
 from ..errors import CaptureError
 from .diagnose import explain
 from .lift import lift_casts
-from .torch_compat import FakeTensorMode, fake_mode, is_plain, lazy_graphs, watch_autograd_functions
+from .torch_compat import FakeTensorMode, fake_mode, is_plain, lazy_graphs, pytree, quiet, watch_autograd_functions
 
 WRAPPED = "model."
 """Prefix of names when a loss function is wrapped around the model."""
@@ -61,15 +60,16 @@ def trace(
         notes = stack.enter_context(_settings(model))
         stack.enter_context(swap.applied(model))
         # Every input becomes its own fake tensor: export would merge one tensor passed twice into one input.
-        args, kwargs = tree_map(swap.fresh, tuple(args)), tree_map(swap.fresh, dict(kwargs))
+        args, kwargs = pytree.tree_map(swap.fresh, tuple(args)), pytree.tree_map(swap.fresh, dict(kwargs))
         stack.enter_context(torch.enable_grad())
         if lift_float64:
             stack.enter_context(lift_casts())
         try:
-            with watch_autograd_functions(functions.append), lazy_graphs():
+            with quiet(), watch_autograd_functions(functions.append), lazy_graphs():
                 program = torch.export.export(called, args, kwargs, strict=False)
         except Exception as error:
-            problems = explain(called, args, kwargs, error) + _functions(functions)
+            problems = explain(called, args, kwargs, error)
+            problems += [p for p in _functions(functions) if p not in problems]
             raise CaptureError(f"{type(model).__name__} cannot be captured:", problems) from error
     return Traced(program, loss_fn is not None, tuple(_functions(functions)), tuple(notes))
 
@@ -79,7 +79,9 @@ def _functions(seen: list[type]) -> list[str]:
     problems = []
     for cls in dict.fromkeys(seen):
         if cls.__name__ == "CheckpointFunction":
-            problems.append("reentrant activation checkpointing runs without gradients when traced; pass use_reentrant=False")
+            problems.append(
+                "reentrant activation checkpointing runs without gradients when traced; pass use_reentrant=False"
+            )
         elif not cls.__module__.startswith("torch."):
             problems.append(
                 f"custom autograd function {cls.__module__}.{cls.__qualname__}: its backward would be lost; "

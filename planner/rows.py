@@ -93,6 +93,14 @@ class Rows:
 
     # -- parameters
 
+    def floor(self) -> float:
+        """Bytes that every plan of the space has at the optimizer step, whatever the number of microbatches."""
+        least = [0.0] * len(self.members)
+        for w in range(len(self.members)):
+            kept = (self.held(w, o) for o in range(len(self.space.options[w])))
+            least[w] = len(self.members[w]) * min(h.stored + h.moments + h.final for h in kept)
+        return self._constant() + sum(least)
+
     def held(self, w: int, o: int, reduced: int = 0) -> Held:
         """What parameter class `w` takes per instance under option `o`."""
         key = (w, o, reduced)
@@ -111,6 +119,10 @@ class Rows:
     def _base(self, total: dict[Key, float]) -> float:
         for w, o, h in self._options():
             total["z", w, o] += len(self.members[w]) * (h.stored + h.moments)
+        return self._constant()
+
+    def _constant(self) -> float:
+        """Inputs, buffers, parameters no op uses, and the reserve."""
         whole = sum(
             t.bytes for t in self.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name
         )

@@ -55,6 +55,8 @@ ELEMENTWISE: Mapping[str, Rule] = {
     **_same(replace(_POINT, kind="random"), "bernoulli rand_like randn_like randint_like empty_like"),
     **_same(Rule("*b -> *b", EACH, "random"), "dropout"),
     **_same(Rule("*b -> *b, *b", (), "random"), "native_dropout"),
+    **_same(Rule("*b -> *b", (), "random"), "alpha_dropout"),
+    **_same(Rule("z c *s! -> z c *s!", EACH, "random"), "feature_dropout"),
 }  # fmt: skip
 
 _MATMUL = Rule("*b k, n k -> *b n", BOTH, "matmul", "contract")
@@ -130,6 +132,11 @@ LOOKUPS: Mapping[str, Rule] = {
     **_same(replace(_MOVE, line="*b @d! -> *b @d!", dims=(1, "dims")), "flip"),
     **_same(replace(_MOVE, line="*b @d!, *b @p!, *b @q! -> *b @e!", dims=(2, "dim", -1), linear=((0, 1, 2),),
                     slots=((0, "self"), (3, "prepend"), (4, "append"))), "diff"),
+    **_same(Rule("*b, n! -> *b", (), "other"), "bucketize"),
+    **_same(Rule("*b, *t! -> *b", (), "other", "operand"), "isin"),
+    **_same(Rule("*b! -> n!", (), "other", "operand", adapt=variants.histogram), "histc"),
+    **_same(Rule("*b p m!, *b r m! -> *b p r", (), "matmul", "contract"), "cdist"),
+    **_same(Rule("*b @d!, *b @d! -> *b", (), "reduction", "operand", dims=(2, "dim", 1)), "cosine_similarity"),
     **_same(Rule("*b -> *b c!", (), "other", "none"), "one_hot"),
     **_same(Rule("z c *s, c -> z c *s"), "prelu"),
 }  # fmt: skip
@@ -145,6 +152,8 @@ SPATIAL: Mapping[str, Rule] = {
             "_upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
             "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d reflection_pad1d reflection_pad2d "
             "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"),
+    **_same(Rule("z c *s!, z *t p! -> z c *t", EACH, "other"), "grid_sampler grid_sampler_2d grid_sampler_3d"),
+    **_same(Rule("z c *s! -> z (c k!) l!", EACH, "other", "none"), "im2col"),
 }  # fmt: skip
 
 _LOSS = Rule("*b, ... -> ", kind="loss", flops="operand")

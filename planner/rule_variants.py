@@ -250,6 +250,12 @@ def nll(call: Call, rule: Rule) -> Rule:
     return replace(rule, line=line + extra, dims=dims, linear=() if extra else ((0,),))
 
 
+def histogram(call: Call, rule: Rule) -> Rule:
+    """histc: counts of elements sum, where the bins do not depend on the values."""
+    fixed = call.arg(2, "min", 0) != call.arg(3, "max", 0)
+    return replace(rule, line="*b -> n!") if fixed else rule
+
+
 def extremum(call: Call, rule: Rule) -> Rule:
     """max and min: of two tensors element by element, else along a dim or over everything."""
     if len(call.operands) == 2:

@@ -214,6 +214,9 @@ class Search:
                 self._refuse(item.shape, item.m, error)
                 return
             self._tell("solve", item)
+            if self.problem.limit is not None and item.candidate.rows.floor() > self.problem.limit:
+                self._close(item, "does not fit", "parameters, gradients and optimizer states alone exceed the limit")
+                return
             first = True
         else:
             self._tell("rows", item)
@@ -233,7 +236,7 @@ class Search:
         if fits and item.candidate.evaluation is not None and item.candidate.evaluation.step_seconds < self._value():
             self.best = item.candidate
 
-    def _close(self, item: _Open, status: str) -> None:
+    def _close(self, item: _Open, status: str, reason: str = "") -> None:
         candidate = item.candidate
         evaluation = candidate.evaluation if candidate is not None and status == "solved" else None
         if status != "does not fit":
@@ -241,7 +244,7 @@ class Search:
         self.records.append(
             ShapeRecord(
                 self._mesh(item.shape), item.m, status, item.bound if 0 < item.bound < float("inf") else None,
-                evaluation.step_seconds if evaluation else None, evaluation.peak_bytes if evaluation else None,
+                evaluation.step_seconds if evaluation else None, evaluation.peak_bytes if evaluation else None, reason,
             )
         )  # fmt: skip
 

@@ -70,17 +70,17 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     """Everything one rank does; the same dictionary on every rank."""
     plan = agree(lambda: load_plan(options.plan))
     _check_world(plan)
-    loaded = rebuild(plan.source, device="cpu", seed=plan.source.seed)
+    loaded = rebuild(plan.source)
     found: dict[str, Any] = {"plan": str(options.plan), "verify": [], "world_size": _world()}
     if options.verify:
         def build(model: Any, args: Any, kwargs: Any, precise: Plan) -> ParallelModule:
-            return apply(model, args, kwargs, precise, device=device, loss_fn=loaded.loss_fn, exact=True)
+            return apply(model, args, kwargs, precise, device=device, exact=True)
 
-        differences = verify(loaded.model, loaded.args, loaded.kwargs, plan, build, loaded.loss_fn)
+        differences = verify(loaded.model, loaded.args, loaded.kwargs, plan, build)
         found["verify"] = [d.to_dict() for d in differences]
     if options.steps > 0:
         pm = apply(
-            loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile, loss_fn=loaded.loss_fn
+            loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile
         )
         loaded.model.to("meta")  # the plan's own copy is what trains; the original's memory is given back
         found |= _train(pm, plan, batches(loaded, plan, options.data), options)

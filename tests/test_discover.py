@@ -8,7 +8,7 @@ import pytest
 import torch
 from shardwright.errors import UnsupportedOp
 from shardwright.passes import discover as module
-from shardwright.passes.discover import discover
+from shardwright.passes.discover import discover, discover_node
 from shardwright.passes.verify import verify_rule
 
 A = torch.ops.aten
@@ -101,6 +101,16 @@ def test_a_custom_op(ops):
     x, w = torch.randn(4, 6, 8), torch.randn(8)
     small = discover(ops.gated.default, (x, w))
     assert verify_rule(ops.gated.default, (x, w), {}, small.instance) == []
+
+
+def test_a_node_of_a_captured_graph(ops):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.discovery_test.only_single(x) * 2
+
+    program = torch.export.export(Model(), (torch.zeros(8, 16, device="meta"),), strict=False)
+    node = next(n for n in program.graph.nodes if "only_single" in str(n.target))
+    assert discover_node(node).line == "a b -> a b"
 
 
 def test_negative_values_matter(ops):

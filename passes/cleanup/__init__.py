@@ -13,11 +13,15 @@ from .simplify import Simplify
 from .sweep import Sweep
 
 
+def first_passes() -> tuple[Pass[Program], ...]:
+    """The passes that find problems; the others need a graph without any."""
+    return CheckSupported(), Functionalize()
+
+
 def cleanup_passes() -> tuple[Pass[Program], ...]:
-    """The passes that turn a captured graph into a clean one."""
+    """The passes that turn a functional graph into a clean one."""
     from ..masks import RecogniseMasks
 
     return (
-        CheckSupported(), Functionalize(), Simplify(), Sweep(), RecogniseMasks(), FoldConstants(), SplitLosses(), SplitBias(),
-        MergeEqual(), Sweep(),
+        Simplify(), Sweep(), RecogniseMasks(), FoldConstants(), SplitLosses(), SplitBias(), MergeEqual(), Sweep(),
     )  # fmt: skip

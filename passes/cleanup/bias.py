@@ -15,6 +15,7 @@ from torch import fx
 
 from ..base import Program, emit, fake, replace
 from ..gradients import differentiable
+from ..torch_compat import OpOverload
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class SplitBias:
         return program
 
 
-def _parts(node: fx.Node) -> tuple[torch._ops.OpOverload, tuple[fx.Node, ...], fx.Node] | None:
+def _parts(node: fx.Node) -> tuple[OpOverload, tuple[fx.Node, ...], fx.Node] | None:
     """(matmul, its operands, bias) of a fused call."""
     if node.target is aten.linear.default:
         x, weight, *bias = node.args
@@ -47,7 +48,7 @@ def _parts(node: fx.Node) -> tuple[torch._ops.OpOverload, tuple[fx.Node, ...], f
     return None
 
 
-def _split(node: fx.Node, matmul: torch._ops.OpOverload, operands: tuple[fx.Node, ...], bias: fx.Node) -> None:
+def _split(node: fx.Node, matmul: OpOverload, operands: tuple[fx.Node, ...], bias: fx.Node) -> None:
     with node.graph.inserting_before(node):
         product = node.graph.create_node("call_function", matmul, operands)
         product.meta = {**node.meta, "val": fake(node)}  # same shape and dtype as with the bias

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from ..base import Program
+from ..torch_compat import OpOverload, arguments, is_mutable, storage_key
 
 aten = torch.ops.aten
-_BATCH_NORM_TRAINING = 5  # position of `training` in aten.batch_norm
+_MEAN, _TRAINING = 3, 5  # positions in aten.batch_norm
 
 
 @dataclass(frozen=True)
@@ -23,38 +24,88 @@ class CheckSupported:
     provides: tuple[str, ...] = ("checked",)
 
     def apply(self, program: Program) -> Program:
-        norms = []
-        for node in program.graph.nodes:
-            if node.op != "call_function":
-                continue
-            if _unknown_size(node.meta.get("val")):
-                program.problems.append(f"{node.target} has a size that depends on the data: {node.meta['source']}")
-            elif not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
-                program.problems.append(f"{node.target} is not supported: {node.meta['source']}")
-            elif node.target is aten.batch_norm.default and node.args[_BATCH_NORM_TRAINING] and node.args[3] is not None:
-                norms.append(node)
-        if norms:
-            program.problems.append(
-                f"training-mode batch norm ({len(norms)} of them, first: {norms[0].meta['source']}) is not supported yet; "
-                "put these modules in eval() mode to keep their running statistics fixed"
-            )
+        calls = [n for n in program.graph.nodes if n.op == "call_function"]
+        program.problems += [p for n in calls if (p := _problem(n))]
+        norms = [
+            n for n in calls if n.target is aten.batch_norm.default and n.args[_TRAINING] and n.args[_MEAN] is not None
+        ]
+        program.problems += _batch_norms(norms)
+        program.problems += _writes(program.graph, counted=not norms)
         return program
 
 
-def _unknown_size(value: object) -> bool:
-    values = value if isinstance(value, tuple | list) else (value,)
+def _problem(node: fx.Node) -> str:
+    """What is wrong with one call, or ""; what follows from an unknown size is not repeated."""
+    if any(_symbolic(n) for n in node.all_input_nodes):
+        return ""
+    if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+        return f"{node.target} is not supported: {node.meta['source']}"
+    if _symbolic(node):
+        return f"{node.target} depends on the data: {node.meta['source']}"
+    value = node.meta.get("val")
+    for one in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(one, torch.Tensor) and one.layout is not torch.strided:
+            return f"{node.target} makes a tensor of layout {one.layout}, which is not supported: {node.meta['source']}"
+    return ""
+
+
+def _symbolic(node: fx.Node) -> bool:
+    """Whether a result is a number or has a size that is not known."""
+    value = node.meta.get("val")
     return any(
-        isinstance(v, torch.SymInt | torch.SymFloat | torch.SymBool)
-        or (isinstance(v, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in v.shape))
-        for v in values
+        isinstance(one, torch.SymInt | torch.SymFloat | torch.SymBool)
+        or (isinstance(one, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in one.shape))
+        for one in (value if isinstance(value, tuple | list) else (value,))
     )
+
+
+def _batch_norms(norms: list[fx.Node]) -> list[str]:
+    if not norms:
+        return []
+    return [
+        f"training-mode batch norm ({len(norms)} of them, first: {norms[0].meta['source']}) is not supported yet; "
+        "put these modules in eval() mode to keep their running statistics fixed"
+    ]
+
+
+def _writes(graph: fx.Graph, *, counted: bool) -> list[str]:
+    """Writes to parameters, buffers and inputs; without `counted`, not those to step counters of batch norms."""
+    owners = {storage_key(n.meta["val"]): n for n in graph.nodes if n.op == "placeholder"}
+    problems = []
+    for node in graph.nodes:
+        written = written_argument(node)
+        value = written.meta.get("val") if written is not None else None
+        owner = owners.get(storage_key(value)) if isinstance(value, torch.Tensor) else None
+        if owner is None or (not counted and owner.meta["val"].dim() == 0):
+            continue
+        what = f"{owner.meta['role']} {owner.meta['fqn']}"
+        problems.append(f"{what} is changed in place, which is not supported yet: {node.meta['source']}")
+    return problems
+
+
+def written_argument(node: fx.Node) -> fx.Node | None:
+    """The node whose memory a call writes: its first argument, if the op is an in-place one."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, OpOverload) or not is_mutable(target):
+        return None
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) and target is not aten.detach_.default else None
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether two runs of the same call may differ."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags or node.target in _RANDOM
-    )
+    """Whether two runs of the same call may differ; attention is random where it drops out."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags and node.target not in _RANDOM:
+        return False
+    names = [a.name for a in arguments(node.target)]
+    if "dropout_p" not in names:
+        return True
+    index = names.index("dropout_p")
+    return (node.args[index] if len(node.args) > index else node.kwargs.get("dropout_p", 0.0)) != 0
 
 
-_RANDOM = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+_RANDOM = frozenset({
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.scaled_dot_product_attention.default,
+})  # fmt: skip
+"""Random ops that torch does not tag as such."""

@@ -35,7 +35,11 @@ class FoldConstants:
         for node in list(program.graph.nodes):
             if node.op != "call_function" or node.target is aten.full.default or not is_tensor(fake(node)):
                 continue
-            if fake(node).nbytes <= LIMIT_BYTES and known.independent(node) and (value := known.value(node)) is not None:
+            if (
+                fake(node).nbytes <= LIMIT_BYTES
+                and known.independent(node)
+                and (value := known.value(node)) is not None
+            ):
                 # Later nodes look at the replaced one through `known`, which keeps its value.
                 fold.add(node, value)
         fold.finish()
@@ -64,11 +68,17 @@ class _Fold:
         flat = value.reshape(-1)
         if value.numel() and bool((flat == flat[0]).all()):
             with graph.inserting_before(node):
-                made = emit(graph, aten.full.default, (list(value.shape), flat[0].item()), {"dtype": value.dtype}, like=node)
+                made = emit(
+                    graph, aten.full.default, (list(value.shape), flat[0].item()), {"dtype": value.dtype}, like=node
+                )
                 made.meta["differentiable"] = False
                 return made
         value = value.contiguous()
-        key = (value.dtype, tuple(value.shape), value.numpy().tobytes() if value.dtype is not torch.bfloat16 else id(value))
+        key = (
+            value.dtype,
+            tuple(value.shape),
+            value.numpy().tobytes() if value.dtype is not torch.bfloat16 else id(value),
+        )
         if key not in constants:
             constants[key] = self._placeholder(node, value)
         return constants[key]
@@ -81,6 +91,12 @@ class _Fold:
         made.target = made.name
         with mode_of(fake(node)):
             val = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-        made.meta = {"val": val, "source": node.meta["source"], "role": "constant", "fqn": made.name, "differentiable": False}
+        made.meta = {
+            "val": val,
+            "source": node.meta["source"],
+            "role": "constant",
+            "fqn": made.name,
+            "differentiable": False,
+        }
         self.program.constants[made.name] = value
         return made

@@ -19,7 +19,8 @@ from torch import fx
 
 from ..base import Program, emit, fake, is_tensor
 from ..gradients import differentiable
-from ..torch_compat import storage_key
+from ..torch_compat import OpOverload, is_mutable, storage_key
+from .check import written_argument
 from .views import in_place_twin, write_back
 
 
@@ -40,13 +41,13 @@ class Functionalize:
 
 def _written(node: fx.Node, program: Program) -> fx.Node | None:
     """The node whose memory a call writes, or None; writes that cannot be replaced become problems."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return None
     if node.target is torch.ops.aten.detach_.default:
         node.target = torch.ops.aten.detach.default
         return None
-    first = node.args[0] if node.args else None
-    if in_place_twin(node.target) is None or not isinstance(first, fx.Node):
+    if not isinstance(node.target, OpOverload) or not is_mutable(node.target):
+        return None
+    first = written_argument(node)
+    if first is None or in_place_twin(node.target) is None:
         program.problems.append(f"{node.target} changes its arguments in place: {node.meta['source']}")
         return None
     return first
@@ -139,18 +140,17 @@ class _Rewriter:
     def _store(self, target: fx.Node, made: fx.Node, write: fx.Node) -> None:
         """`made` becomes the value of `target` and, through the views between, of its base."""
         key = storage_key(fake(target))
-        if target.op == "placeholder":
-            role = target.meta.get("role", "input")
-            self.program.problems.append(
-                f"{role} {target.meta.get('fqn', target.name)} is changed in place, which is not supported yet: {write.meta['source']}"
-            )
         if target in self.parent:
             source = self.parent[target]
             if target.target is torch.ops.aten.detach.default and source.meta.get("differentiable"):
-                self.program.problems.append(f"a tensor that needs a gradient is changed under no_grad: {write.meta['source']}")
+                self.program.problems.append(
+                    f"a tensor that needs a gradient is changed under no_grad: {write.meta['source']}"
+                )
             whole = write_back(self.program.graph, target, self._now(source), made)
             if whole is None:
-                self.program.problems.append(f"{write.target} through {target.target} is not supported: {write.meta['source']}")
+                self.program.problems.append(
+                    f"{write.target} through {target.target} is not supported: {write.meta['source']}"
+                )
                 return
             whole.meta["differentiable"] = differentiable(whole) if whole is not made else made.meta["differentiable"]
             self._store(source, whole, write)
@@ -158,5 +158,3 @@ class _Rewriter:
             self.version[key] += 1
         self.value[target] = made
         self.seen[target] = self.version[key]
-
-

@@ -20,6 +20,7 @@ from torch import fx
 
 from ..base import Program, emit, fake, replace
 from ..gradients import differentiable
+from ..torch_compat import arguments
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -71,7 +72,7 @@ class _Emit:
 
 def _bind(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = arguments(node.target)  # type: ignore[arg-type]
     given = {a.name: a.default_value for a in schema if a.has_default_value()}
     given.update(zip((a.name for a in schema), node.args, strict=False))
     return {**given, **node.kwargs}
@@ -84,7 +85,9 @@ def _cross_entropy(node: fx.Node, make: _Emit, program: Program) -> fx.Node | No
     logits, target, weight = given["self"], given["target"], given["weight"]
     by_class = not fake(target).dtype.is_floating_point  # else probabilities: the mean is over samples
     smoothing = given.get("label_smoothing", 0.0)
-    total = make(node.target, make.wide(logits), target, weight, SUM, given["ignore_index"], *([smoothing] if smoothing else []))
+    total = make(
+        node.target, make.wide(logits), target, weight, SUM, given["ignore_index"], *([smoothing] if smoothing else [])
+    )
     if not by_class:
         classes = fake(logits).shape[1 if fake(logits).dim() > 1 else 0]
         return make.divided(total, fake(logits).numel() // classes)
@@ -105,8 +108,7 @@ def _elementwise(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None
     count = math.prod(torch.broadcast_shapes(*shapes))
     first = next(iter(given))
     given[first] = make.wide(given[first])
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return make.divided(make(node.target, *[given[n] for n in names]), count)
+    return make.divided(make(node.target, *[given[a.name] for a in arguments(node.target)]), count)  # type: ignore[arg-type]
 
 
 def _mean(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None:

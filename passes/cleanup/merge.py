@@ -29,22 +29,13 @@ class MergeEqual:
     def apply(self, program: Program) -> Program:
         seen: dict[Hashable, fx.Node] = {}
         for node in program.graph.nodes:
-            if node.op != "call_function" or is_random(node) or has_dropout(node):
+            if node.op != "call_function" or is_random(node):
                 continue
             key = (node.target, _key(node.args), _key(node.kwargs))
             first = seen.setdefault(key, node)
             if first is not node:
                 replace(node, first)
         return program
-
-
-def has_dropout(node: fx.Node) -> bool:
-    """Whether an attention call drops out."""
-    if getattr(node.target, "_schema", None) is None or "dropout_p" not in {a.name for a in node.target._schema.arguments}:  # type: ignore[union-attr]
-        return False
-    index = [a.name for a in node.target._schema.arguments].index("dropout_p")  # type: ignore[union-attr]
-    given = node.args[index] if len(node.args) > index else node.kwargs.get("dropout_p", 0.0)
-    return given != 0
 
 
 def _key(value: Any) -> Hashable:

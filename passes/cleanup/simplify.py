@@ -18,6 +18,7 @@ from torch import fx
 
 from ..base import Program, emit, fake, replace
 from ..gradients import differentiable
+from ..torch_compat import OpOverload, arguments, name_of, overload_name
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ class Simplify:
 
 
 def _simplify(node: fx.Node) -> None:
-    name = _name(node)
+    name = name_of(node)
     if name.startswith(("_assert", "sym_constrain")):
         node.graph.erase_node(node)
         return
@@ -56,17 +57,12 @@ def _simplify(node: fx.Node) -> None:
     node.meta["differentiable"] = differentiable(node)
 
 
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else ""
-
-
 def _plain_kwargs(node: fx.Node) -> None:
     """Without placement arguments and without those that say the default."""
     target = node.target
-    if not node.kwargs or not isinstance(target, torch._ops.OpOverload):
+    if not node.kwargs or not isinstance(target, OpOverload):
         return
-    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    defaults = {a.name: a.default_value for a in arguments(target) if a.has_default_value()}
     node.kwargs = {
         k: v for k, v in node.kwargs.items()
         if k not in ("device", "layout", "pin_memory") and not (k in defaults and _same(v, defaults[k]))
@@ -194,7 +190,7 @@ def _renamed(target: str) -> Callable[[fx.Node], fx.Node]:
     """The same overload of an op that means the same."""
 
     def rule(node: fx.Node) -> fx.Node:
-        overload = getattr(getattr(aten, target), node.target._overloadname)  # type: ignore[union-attr]
+        overload = getattr(getattr(aten, target), overload_name(node.target))  # type: ignore[union-attr]
         return emit(node.graph, overload, node.args, dict(node.kwargs), like=node)
 
     return rule

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..base import emit, fake
+from ..torch_compat import OpOverload, arguments, full_name, name_of, overload_name
 
 aten = torch.ops.aten
 
@@ -18,16 +19,16 @@ Twin = Callable[[fx.Graph, Any, Any, fx.Node], fx.Node]
 """(graph, args, kwargs, in-place node) -> node with the new value of the first argument."""
 
 
-def in_place_twin(target: torch._ops.OpOverload) -> Twin | None:
+def in_place_twin(target: OpOverload) -> Twin | None:
     """What computes the new value an in-place op writes to its first argument; None where it is not known."""
     if target in _SPECIAL:
         return _SPECIAL[target]
     if torch.Tag.inplace_view in target.tags:
         return None
-    written = [a for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if len(written) != 1 or written[0] is not target._schema.arguments[0] and written[0].name != "self":
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments(target)]
+    if sum(writes) != 1 or not writes[0]:
         return None
-    namespace, name = target._schema.name.split("::")
+    namespace, name = full_name(target).split("::")
     if match := re.fullmatch(r"__i(\w+)__", name):
         name = f"__{match[1]}__"
     elif name.endswith("_") and not name.endswith("__"):
@@ -35,11 +36,11 @@ def in_place_twin(target: torch._ops.OpOverload) -> Twin | None:
     else:
         return None
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    overload = getattr(packet, target._overloadname, None)
+    overload = getattr(packet, overload_name(target), None)
     return None if overload is None else _same_args(overload)
 
 
-def _same_args(overload: torch._ops.OpOverload) -> Twin:
+def _same_args(overload: OpOverload) -> Twin:
     def twin(graph: fx.Graph, args: Any, kwargs: Any, node: fx.Node) -> fx.Node:
         made = emit(graph, overload, tuple(args), dict(kwargs), like=node)
         return _fit(graph, made, args[0])
@@ -77,14 +78,26 @@ _SPECIAL: dict[Any, Twin] = {
 }
 
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
-_IDENTITIES = {"alias", "detach", "to", "contiguous", "lift_fresh", "dropout", "clone", "type_as", "expand", "expand_as", "slice"}
+_IDENTITIES = {
+    "alias",
+    "detach",
+    "to",
+    "contiguous",
+    "lift_fresh",
+    "dropout",
+    "clone",
+    "type_as",
+    "expand",
+    "expand_as",
+    "slice",
+}
 
 
 def write_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node | None:
     """`base` after `value` was written to its view `view`; None for a view op that cannot be written through."""
     if view.target is operator.getitem:
         return _piece(graph, view, base, value)
-    name = view.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    name = name_of(view)
     if name in _IDENTITIES and fake(value).shape == fake(base).shape:
         return value
     if name in _RESHAPES:
@@ -107,8 +120,9 @@ def write_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) ->
 def _piece(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node | None:
     """Write one piece of a split, chunk or unbind."""
     pieces, index = view.args
-    assert isinstance(pieces, fx.Node) and isinstance(index, int)
-    name = pieces.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    assert isinstance(pieces, fx.Node)
+    assert isinstance(index, int)
+    name = name_of(pieces)
     if name == "unbind":
         dim = pieces.args[1] if len(pieces.args) > 1 else 0
         return emit(graph, aten.select_scatter.default, (base, value, dim, index), like=value)
@@ -117,4 +131,6 @@ def _piece(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.
     dim = pieces.args[2] if len(pieces.args) > 2 else pieces.kwargs.get("dim", 0)
     assert isinstance(dim, int)
     start = sum(piece.shape[dim] for piece in fake(pieces)[:index])
-    return emit(graph, aten.slice_scatter.default, (base, value, dim, start, start + fake(value).shape[dim]), like=value)
+    return emit(
+        graph, aten.slice_scatter.default, (base, value, dim, start, start + fake(value).shape[dim]), like=value
+    )
