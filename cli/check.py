@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def command(model: str, batch: int, seq: int | None, as_json: bool) -> None:
     """Capture MODEL and show problems, ops without a rule, and the regions found."""
     from ..passes.capture import capture
-    from ..passes.models import load
+    from ..passes.models import load_model
     from ..passes.summarize import summarize
     from .listings import check_tables
     from .tables import print_json, progress, show
 
     with progress() as tell:
         tell("load")
-        loaded = load(model, batch=batch, seq=seq, device="meta")
+        loaded = load_model(model, batch=batch, seq=seq, device="meta")
         tell("capture")
-        captured = capture(loaded.model, loaded.args, loaded.kwargs, loss_fn=loaded.loss_fn)
+        captured = capture(loaded.model, loaded.args, loaded.kwargs)
         tell("summarize")
         summary = summarize(captured)
     found = document(captured, summary)

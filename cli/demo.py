@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
 from .options import json_option
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ CONFIG = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 256, "n_positions": SEQ, "n_embd": 512,
     "n_layer": 8, "n_head": 8, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-SHARE_OF_LIMIT = 0.8
-"""The limit, as a share of what one process alone would need."""
 
 
 @click.command("demo")
@@ -46,7 +45,7 @@ def command(as_json: bool) -> None:
     with tables.progress() as tell:
         model, text = _inputs()
         limit = _limit(model, tell)
-        made = _plan(model, PROCESSES, limit, tell)
+        made = _plan(model, f"local-cpu:{PROCESSES}", limit, tell)
     plan_file = FOLDER / "plan.json"
     save_plan(made.plan, plan_file)
     if not as_json:
@@ -81,25 +80,27 @@ def english() -> str:
 
 
 def _limit(model: str, tell: Teller) -> int:
-    """A limit that one process breaks: less than the least it needs; shows that planning for one says so."""
+    """A limit that one process breaks: what parameters, gradients and optimizer alone take in it. Shows the planner say so."""
     from ..errors import Infeasible
 
-    alone = _plan(model, 1, None, tell).plan.predicted.peak_bytes_per_device
-    limit = int(alone * SHARE_OF_LIMIT)
+    alone = _plan(model, "cpu:1", None, tell).estimate
+    limit = int(sum(alone[f"{cause}_bytes"] for cause in ("parameter", "gradient", "optimizer")))
     try:
-        _plan(model, 1, limit, tell)
+        _plan(model, "cpu:1", limit, tell)
     except Infeasible as error:
         tell.note(f"one process: {error}")
-    return limit
+        return limit
+    raise UsageError(f"the demo is broken: one process fits {limit} bytes")
 
 
-def _plan(model: str, processes: int, limit: int | None, tell: Teller) -> PlanResult:
+def _plan(model: str, cluster: str, limit: int | None, tell: Teller) -> PlanResult:
     from ..api import plan_model
+    from ..profiles.store import default_path
     from .tables import estimate_line
 
     return plan_model(
-        model, f"local-cpu:{processes}", batch=BATCH, seq=SEQ, memory_limit=limit, say=tell,
-        show=lambda estimate: tell.note(f"{processes} processes: {estimate_line(estimate)}"),
+        model, cluster, batch=BATCH, seq=SEQ, memory_limit=limit, say=tell, store=default_path(),
+        show=lambda estimate: tell.note(f"{cluster}: {estimate_line(estimate)}"),
     )  # fmt: skip
 
 

@@ -17,10 +17,12 @@ def command(a: Path, b: Path, as_json: bool) -> None:
     """Compare two plans. Exit status 1 when they differ."""
     from ..planner.plandiff import diff
     from ..planner.planfile import load_plan
+    from .edited import priced_again
     from .listings import difference_tables
-    from .tables import print_json, show
+    from .tables import print_json, progress, show
 
-    found = diff(load_plan(a), load_plan(b))
+    with progress() as tell:
+        found = diff(*(priced_again(load_plan(path), tell) for path in (a, b)))
     if as_json:
         print_json([{**{f: getattr(d, f) for f in ("dimension", "where", "a", "b")}, "change": d.change} for d in found])
     elif found:

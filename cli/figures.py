@@ -43,6 +43,8 @@ def count_text(value: float) -> str:
 
 def percent_text(fraction: float) -> str:
     """0.0042 -> "0.42 %"."""
+    if 0 < abs(fraction) < 5e-5:
+        return "<0.01 %"
     return f"{_three(fraction * 100)} %"
 
 
@@ -73,7 +75,5 @@ def _three(value: float) -> str:
     size = abs(value)
     if size == 0:
         return "0"
-    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
-    if size < 0.01:
-        return f"{value:.1g}"
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 else 3
     return f"{value:.{digits}f}"

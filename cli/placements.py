@@ -71,19 +71,22 @@ def word(op: OpPlan, axis: int, mesh: tuple[MeshAxis, ...]) -> str:
     named = _WORDS.get(_packet(op.target), {}).get(letter)
     if named is not None:
         return named
-    if mesh[axis].role == "data":
-        return "batch"
-    if _packet(op.target) == "aten.scaled_dot_product_attention":
-        return {"S(0)": "batch", "S(1)": "heads", "S(2)": "sequence"}.get(op.result[axis] if op.result else "", "heads")
-    return _by_result(op, axis)
-
-
-def _by_result(op: OpPlan, axis: int) -> str:
     state = op.result[axis] if op.result else ""
+    if _packet(op.target) == "aten.scaled_dot_product_attention" and state == "S(1)":
+        return "heads"
+    return _by_result(state, mesh[axis])
+
+
+def _by_result(state: str, axis: MeshAxis) -> str:
+    """Samples come first in activations, positions are the minor factor where the two are merged."""
     if state == "P":
         return "contracted"
+    if axis.role == "data" or state == "S(0)":
+        return "batch"
     match = re.fullmatch(r"S\((\d+)(?:\.(\d+))?\)", state)
-    return f"dim {match[1]}" if match is not None else "split"
+    if match is None:
+        return "split"
+    return "sequence" if match[1] == "0" else f"dim {match[1]}"
 
 
 def _packet(target: str) -> str:

@@ -38,6 +38,7 @@ def command(
     """
     from ..api import plan_model
     from ..planner.planfile import save_plan
+    from ..profiles.store import default_path
     from . import tables
 
     with tables.progress() as tell:
@@ -47,7 +48,7 @@ def command(
 
         result = plan_model(
             model, cluster, batch=batch, seq=seq, memory_limit=memory_limit, pins=pins, objective=objective, seed=seed,
-            say=tell, show=estimated,
+            store=default_path(), say=tell, show=estimated,
         )  # fmt: skip
     if output is not None:
         save_plan(result.plan, output)

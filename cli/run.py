@@ -33,9 +33,15 @@ def command(
     Exit status 1 when --verify finds a difference.
     """
     from ..planner.planfile import load_plan
+    from .edited import is_stale, priced_again
     from .launch import Nodes, check_world, torchrun_arguments, under_torchrun
 
     loaded = load_plan(plan)
+    if is_stale(loaded) and not under_torchrun():
+        from .tables import progress
+
+        with progress() as tell:
+            loaded = priced_again(loaded, tell)
     if script:
         if steps is not None or verify or trace or as_json:
             raise click.UsageError("--steps, --verify, --trace and --json belong to the built-in loop; a script has its own")

@@ -122,7 +122,10 @@ def optimum_text(plan: Plan) -> str:
     """What was proven: the gap to the best bound under the cost model."""
     if plan.edited:
         return "no certificate: the plan was edited"
-    proven = f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
+    if plan.search.gap < 5e-5:
+        proven = f"proven: no plan of the space is faster ({seconds_text(plan.search.bound_seconds)})"
+    else:
+        proven = f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
     return f"{proven}, search interrupted" if plan.search.interrupted else proven
 
 
@@ -136,8 +139,7 @@ def _summary(plan: Plan) -> Table:
 
 
 def _mesh(plan: Plan) -> Table:
-    pipeline = plan.pipeline
-    title = f"Mesh: {pipeline.microbatches} microbatches of {pipeline.micro_batch} per data-parallel rank"
+    title = f"Mesh: {microbatch_text(plan)}"
     made = table("axis", "ranks", "role", "crosses", title=title, right=(1,))
     for axis in plan.mesh:
         made.add_row(axis.name, str(axis.size), axis.role, axis.link)
@@ -185,13 +187,35 @@ def _traffic(plan: Plan) -> Table:
 
 def _search(plan: Plan, seconds: Mapping[str, float]) -> RenderableType:
     made = table("mesh", "microbatches", "bound", "step", "peak", "", title="Search", right=(1, 2, 3, 4))
-    for record in plan.search.shapes:
-        made.add_row(*shape_cells(record))
+    for cells in shape_rows(plan):
+        made.add_row(*map(Text, cells))
     lines: list[RenderableType] = [made]
     if seconds:
         spent = ", ".join(f"{name} {seconds_text(value)}" for name, value in seconds.items())
         lines.append(Text(f"took {seconds_text(sum(seconds.values()))}: {spent}", style="dim"))
     return Group(*lines)
+
+
+def microbatch_text(plan: Plan) -> str:
+    """ "2 microbatches of 4 samples per data-parallel rank"."""
+    count, size = plan.pipeline.microbatches, plan.pipeline.micro_batch
+    parts = f"{count} microbatches of {_samples(size)}" if count > 1 else _samples(size)
+    return f"{parts} per data-parallel rank"
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count} samples"
+
+
+def shape_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
+    """The candidates of the search as text, the plan's own called "chosen"."""
+    mine = {axis.name: axis.size for axis in plan.mesh}
+    rows = []
+    for record in plan.search.shapes:
+        cells = shape_cells(record)
+        own = record.mesh == mine and record.microbatches == plan.pipeline.microbatches and record.step_seconds is not None
+        rows.append((*cells[:5], "chosen") if own and not plan.edited else cells)
+    return rows
 
 
 def shape_cells(record: ShapeRecord) -> tuple[str, str, str, str, str, str]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .capture import capture
+from .discover import discover_node
 from .skeleton import skeleton, to_meta
 from .summarize import Summary, summarize
 
@@ -26,9 +27,12 @@ def prepare_bare(
     bare: nn.Module, args: Any, kwargs: Any, *, loss_fn: Callable[..., Any] | None = None, train: bool = True,
     lift: bool = False, cache: Path | None = None,
 ) -> Summary:  # fmt: skip
-    """The same for a weightless module; `train` False summarises the inference graph (no loss)."""
+    """The same for a weightless module; `train` False summarises the inference graph (no loss).
+
+    Ops without a rule are tried out (passes/discover.py); `cache` is a file that keeps what was found.
+    """
     captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, train=train, lift_float64=lift)
-    return summarize(captured)
+    return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance)
 
 
 def in_dtype(model: nn.Module, compute: str) -> nn.Module:

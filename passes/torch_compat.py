@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,7 +108,8 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.disabled = True
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")  # an LSTM's own list
             yield
         sys.stderr.write(printed.getvalue())
     finally:

@@ -181,8 +181,8 @@ class Costs:
             factor = by_name.get(name)
             if factor is not None and factor.split == "vocab_loss" and self.shape.sizes[axis] > 1:
                 rows = math.prod(s for s, f in zip(sizes, op.factors, strict=True) if f.split != "vocab_loss")
-                width = DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
-                calls += [Call("all_reduce", axis, float(rows * width), False) for _ in range(VOCAB_LOSS_REDUCTIONS)]
+                width = max(DTYPE_BYTES[tensors[op.operands[0].tensor].dtype], 4)
+                calls += [Call("all_reduce", axis, float(rows * width * n), False) for n in VOCAB_LOSS_REDUCTIONS]
         return tuple(calls)
 
     def collective(self, call: Call) -> float:
@@ -242,8 +242,9 @@ class Costs:
         return Bucket(fixed, max(whole - fixed, 0.0) / max(reference_bytes, 2.0))
 
 
-VOCAB_LOSS_REDUCTIONS = 3
-"""Row maximum, sum of exponentials, logit of the label: one all-reduce each, all forward."""
+VOCAB_LOSS_REDUCTIONS = (1, 2)
+"""Values per row of the all-reduces inside a vocabulary-parallel loss, all forward and at least in float32: the maximum; the
+sum of exponentials with the logit of the label (runtime/kernels/vocab.py)."""
 
 
 def replaced(placement: Placement, axis: int, state: State) -> Placement:

@@ -24,6 +24,9 @@ from .search import Candidate, Problem
 ROUNDS = 10
 """Solves spent on one least-memory plan; what is found is a plan, so its peak is an honest figure even when cut short."""
 
+COARSE = 5e-3
+"""Gap of these solves: a figure to within half a percent is enough to name a setting."""
+
 MORE_DEVICES = (2, 4, 8, 16, 32, 64, 128)
 
 
@@ -53,7 +56,10 @@ class Least:
 
 
 def least_memory(problem: Problem, shape: Shape, limit: int | None = None) -> Least | None:
-    """The plan of `shape` that needs the least memory, or one within `limit`; None where the pins allow none."""
+    """The plan of `shape` that needs the least memory, or one within `limit`; None where there is none.
+
+    Looks at the fewest and the most microbatches: the ends between activations and accumulated gradients.
+    """
     data = shape.axis("data")
     ranks = shape.sizes[data] if data is not None else 1
     outline = problem.outline
@@ -61,9 +67,27 @@ def least_memory(problem: Problem, shape: Shape, limit: int | None = None) -> Le
         return None
     try:
         counts = microbatch_counts(problem.pins, outline.batch, ranks, outline.microbatch_blockers)
-        candidate = Candidate(problem, shape, counts[-1] if outline.loss else counts[0])
     except PinError:
         return None
+    found: Least | None = None
+    for m in dict.fromkeys((counts[-1], counts[0]) if outline.loss else counts[:1]):
+        evaluation = _least(problem, shape, m, limit)
+        if evaluation is None or (found is not None and evaluation.peak_bytes >= found.evaluation.peak_bytes):
+            continue
+        found = Least(evaluation, shape, m)
+        if limit is not None and evaluation.peak_bytes <= limit:
+            break
+    return found
+
+
+def _least(problem: Problem, shape: Shape, m: int, limit: int | None) -> Evaluation | None:
+    try:
+        candidate = Candidate(problem, shape, m)
+    except PinError:
+        return None
+    if limit is not None and candidate.rows.floor() > limit:
+        return None
+    candidate.program.gap = COARSE
     best: Evaluation | None = None
     floor = 0.0  # no plan has its peak below this; known once the peak is the objective
     for _ in range(ROUNDS):
@@ -71,16 +95,16 @@ def least_memory(problem: Problem, shape: Shape, limit: int | None = None) -> Le
         if candidate.evaluation is None or candidate.solution is None or candidate.solution.choice is None:
             break
         if best is not None:
-            floor = candidate.solution.seconds * (1 + 1e-4)
+            floor = candidate.solution.seconds * (1 + COARSE)
         if best is None or candidate.evaluation.peak_bytes < best.peak_bytes:
             best = candidate.evaluation
-        if limit is not None and best.peak_bytes <= limit:
+        if limit is not None and (best.peak_bytes <= limit or (floor and candidate.solution.bound > limit)):
             break
         worst = candidate.worst(candidate.evaluation, candidate.assignment(candidate.chosen), floor)
         if not worst:
             break
         candidate.program.minimise_peak([candidate.form(point, group) for point, group in worst])
-    return None if best is None else Least(best, shape, candidate.m)
+    return best
 
 
 def explain(problem: Problem, shapes: tuple[Shape, ...], progress: Progress) -> Infeasible:

@@ -195,6 +195,15 @@ def operand_gradients(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def gradient_copies(op: Op, choice: tuple[str, ...]) -> int:
+    """How many tensors of the operands' size the backward of `op` makes.
+
+    Cross-entropy goes through log-softmax and makes two; its vocabulary-parallel form makes one.
+    """
+    classes = {f.name for f in op.factors if f.split == "vocab_loss"}
+    return 2 if classes and classes.isdisjoint(choice) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """Bytes one parameter takes on a rank, by what it is for.

@@ -10,7 +10,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .memory import Facts, Held, Point, Setting, buffer, held, local_bytes, new_bytes, operand_gradients
+from .memory import (
+    Facts,
+    Held,
+    Point,
+    Setting,
+    buffer,
+    gradient_copies,
+    held,
+    local_bytes,
+    new_bytes,
+    operand_gradients,
+)
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
@@ -265,7 +276,8 @@ class Rows:
         v = self.template.class_of[op.name]
         for j in operand_gradients(op, self.tensors):
             for s, strategy in enumerate(self.space.strategies[v]):
-                total["x", v, s] += local_bytes(self.tensors[op.operands[j].tensor], strategy.operands[j], self.sizes)
+                amount = local_bytes(self.tensors[op.operands[j].tensor], strategy.operands[j], self.sizes)
+                total["x", v, s] += gradient_copies(op, strategy.choice) * amount
 
     def _forward(self, total: dict[Key, float], at: int) -> None:
         """Inference: results that are still used, and the copies this op's transitions make."""

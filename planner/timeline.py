@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .assign import Assignment
-from .memory import CAUSES, Facts, Held, Point, Setting, buffer, local_bytes, new_bytes, operand_gradients
+from .memory import (
+    CAUSES,
+    Facts,
+    Held,
+    Point,
+    Setting,
+    buffer,
+    gradient_copies,
+    local_bytes,
+    new_bytes,
+    operand_gradients,
+)
 from .placement import Placement, R
 from .template import Cut
 
@@ -133,8 +144,9 @@ class Timeline:
             amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
             self._over("temporaries", span.start, span.end - 1, amount)
         for i, op in enumerate(self.ops):
+            copies = gradient_copies(op, self.assignment.choices[op.name])
             for j in operand_gradients(op, self.tensors):
-                amount = local_bytes(self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes)
+                amount = copies * local_bytes(self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes)
                 self.moment[i] += amount
 
     def _inference(self) -> None:

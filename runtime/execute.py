@@ -28,7 +28,7 @@ from .collectives import CommLedger
 from .losses import loss_of
 from .mesh import ensure_process_group
 from .module import ParallelModule
-from .monitor import measure_peak
+from .monitor import measure_step
 from .optimizers import make_optimizer
 from .verify import verify
 
@@ -135,7 +135,7 @@ def _train(pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], opti
         step()
         _barrier()
         seconds.append(time.perf_counter() - start)
-    peak = measure_peak(step)
+    peak = measure_step(step, pm, optimizer)
     ledger = CommLedger(pm.axis_names)
     with ledger:
         step()

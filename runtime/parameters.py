@@ -181,12 +181,32 @@ def _joined(part: Tensor, placement: Placement, shape: torch.Size, n: int, group
     return torch.cat([own.narrow(dim, 0, b - a) for own, (a, b) in zip(everyone, spans, strict=True)], dim)
 
 
-def assign(
-    parameter: Tensor, value: Tensor, dims: Dims, home: Sequence[State], zero_axes: Sequence[str], mesh: Mesh
-) -> None:
-    """Copy a whole value, or a DTensor of any placements, into a parameter (collective for a DTensor)."""
-    whole = full(value)
-    part = whole if not home else own_part(whole, dims, home, zero_axes, mesh)
+def is_distributed(value: object) -> bool:
+    """Whether a value is a tensor spread over a mesh."""
+    return isinstance(value, DTensor)
+
+
+def like(own: Tensor, value: Tensor) -> Tensor:
+    """`value`, whole or a DTensor of any placements, placed as `own` is (a collective where it must be gathered).
+
+    Raises UsageError where the global shapes differ.
+    """
+    if value.shape != own.shape:
+        raise UsageError(f"a value of shape {tuple(value.shape)} for a parameter of shape {tuple(own.shape)}")
+    if not isinstance(own, DTensor):
+        return full(value)
+    mesh = own.device_mesh
+    if isinstance(value, DTensor) and value.device_mesh == mesh and value.placements == own.placements:
+        return value.detach()
+    part = full(value)
+    for i, placement in enumerate(own.placements):
+        part = _cut_by(part, placement, mesh.size(i), mesh.get_local_rank(i))
+    return like_dtensor(part.to(_memory(own).device).clone(memory_format=torch.contiguous_format), own)
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole value, or a DTensor of any placements, into a parameter (a collective for a DTensor)."""
+    part = _memory(like(parameter.detach(), value))
     with torch.no_grad():
         _memory(parameter).copy_(part)
 

@@ -222,7 +222,8 @@ def regathered(frozen: tuple[int, ...] = ()) -> None:
         assert watch.most <= 2
         watch.most = 0
         loss.backward()
-        assert watch.most <= 2
+        # A trained group leaves when its gradients are scattered, before the next one is gathered.
+        assert watch.most <= (2 if frozen else 1)
         assert watch.alive() == 0
     assert ledger.counts("forward") == {"all_gather": LAYERS}
     trained = LAYERS - len(frozen)

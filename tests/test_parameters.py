@@ -101,9 +101,9 @@ def round_trip() -> None:
         again = parameters.from_part(own(value, case).clone(), case.dims, case.home, case.zero, mesh, case.trainable)
         assert torch.equal(parameters.full(again), value), case
         other = parameters.distribute(value * 2, case.dims, case.home, case.zero, mesh)
-        parameters.assign(again, other, case.dims, case.home, case.zero, mesh)
+        parameters.assign(again, other)
         assert torch.equal(parameters.full(again), value * 2), case
-        parameters.assign(again, value, case.dims, case.home, case.zero, mesh)
+        parameters.assign(again, value)
         assert torch.equal(parameters.full(again), value), case
         portable = parameters.portable(parameter)
         assert torch.equal(parameters.full(portable), value), case
@@ -202,13 +202,34 @@ def checkpoint(folder: str) -> None:
     others = {str(i): parameters.portable(p) for i, p in enumerate(distributed(2))}
     dcp.load(others, checkpoint_id=folder)
     for i, (case, value, parameter) in enumerate(zip(CASES, values(1), distributed(2), strict=True)):
-        parameters.assign(parameter, others[str(i)], case.dims, case.home, case.zero, mesh2x2())
+        parameters.assign(parameter, others[str(i)])
         assert torch.equal(parameters.full(parameter), value), case
 
 
 def test_checkpoints(ranks4: Pool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks4.run(checkpoint, folder)
+
+
+def loaded() -> None:
+    """nn.Module.load_state_dict on DTensors, from whole values and from other placements."""
+    holder = nn.ParameterList(distributed(1))
+    own = holder.state_dict()
+    whole = {str(i): v for i, v in enumerate(values(2))}
+    holder.load_state_dict({k: parameters.like(own[k], v) for k, v in whole.items()})
+    for k, v in whole.items():
+        assert torch.equal(parameters.full(holder[int(k)]), v)
+    other = {str(i): parameters.portable(p) for i, p in enumerate(distributed(3))}
+    holder.load_state_dict({k: parameters.like(own[k], v) for k, v in other.items()})
+    for k, v in enumerate(values(3)):
+        assert torch.equal(parameters.full(holder[k]), v)
+    assert all(parameters.is_distributed(p) for p in holder)
+    with pytest.raises(UsageError, match="shape"):
+        parameters.like(own["0"], torch.zeros(2, 2))
+
+
+def test_load_state_dict(ranks4: Pool) -> None:
+    ranks4.run(loaded)
 
 
 def over_four_ranks() -> None:

@@ -22,7 +22,7 @@ from ...planner.planfile import dump_plan, write_whole
 from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
 from ..placements import RegionSummary, summaries, word
 from ..results import comparison, verify_rows
-from ..tables import optimum_text, shape_cells
+from ..tables import microbatch_text, optimum_text, shape_cells, shape_rows
 
 _COLOURS = 8
 
@@ -66,8 +66,9 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         time=_time(plan),
         bytes_text=bytes_text,
         seconds_text=seconds_text,
-        shapes=[shape_cells(record) for record in plan.search.shapes],
+        shapes=shape_rows(plan),
         runners_up=[shape_cells(record) for record in plan.runners_up],
+        microbatches=microbatch_text(plan),
         optimum=optimum_text(plan),
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],

@@ -20,9 +20,16 @@ from ..options import json_option, output_option
 def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> None:
     """Write a plan as one HTML page that needs no network."""
     from ...planner.planfile import load_plan
+    from ..edited import is_stale, priced_again
     from .build import write_report
 
-    write_report(load_plan(plan), output, _measured(measured))
+    loaded = load_plan(plan)
+    if is_stale(loaded):
+        from ..tables import progress
+
+        with progress() as tell:
+            loaded = priced_again(loaded, tell)
+    write_report(loaded, output, _measured(measured))
     if as_json:
         click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size}))
     else:

@@ -73,9 +73,9 @@ class _Emit:
 def _bind(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by name, defaults filled in."""
     schema = arguments(node.target)  # type: ignore[arg-type]
-    given = {a.name: a.default_value for a in schema if a.has_default_value()}
-    given.update(zip((a.name for a in schema), node.args, strict=False))
-    return {**given, **node.kwargs}
+    positional = dict(zip((a.name for a in schema), node.args, strict=False))
+    given = {**positional, **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
 def _cross_entropy(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None:
@@ -108,7 +108,9 @@ def _elementwise(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None
     count = math.prod(torch.broadcast_shapes(*shapes))
     first = next(iter(given))
     given[first] = make.wide(given[first])
-    return make.divided(make(node.target, *[given[a.name] for a in arguments(node.target)]), count)  # type: ignore[arg-type]
+    schema = arguments(node.target)  # type: ignore[arg-type]
+    named = {a.name: given[a.name] for a in schema if a.kwarg_only}
+    return make.divided(make(node.target, *[given[a.name] for a in schema if not a.kwarg_only], **named), count)
 
 
 def _mean(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None:

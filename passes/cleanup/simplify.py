@@ -9,6 +9,7 @@ Asserts, no-op casts, copies and views, dropout of probability zero and detach w
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def _simplify(node: fx.Node) -> None:
     if name.startswith(("_assert", "sym_constrain")):
         node.graph.erase_node(node)
         return
-    rule = _RULES.get(name)
+    rule = _piece if node.target is operator.getitem else _RULES.get(name)
     if rule is not None:
         with node.graph.inserting_before(node):
             by = rule(node)
@@ -116,6 +117,17 @@ def _expand(node: fx.Node) -> fx.Node:
     if list(fake(source).shape) == shape:
         return source
     return emit(node.graph, aten.expand.default, (source, shape), like=node)
+
+
+def _piece(node: fx.Node) -> fx.Node | None:
+    """One of several tensors broadcast together is an expand of its own."""
+    pieces, index = node.args
+    if not isinstance(pieces, fx.Node) or name_of(pieces) != "broadcast_tensors":
+        return None
+    source = pieces.args[0][index]  # type: ignore[index, call-overload]
+    if fake(source).shape == fake(node).shape:
+        return source  # type: ignore[no-any-return]
+    return emit(node.graph, aten.expand.default, (source, list(fake(node).shape)), like=node)
 
 
 def _slice(node: fx.Node) -> fx.Node:

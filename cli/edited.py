@@ -1,0 +1,41 @@
+"""Plans that were changed by hand: held against their model, priced again, and checked against their memory limit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..planner.plan import Plan
+from ..planner.planfile import digest
+
+if TYPE_CHECKING:
+    from .tables import Teller
+
+
+def is_stale(plan: Plan) -> bool:
+    """Whether the figures of a loaded plan are older than its decisions: it was edited since it was priced."""
+    return plan.edited and plan.digest != digest(plan)
+
+
+def priced_again(plan: Plan, tell: Teller) -> Plan:
+    """`plan` as it is when nobody edited it, else with new figures and no certificate.
+
+    Raises PlanError or PlanMismatch for an edit that is not legal, Infeasible for one that breaks the memory limit. A plan
+    made from a live module cannot be rebuilt here: it is checked where it is applied.
+    """
+    if not is_stale(plan) or plan.source.kind == "module":
+        return plan
+    from ..passes.measure import measured_prices
+    from ..passes.models import rebuild
+    from ..passes.prepare import prepare
+    from ..planner.cluster import Cluster
+    from ..planner.solve import reprice
+    from ..profiles.store import default_path
+
+    tell.note("the plan was edited: pricing it again")
+    tell("capture")
+    loaded = rebuild(plan.source, device="meta")
+    summary = prepare(loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
+    tell("prices")
+    cluster = Cluster.from_dict(plan.cluster)
+    prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())
+    return reprice(plan, summary.outline, cluster, prices)
