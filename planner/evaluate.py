@@ -46,7 +46,7 @@ class Evaluator:
 
     def __init__(self, template: Template, found: Facts, costs: Costs, setting: Setting) -> None:
         cut = template.cut
-        self.class_of = template.class_of
+        self.class_of, self.regathered = template.class_of, template.regathered
         self.representatives = tuple(item.op for item in template.ops)
         self.cut, self.facts, self.costs, self.setting = cut, found, costs, setting
         self.outline, self.m, self.sizes = cut.outline, cut.microbatches, costs.shape.sizes
@@ -170,7 +170,8 @@ class _Ledger:
 
     def _times(self, name: str) -> Times:
         owner = self.owner
-        return times(self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable)
+        again = owner.region_of[name] in owner.regathered
+        return times(self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again)
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
         owner, storage = self.owner, self.assignment.storage[group[0]]

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import ShardwrightError
 from .placement import Placement, R
-from .space import Space, times
+from .space import Space
 
 Key = tuple[Any, ...]
 """("x", v, s); ("z", w, o); ("e", w, o, q): parameter class w stored by o is used as q; ("y", edge, p, q): an edge goes from p
@@ -212,7 +212,7 @@ class RegionProgram:
         space, item = self.space, self.space.template.parameters[w]
         option, entry = space.options[w][o], space.entry(w, o, q)
         assert entry is not None
-        often = times(option.zero, self.m, space.training, item.parameter.trainable)
+        often = space.times(w, option)
         seconds = entry.chain.times(often.forward, often.backward)
         for axis in entry.reduced:
             bucket = space.bucket("all_reduce", item.region, (axis,))
@@ -225,7 +225,7 @@ class RegionProgram:
     def _store(self, w: int, o: int, groups: dict[Key, list[Terms]], fixed: dict[Key, float]) -> None:
         space, item = self.space, self.space.template.parameters[w]
         option = space.options[w][o]
-        often = times(option.zero, self.m, space.training, item.parameter.trainable)
+        often = space.times(w, option)
         seconds = 0.0
         if space.training and item.parameter.trainable:
             seconds = space.costs.prices.optimizer_seconds(space.stored_elements(w, option), space.optimizer, space.precision)

@@ -67,13 +67,16 @@ class Times:
     backward: int
 
 
-def times(zero: int, microbatches: int, training: bool, trainable: bool) -> Times:
-    """Levels 0 and 1 communicate once a step, level 2 scatters every microbatch, level 3 gathers twice in each."""
+def times(zero: int, microbatches: int, training: bool, trainable: bool, again: bool = True) -> Times:
+    """Levels 0 and 1 communicate once a step, level 2 scatters every microbatch, level 3 gathers twice in each.
+
+    Unless `again`: parameters whose backward does not need them (an embedding's) are not gathered a second time.
+    """
     m = microbatches
     if not training:
         return Times(m if zero == 3 else 1, 0, m if zero == 3 else 1, 0)
     scatter = (m if zero >= 2 else 1) if trainable else 0
-    return Times(2 * m if zero == 3 else 1, scatter, m if zero == 3 else 1, m if zero >= 2 else 1)
+    return Times((2 if again else 1) * m if zero == 3 else 1, scatter, m if zero == 3 else 1, m if zero >= 2 else 1)
 
 
 class Space:
@@ -208,6 +211,12 @@ class Space:
         for item in self.template.parameters:
             total[item.region] += item.tensor.bytes
         return tuple(total)
+
+    def times(self, w: int, option: Option) -> Times:
+        """How often a step runs the collectives of parameter class `w` under `option`."""
+        item = self.template.parameters[w]
+        again = item.region in self.template.regathered
+        return times(option.zero, self.template.microbatches, self.training, item.parameter.trainable, again)
 
     def bucket(self, collective: str, region: int, axes: tuple[int, ...]) -> Bucket:
         """The affine price of one bucketed collective of a region's parameters."""

@@ -59,7 +59,10 @@ class ParameterClass:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """An outline with its repeats tied; `outline` and `tensors` are at the sizes of one microbatch."""
+    """An outline with its repeats tied; `outline` and `tensors` are at the sizes of one microbatch.
+
+    `regathered` are the regions with a parameter that the backward pass needs again.
+    """
 
     outline: Outline
     microbatches: int
@@ -70,6 +73,7 @@ class Template:
     class_of: Mapping[str, int]
     parameter_of: Mapping[str, int]
     once: frozenset[str]
+    regathered: frozenset[int]
 
     @property
     def cut(self) -> Cut:
@@ -163,7 +167,19 @@ def tie(cut: Cut) -> Template:
             op_classes.append(OpClass(ops[name], r, i, region.repeats, once))
     parameters, parameter_of = _parameters(outline, tensors)
     classes = _tensor_classes(outline, tensors, class_of, parameter_of, cut.once)
-    return Template(cut.outline, microbatches, tensors, tuple(op_classes), classes, parameters, class_of, parameter_of, cut.once)
+    return Template(
+        cut.outline, microbatches, tensors, tuple(op_classes), classes, parameters, class_of, parameter_of, cut.once,
+        _regathered(outline, parameter_of, parameters),
+    )  # fmt: skip
+
+
+def _regathered(
+    outline: Outline, parameter_of: Mapping[str, int], parameters: tuple[ParameterClass, ...]
+) -> frozenset[int]:
+    saved = {
+        outline.tensors[op.operands[s.index].tensor].storage for op in outline.ops for s in op.saved if s.source == "operand"
+    }
+    return frozenset(parameters[w].region for name, w in parameter_of.items() if name in saved)
 
 
 def _cut_tensor(tensor: Tensor, cut: BatchCut, once: frozenset[str], m: int) -> Tensor:

@@ -40,11 +40,12 @@ class RankEmit:
 
     def gather(self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool) -> Emitted:
         """Wholes of a parameter group; freed and gathered again in backward unless `keep`."""
-        names = [self.mesh.names[a] for a in axes]
+        names = self.mesh.storage_order([self.mesh.names[a] for a in axes])
         rows = [s[0] if s else 1 for s in shapes]
         group, positions = self.mesh.group_name(*names), list(self.mesh.members(*names))
+        sizes = [self.mesh.size(name) for name in names]
         again = self.training and not keep
-        return groups.gather, (rows, positions, group, self.compute, self.sum, again)
+        return groups.gather, (rows, positions, group, self.compute, self.sum, again, sizes)
 
     def reduce(self, axis: int) -> Emitted:
         """R -> V of a list of tensors: one bucketed all-reduce backward."""
@@ -64,7 +65,7 @@ class RankEmit:
 
     def random(self, form: CallForm, salt: int) -> Callable[[fx.Node], CallForm] | None:
         """The op under a seed, if it draws random numbers; with `dropout` off, the op with probability zero."""
-        seeded = seeded_call(form, salt)
+        seeded = seeded_call(form, salt, self.device)
         if seeded is None or self.dropout:
             return seeded
         return None if _probability(form) is None else lambda _: _at_zero(form)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..planner.plan import Plan
-from . import parameters
+from . import norms, parameters
 from .mesh import Mesh
 from .outputs import rebuild
 from .programs import Program, Programs
@@ -91,6 +91,13 @@ class ParallelModule(Tree):
     def program(self, *args: Any, train: bool = True, **kwargs: Any) -> Program:
         """The lowered program for these inputs: `.lowered.body.print_readable()` shows what this rank runs."""
         return self._core.programs.get(args, kwargs, train=train, grad=train, outputs=False)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before, on every rank.
+
+        Right for every placement and order; `torch.nn.utils.clip_grad_norm_` is too, but for the infinity norm.
+        """
+        return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The original's state_dict: plain whole tensors under the original names, on every rank."""

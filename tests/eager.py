@@ -87,12 +87,13 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-12, loss: Any = No
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     outputs = run(captured, model, args, kwargs)
-    assert abs(outputs[captured.loss].item() - expected.item()) < tolerance
+    assert abs(outputs[captured.loss].item() - expected.item()) < tolerance * max(1.0, abs(expected.item()))
     outputs[captured.loss].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (gradients[name] is None), name
         if parameter.grad is not None:
-            assert (parameter.grad - gradients[name]).abs().max().item() < tolerance, name
+            error = (parameter.grad - gradients[name]).abs().max().item()
+            assert error < tolerance * max(1.0, gradients[name].abs().max().item()), name
     model.zero_grad(set_to_none=True)
     return captured
 

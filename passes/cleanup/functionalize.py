@@ -95,7 +95,10 @@ class _Rewriter:
         if not is_tensor(value):
             return
         self.seen[node] = self.version.get(storage_key(value), 0)
-        candidates = node.args[0].all_input_nodes if node.target is operator.getitem else node.all_input_nodes  # type: ignore[union-attr]
+        # The pieces of a split were called with present values; their memory is that of the original argument.
+        call = self.call[node.args[0]] if node.target is operator.getitem else self.call[node]  # type: ignore[index]
+        candidates: list[fx.Node] = []
+        fx.map_arg(call[1:], candidates.append)
         for source in candidates:
             if is_tensor(fake(source)) and storage_key(fake(source)) == storage_key(value):
                 self.parent[node] = self.same.get(source, source)
