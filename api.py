@@ -80,11 +80,11 @@ def plan_model(
         )  # fmt: skip
 
     default = data_ranks(parsed, where)
-    job = job_at(default if batch is None or batch == "auto" else int(batch))
     if batch == "auto":
+        trial = job_at(2 * default)  # a batch of one has no batch dim to scale
         with clock.phase("batch"):
-            best = job.best_batch(default)
-        job = job if best == default else job_at(best)
+            batch = trial.best_batch(default)
+    job = job_at(default if batch is None else int(batch))
     estimate = job.estimate()
     if show is not None:
         show(estimate)

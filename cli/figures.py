@@ -43,9 +43,9 @@ def count_text(value: float) -> str:
 
 def percent_text(fraction: float) -> str:
     """0.0042 -> "0.42 %"."""
-    if 0 < abs(fraction) < 5e-5:
+    if 1e-9 < abs(fraction) < 5e-5:
         return "<0.01 %"
-    return f"{_three(fraction * 100)} %"
+    return f"{_three(fraction * 100)} %" if abs(fraction) > 1e-9 else "0 %"
 
 
 def change_text(change: float) -> str:

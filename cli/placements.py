@@ -18,7 +18,7 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
     "aten.embedding": {"v": "vocabulary", "h": "features"},
     "aten.cross_entropy_loss": {"v": "vocabulary"},
 }
-_BASE = re.compile(r"[^0-9.~]*")
+_CHOICE = re.compile(r"(?P<letter>[a-z]+)(?P<number>\d*)(?:\.(?P<factor>\d+))?")
 # What a region's row leads with; the rest is counted under "other ops".
 MAIN = ("linear", "mm", "addmm", "matmul", "bmm", "scaled_dot_product_attention", "embedding", "conv2d", "convolution",
         "cross_entropy_loss")  # fmt: skip
@@ -66,15 +66,25 @@ def word(op: OpPlan, axis: int, mesh: tuple[MeshAxis, ...]) -> str:
         return "whole"
     if re.fullmatch(r"P\d+", choice):
         return "sums pass"
-    base = _BASE.match(choice)
-    letter = base.group() if base is not None else choice
-    named = _WORDS.get(_packet(op.target), {}).get(letter)
+    named = _named(_packet(op.target), choice)
     if named is not None:
-        return named
+        return "batch" if mesh[axis].role == "data" else named
     state = op.result[axis] if op.result else ""
     if _packet(op.target) == "aten.scaled_dot_product_attention" and state == "S(1)":
         return "heads"
     return _by_result(state, mesh[axis])
+
+
+def _named(packet: str, choice: str) -> str | None:
+    """The word for a loop of an op whose loops have usual names: samples before positions, also where the two are merged."""
+    loop = _CHOICE.fullmatch(choice)
+    words = _WORDS.get(packet)
+    if loop is None or words is None:
+        return None
+    if loop["letter"] not in ("b", "m"):
+        return words.get(loop["letter"])
+    outer = (loop["number"] or "0") == "0" and (loop["factor"] or "0") == "0"
+    return "batch" if outer else "sequence"
 
 
 def _by_result(state: str, axis: MeshAxis) -> str:

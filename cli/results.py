@@ -50,7 +50,7 @@ def verify_rows(found: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
 
 
 def _calls(row: tuple[int, int] | None) -> str:
-    return "none" if row is None else f"{row[0]} calls, {bytes_text(row[1])}"
+    return "none" if row is None else f"{row[0]} {'call' if row[0] == 1 else 'calls'}, {bytes_text(row[1])}"
 
 
 def _verified(found: list[dict[str, Any]]) -> RenderableType:

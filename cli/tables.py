@@ -208,14 +208,18 @@ def _samples(count: int) -> str:
 
 
 def shape_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
-    """The candidates of the search as text, the plan's own called "chosen"."""
+    """The candidates of the search as text, the plan's own called "chosen"; those without figures share a line per mesh."""
     mine = {axis.name: axis.size for axis in plan.mesh}
-    rows = []
+    rows: list[tuple[str, str, str, str, str, str]] = []
+    bare: dict[tuple[str, str], list[str]] = {}
     for record in plan.search.shapes:
         cells = shape_cells(record)
+        if not any(cells[2:5]):
+            bare.setdefault((cells[0], cells[5]), []).append(cells[1])
+            continue
         own = record.mesh == mine and record.microbatches == plan.pipeline.microbatches and record.step_seconds is not None
         rows.append((*cells[:5], "chosen") if own and not plan.edited else cells)
-    return rows
+    return rows + [(mesh, ", ".join(counts), "", "", "", outcome) for (mesh, outcome), counts in bare.items()]
 
 
 def shape_cells(record: ShapeRecord) -> tuple[str, str, str, str, str, str]:

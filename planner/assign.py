@@ -68,6 +68,24 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
     return Assignment(choices, storage, parameter_groups(outline, storage), data_axes)
 
 
+def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assignment:
+    """The choices of `source` for the same model captured in another dtype, which has fewer casts; ops go by name.
+
+    Raises PlanMismatch where `target` has an op or a parameter that `source` lacks.
+    """
+    known = {op.name: op.target for op in source.ops}
+    strange = [op for op in target.ops if known.get(op.name) != op.target]
+    if strange:
+        raise PlanMismatch(f"in another dtype the model has {strange[0].name} ({strange[0].target}), which the plan lacks")
+    tensors = {name: p.tensor for p in source.parameters for name in p.names}
+    lacking = [p.names[0] for p in target.parameters if p.names[0] not in tensors]
+    if lacking:
+        raise PlanMismatch(f"in another dtype the model uses {lacking[0]}, which the plan lacks")
+    choices = {op.name: assignment.choices[op.name] for op in target.ops}
+    storage = {p.tensor: assignment.storage[tensors[p.names[0]]] for p in target.parameters}
+    return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes)
+
+
 def _storage(plan: Plan, parameter: ParameterPlan) -> Storage:
     axes = [axis.name for axis in plan.mesh]
     if len(parameter.home) != len(axes):

@@ -6,17 +6,21 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from ..errors import LaunchError, ShardwrightError, UsageError
+from ..errors import LaunchError, PlanMismatch, ShardwrightError, UsageError
 from ..passes.prepare import in_dtype, prepare_bare
 from ..passes.skeleton import skeleton
-from ..planner.assign import Storage
+from ..passes.summarize import Summary
+from ..planner.assign import Assignment, Storage, assign, transfer
 from ..planner.cluster import Cluster
+from ..planner.legal import check_choices
 from ..planner.outline import Outline
-from ..planner.plan import Plan
+from ..planner.plan import Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
@@ -28,18 +32,53 @@ from .programs import Programs
 def apply(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, *, compile: bool = False,
     loss_fn: Callable[..., Any] | None = None, device: torch.device | str | None = None, data: str = "global",
-    exact: bool = False,
+    exact: str | None = None,
 ) -> ParallelModule:  # fmt: skip
-    """`api.apply_plan` with split inputs; `exact` is for verification: dropout off, and in float64 the casts lifted."""
+    """`api.apply_plan` with split inputs.
+
+    `exact` is for verification: the dtype that `model` is in and everything is computed in, with dropout off and, in
+    float64, the float32 casts lifted; `args` and `kwargs` stay those the plan was made for.
+    """
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
-    bare = in_dtype(skeleton(model), plan.precision.compute)
-    summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn, lift=exact and plan.precision.compute == "float64")
-    programs = Programs.create(
-        bare, plan, summary, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local", exact=exact
-    )
+    bare = in_dtype(skeleton(model), exact or plan.precision.compute)
+    if exact is None:
+        summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn)
+        own = agreed(plan, summary)
+    else:
+        summary, own = _exact(bare, args, kwargs, plan, exact, loss_fn)
+        plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
+    programs = Programs(
+        bare, plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local",
+        exact=exact is not None,
+    )  # fmt: skip
     return ParallelModule(model, programs, mesh, seed=shared_seed(plan.source.seed))
+
+
+def agreed(plan: Plan, summary: Summary) -> Assignment:
+    """The plan's choices for the graph it was made for; raises PlanMismatch for another, PlanError for illegal choices."""
+    if summary.outline.fingerprint != plan.graph:
+        raise PlanMismatch(
+            f"the plan is for graph {plan.graph}, this model and these inputs give {summary.outline.fingerprint}: "
+            "plan again, or pass the model, batch and sequence the plan was made for"
+        )
+    own = assign(plan, summary.outline)
+    check_choices(summary.outline, own, tuple(axis.size for axis in plan.mesh))
+    return own
+
+
+def _exact(
+    bare: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
+) -> tuple[Summary, Assignment]:
+    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
+    dtype = getattr(torch, exact)
+    precise = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, (args, kwargs))
+    summary = prepare_bare(bare, *precise, loss_fn=loss_fn, lift=exact == "float64")
+    if summary.outline.fingerprint == plan.graph:
+        return summary, agreed(plan, summary)
+    own = prepare_bare(in_dtype(skeleton(bare), plan.precision.compute), args, kwargs, loss_fn=loss_fn)
+    return summary, transfer(agreed(plan, own), own.outline, summary.outline)
 
 
 def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:

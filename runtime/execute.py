@@ -73,8 +73,8 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     loaded = rebuild(plan.source)
     found: dict[str, Any] = {"plan": str(options.plan), "verify": [], "world_size": _world()}
     if options.verify:
-        def build(model: Any, args: Any, kwargs: Any, precise: Plan) -> ParallelModule:
-            return apply(model, args, kwargs, precise, device=device, exact=True)
+        def build(model: Any, args: Any, kwargs: Any, plan: Plan, exact: str) -> ParallelModule:
+            return apply(model, args, kwargs, plan, device=device, exact=exact)
 
         differences = verify(loaded.model, loaded.args, loaded.kwargs, plan, build)
         found["verify"] = [d.to_dict() for d in differences]

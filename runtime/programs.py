@@ -64,11 +64,16 @@ class Program:
 
 @dataclass
 class Programs:
-    """All programs of one module. `summary` is that of the plan's own example inputs."""
+    """All programs of one module.
+
+    `model` is the weightless copy later captures are made from, `summary` that of the plan's own example inputs and `own` the
+    plan's choices on it.
+    """
 
     model: nn.Module
     plan: Plan
     summary: Summary
+    own: Assignment
     mesh: Mesh
     resolve: Resolve
     compile: bool = False
@@ -77,23 +82,11 @@ class Programs:
     exact: bool = False
     _known: dict[Any, Program] = field(default_factory=dict)
 
-    @classmethod
-    def create(
-        cls, model: nn.Module, plan: Plan, summary: Summary, mesh: Mesh, resolve: Resolve, **options: Any
-    ) -> Programs:
-        """`model` is the weightless copy later captures are made from, `summary` that of the plan's inputs."""
-        if summary.outline.fingerprint != plan.graph:
-            raise PlanMismatch(
-                f"the plan is for graph {plan.graph}, this model and these inputs give {summary.outline.fingerprint}: "
-                "plan again, or pass the model, batch and sequence the plan was made for"
-            )
-        return cls(model, plan, summary, mesh, resolve, **options)
-
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
         """The parameter as the plan stores it; one the graph does not use stays whole on every rank."""
         if known is None:
             return parameters.distribute(parameter.detach(), (), (), (), mesh, parameter.requires_grad)
-        storage = assign(self.plan, self.summary.outline).storage[known.tensor]
+        storage = self.own.storage[known.tensor]
         axes = tuple(mesh.names[a] for a in storage.zero_axes)
         dims = self.summary.outline.tensors[known.tensor].dims
         return parameters.distribute(parameter.detach(), dims, storage.home, axes, mesh, parameter.requires_grad)
@@ -155,13 +148,13 @@ class Programs:
 
     def _assignment(self, outline: Outline) -> Assignment:
         """The plan's own choices where the graph has its structure and sizes divide, else choices solved for this graph."""
+        if outline.fingerprint == self.summary.outline.fingerprint:
+            return self.own
         try:
             assignment = assign(self.plan, outline)
             check_choices(outline, assignment, self.mesh.sizes)
             return assignment
         except (PlanMismatch, PlanError) as error:
-            if outline.fingerprint == self.plan.graph:
-                raise
             storage = self._storage(outline, error)
         choices = self.resolve(outline, storage)
         data = tuple(i for i, a in enumerate(self.mesh.axes) if a.role == "data")
@@ -169,7 +162,7 @@ class Programs:
 
     def _storage(self, outline: Outline, error: Exception) -> dict[str, Storage]:
         own = self.summary.outline
-        placed = assign(self.plan, own).storage
+        placed = self.own.storage
         by_name = {name: (placed[p.tensor], own.tensors[p.tensor].dims) for p in own.parameters for name in p.names}
         found = {}
         for parameter in outline.parameters:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..passes.lift import Lift
-from ..planner.plan import Plan, Precision
+from ..planner.plan import Plan
 from . import parameters
 from .losses import loss_of
 from .module import ParallelModule
@@ -31,7 +30,8 @@ NOISE = 1e-3
 gradients that are zero in exact arithmetic (key biases) are rounding noise."""
 STEPS = 3
 
-Apply = Callable[[nn.Module, Any, Any, Plan], ParallelModule]
+Apply = Callable[[nn.Module, Any, Any, Plan, str], ParallelModule]
+"""(module in the dtype of comparison, inputs of the plan, plan, that dtype) -> the planned module."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,23 @@ class Difference:
 def verify(model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, loss_fn: Any = None) -> list[Difference]:
     """Loss and every gradient of one step, and parameters after 3 optimizer steps; all ranks take part.
 
-    `apply` makes a ParallelModule of a module under a plan, exact. float32 is compared for plans that compute in float32.
+    `apply` makes a ParallelModule of a module under a plan, exact in a dtype. float32 is compared for plans that compute in float32.
     """
     found = []
     for dtype in ("float64", "float32"):
         if dtype == "float32" and plan.precision.compute != "float32":
             continue
-        precise = msgspec.structs.replace(plan, precision=Precision(dtype, dtype, dtype, dtype, dtype))
-        found += _compare(model, args, kwargs, precise, apply, getattr(torch, dtype), loss_fn)
+        found += _compare(model, args, kwargs, plan, apply, dtype, loss_fn)
     return found
 
 
 def _compare(
-    model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, dtype: torch.dtype, loss_fn: Any
+    model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, name: str, loss_fn: Any
 ) -> list[Difference]:
-    name = str(dtype).removeprefix("torch.")
+    dtype = getattr(torch, name)
     reference = copy.deepcopy(model).to(dtype)
+    planned = apply(reference, args, kwargs, plan, name)
     args, kwargs = tree_map(lambda v: v.to(dtype) if _floating(v) else v, (args, kwargs))
-    planned = apply(reference, args, kwargs, plan)
     device = planned.device_of_run
     if _rank() != 0:
         reference = reference.to("meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -345,3 +346,39 @@ def test_write_under_no_grad_to_a_tensor_with_gradient_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="changed under no_grad"):
         capture(Body(body), (torch.randn(4, 6),))
+
+
+VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda t: t.t(), lambda t: t[1:], lambda t: t[:, 1:], lambda t: t.view(-1) if t.is_contiguous() else t, lambda t: t[0],
+    lambda t: t.unsqueeze(0), lambda t: t.squeeze(0), lambda t: t.transpose(0, -1), lambda t: t.flatten(0, -1), lambda t: t[..., ::2],
+    lambda t: t.detach() if not t.requires_grad else t, lambda t: t.chunk(2, 0)[0], lambda t: t.unbind(0)[-1],
+    lambda t: t.split(1, -1)[0], lambda t: t.narrow(0, 0, 1), lambda t: t.expand(t.shape), lambda t: t.contiguous(),
+]  # fmt: skip
+WRITES: list[Callable[[torch.Tensor], object]] = [
+    lambda t: t.add_(1), lambda t: t.mul_(0.5), lambda t: t.zero_(), lambda t: t.fill_(0.3), lambda t: t.neg_(),
+    lambda t: t.copy_(t.detach().clone() * 2 + 1), lambda t: t.clamp_(max=0.7), lambda t: t.masked_fill_(t.detach() > 0.2, 0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_programs_of_views_and_writes(seed: int) -> None:
+    """Views of one base, written and read in any order."""
+    multiple = {11, 12, 13}  # eager refuses writes through these where a gradient flows
+
+    def body(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        draw = random.Random(seed)
+        live = seed % 2 == 0
+        tensors = [(h if live else x) * 1.0]
+        total = h.sum()
+        for _ in range(14):
+            kind, choice, tensor = draw.randrange(3), draw.randrange(1000), draw.choice(tensors)
+            if kind == 0 and tensor.dim() == 2 and min(tensor.shape) > 1:
+                index = choice % len(VIEWS)
+                tensors.append(tensor if live and index in multiple else VIEWS[index](tensor))
+            elif kind == 1:
+                WRITES[choice % len(WRITES)](tensor)
+            else:
+                total = total + (tensor.clone() * h.sum()).cos().sum() if not live else total + tensor.sum()
+        return total + sum(t.sum() for t in tensors)
+
+    same(body)

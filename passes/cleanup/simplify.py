@@ -144,6 +144,15 @@ def _slice(node: fx.Node) -> fx.Node:
     return emit(node.graph, aten.slice.Tensor, args, like=node)
 
 
+def _narrow(node: fx.Node) -> fx.Node:
+    source, dim, start, length = node.args
+    if not isinstance(start, int):
+        return node
+    size = fake(source).shape[dim]  # type: ignore[arg-type, index]
+    start = start % size if start < 0 else start
+    return emit(node.graph, aten.slice.Tensor, (source, dim % fake(source).dim(), start, start + length), like=node)  # type: ignore[operator, arg-type]
+
+
 def _dropout(node: fx.Node) -> fx.Node:
     _, probability, train = node.args
     return _first(node) if not train or probability == 0 else node
@@ -221,6 +230,7 @@ _RULES: dict[str, Callable[[fx.Node], fx.Node | None]] = {
     **dict.fromkeys(("slice_scatter", "select_scatter"), _whole),
     "detach": _detach,
     "slice": _slice,
+    "narrow": _narrow,
     "cat": _single,
     "pad": _pad,
     "full": _full,

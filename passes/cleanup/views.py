@@ -104,6 +104,9 @@ def write_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) ->
         return emit(graph, aten.reshape.default, (value, list(fake(base).shape)), like=value)
     if name == "slice":
         return emit(graph, aten.slice_scatter.default, (base, value, *view.args[1:]), like=value)
+    if name == "narrow":
+        dim, start, length = view.args[1:]
+        return emit(graph, aten.slice_scatter.default, (base, value, dim, start, start + length), like=value)  # type: ignore[operator]
     if name == "select":
         return emit(graph, aten.select_scatter.default, (base, value, *view.args[1:]), like=value)
     if name == "diagonal":

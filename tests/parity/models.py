@@ -1,0 +1,269 @@
+"""Small models for the parity tests: the four Hugging Face families from inline configs, and models as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SEQ = 16
+FAMILIES = ("gpt2", "llama", "bert", "vit")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with example inputs at the global batch; `loss_fn` where the model returns no loss."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    loss_fn: Callable[[Any], Tensor] | None = None
+
+
+def build(name: str, batch: int = 8) -> Case:
+    """The named case, the same numbers on every call and every rank."""
+    torch.manual_seed(0)
+    return CASES[name](batch)
+
+
+def tokens(batch: int, vocab: int, seq: int = SEQ) -> dict[str, Tensor]:
+    """Ids and labels; more labels of the first samples are ignored, so that ranks count differently."""
+    ids = torch.randint(0, vocab, (batch, seq))
+    labels = ids.clone()
+    labels[0, : seq // 2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+# -- Hugging Face families
+
+
+def gpt2(batch: int, **changes: Any) -> Case:
+    """An odd vocabulary, tied to the head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 101, "use_cache": False} | changes
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    return Case(model.train(), kwargs=tokens(batch, 101))
+
+
+def llama(batch: int, **changes: Any) -> Case:
+    """Four query heads in two groups; the vocabulary divides."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, "use_cache": False,
+    } | changes  # fmt: skip
+    return Case(LlamaForCausalLM(LlamaConfig(**config)).train(), kwargs=tokens(batch, 96))
+
+
+BERT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96
+}  # fmt: skip
+
+
+def padded(batch: int) -> Tensor:
+    """An attention mask of samples of different lengths."""
+    lengths = torch.tensor([[SEQ - 3 * (i % 4)] for i in range(batch)])
+    return (torch.arange(SEQ) < lengths).long()
+
+
+def bert(batch: int) -> Case:
+    """Masked language model on padded samples."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    inputs = tokens(batch, 96) | {"attention_mask": padded(batch)}
+    return Case(BertForMaskedLM(BertConfig(**BERT)).train(), kwargs=inputs)
+
+
+def bert_classify(batch: int) -> Case:
+    """Sequence classification on padded samples."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(BertConfig(**BERT, num_labels=3))
+    inputs = {
+        "input_ids": torch.randint(0, 96, (batch, SEQ)),
+        "attention_mask": padded(batch),
+        "labels": torch.randint(0, 3, (batch,)),
+    }
+    return Case(model.train(), kwargs=inputs)
+
+
+def vit(batch: int, image: int = 32, patch: int = 8) -> Case:
+    """16 patches and a class token."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=image,
+        patch_size=patch, num_labels=10,
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(batch, 3, image, image), "labels": torch.randint(0, 10, (batch,))}
+    return Case(ViTForImageClassification(config).train(), kwargs=inputs)
+
+
+def ignored(batch: int) -> Case:
+    """All labels of the first half of the batch are ignored: half of the data ranks count none."""
+    case = llama(batch)
+    case.kwargs["labels"][: batch // 2] = -100
+    return case
+
+
+# -- models that are nobody's library
+
+
+class Perceptron(nn.Module):
+    """Positional inputs and the loss as the only output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.net(x), y)
+
+
+def mlp(batch: int) -> Case:
+    return Case(Perceptron(), (torch.randn(batch, 12), torch.randn(batch, 4)))
+
+
+class Regressor(nn.Module):
+    """Returns a tuple; the loss is the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.inner = nn.Linear(10, 20)
+        self.norm = nn.LayerNorm(20)
+        self.outer = nn.Linear(20, 6)
+
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.outer(self.norm(F.silu(self.inner(x)))) * self.scale, target
+
+
+def caller_loss(output: tuple[Tensor, Tensor]) -> Tensor:
+    """Huber loss and a penalty on large predictions."""
+    prediction, target = output
+    return F.smooth_l1_loss(prediction, target) + 0.1 * prediction.pow(2).mean()
+
+
+def with_loss_fn(batch: int) -> Case:
+    return Case(Regressor(), (torch.randn(batch, 10), torch.randn(batch, 6)), loss_fn=caller_loss)
+
+
+class Attention(nn.Module):
+    """Causal attention with fused projections, and optionally an adapter on them."""
+
+    def __init__(self, width: int, heads: int, rank: int = 0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.down = nn.Parameter(torch.randn(rank, width) * 0.1) if rank else None
+        self.up = nn.Parameter(torch.randn(3 * width, rank) * 0.1) if rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, w = x.shape
+        mixed = self.qkv(x)
+        if self.down is not None and self.up is not None:
+            mixed = mixed + F.linear(F.linear(x, self.down), self.up)
+        q, k, v = mixed.view(b, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, s, w))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, rank: int = 0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, rank)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TinyLM(nn.Module):
+    """A language model by hand, its head tied to the embedding; returns a dict."""
+
+    def __init__(self, width: int = 24, heads: int = 4, layers: int = 2, vocab: int = 50, rank: int = 0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.position = nn.Parameter(torch.randn(SEQ, width) * 0.02)
+        self.blocks = nn.ModuleList([Block(width, heads, rank) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(ids) + self.position[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def _language(model: nn.Module, batch: int) -> Case:
+    ids = torch.randint(0, 50, (batch, SEQ))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    return Case(model, kwargs={"ids": ids, "labels": labels})
+
+
+def tied(batch: int) -> Case:
+    return _language(TinyLM(), batch)
+
+
+def adapter(batch: int) -> Case:
+    """Low-rank adapters train, everything else is frozen."""
+    model = TinyLM(rank=4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith((".down", ".up")))
+    return _language(model, batch)
+
+
+class Teacher(nn.Module):
+    """Distillation: the teacher runs under no_grad, one layer is never used, and one output is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.student = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.spare = nn.Linear(5, 5)
+        self.gate = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = self.teacher(x)
+        gate = self.gate(x).sigmoid()
+        y = self.student(x) * gate
+        loss = F.mse_loss(y, target) + F.mse_loss(gate, y.detach())
+        return loss, y
+
+
+def teacher(batch: int) -> Case:
+    return Case(Teacher(), (torch.randn(batch, 12),))
+
+
+CASES: dict[str, Callable[[int], Case]] = {
+    "gpt2": gpt2,
+    "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
+    "llama": llama,
+    "llama-3kv": lambda batch: llama(batch, hidden_size=48, num_attention_heads=6, num_key_value_heads=3),
+    "llama-ignored": ignored,
+    "bert": bert,
+    "bert-classify": bert_classify,
+    "vit": vit,
+    "vit-197": lambda batch: vit(batch, 224, 16),
+    "mlp": mlp,
+    "loss-fn": with_loss_fn,
+    "tied": tied,
+    "adapter": adapter,
+    "teacher": teacher,
+}

@@ -1,0 +1,79 @@
+"""Loss, gradients and parameters after three optimizer steps against the user's eager module, by model and plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from models import CASES, FAMILIES
+from pool import Pool
+from running import differences, plan_of
+from shardwright.errors import PinError
+
+USERS = tuple(name for name in CASES if name not in FAMILIES)
+PINS = {
+    "dp=2": 2, "tp=2": 2, "dp=2 zero=0": 2, "dp=2 zero=1": 2, "dp=2 zero=2": 2, "dp=2 zero=3": 2, "tp=2 sequence_parallel=on": 2,
+    "": 2, "dp=2 tp=2": 4, "dp=4 zero=0": 4, "dp=4 zero=1": 4, "dp=4 zero=2": 4, "dp=4 zero=3": 4,
+}  # fmt: skip
+"""Pin sets and the ranks they are run on; "" is free choice."""
+
+SAMPLE = [
+    ("gpt2", "dp=2", 1), ("gpt2", "tp=2", 4), ("gpt2", "dp=2 tp=2 zero=3", 1),
+    ("llama", "tp=2", 1), ("llama", "tp=2 sequence_parallel=on dtype=fp32", 1), ("llama", "dp=4 zero=3", 4),
+    ("llama", "", 1), ("bert", "dp=2 zero=2 dtype=fp32", 4), ("bert", "dp=2 tp=2", 1), ("vit", "dp=2 zero=1", 4),
+    ("vit", "tp=2", 1), ("llama-3kv", "tp=2", 1), ("gpt2-6heads", "tp=4", 1), ("llama-ignored", "dp=2", 4),
+    ("bert-classify", "dp=2 zero=3", 1), ("mlp", "tp=2", 4), ("loss-fn", "dp=2 zero=2", 4), ("tied", "dp=2 tp=2 zero=1", 1),
+    ("adapter", "dp=2 zero=3", 4), ("adapter", "tp=2", 1), ("teacher", "dp=2 zero=2", 1),
+]  # fmt: skip
+"""(case, pins, microbatches) run every time."""
+
+
+def ranks_of(pins: str) -> int:
+    """Product of dp and tp pinned, or what PINS says."""
+    if pins in PINS:
+        return PINS[pins]
+    product = 1
+    for pin in pins.split():
+        key, _, value = pin.partition("=")
+        product *= int(value) if key in ("dp", "tp") else 1
+    return product
+
+
+def check(name: str, pins: str, microbatches: int, pools: dict[int, Pool], **options: Any) -> None:
+    world = ranks_of(pins)
+    batch = 16 if world == 4 else 8
+    if microbatches > 1:
+        data = next((int(p[3:]) for p in pins.split() if p.startswith("dp=")), 1 if "tp=" in pins else world)
+        pins = f"{pins} micro_batch={batch // data // microbatches}"
+    plan = plan_of(name, pins, world, batch, **options)
+    found = pools[world].run(differences, name, plan, batch)
+    assert all(answer == found[0] for answer in found)
+    wrong = [d for d in found[0] if not d["ok"]]
+    assert not wrong, (wrong, plan.mesh, plan.pipeline)
+    expected = {("float64", "loss"), ("float64", "gradient"), ("float64", "parameter after 3 steps")}
+    if "dtype=fp32" in pins:
+        expected |= {("float32", "loss"), ("float32", "gradient")}
+    assert {(d["dtype"], d["kind"]) for d in found[0]} == expected
+
+
+@pytest.fixture
+def pools(ranks2: Pool, ranks4: Pool) -> dict[int, Pool]:
+    return {2: ranks2, 4: ranks4}
+
+
+@pytest.mark.parametrize(("name", "pins", "microbatches"), SAMPLE)
+def test_sample(name: str, pins: str, microbatches: int, pools: dict[int, Pool]) -> None:
+    check(name, pins, microbatches, pools)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("pins", PINS)
+@pytest.mark.parametrize("name", CASES)
+def test_matrix(name: str, pins: str, microbatches: int, pools: dict[int, Pool]) -> None:
+    check(name, f"{pins} dtype=fp32", microbatches, pools)
+
+
+def test_sequence_parallel_refuses_an_odd_number_of_patches() -> None:
+    with pytest.raises(PinError, match="197"):
+        plan_of("vit-197", "tp=2 sequence_parallel=on", 2)
