@@ -1,7 +1,7 @@
 """What a pass is, what passes work on, and the runner that records them.
 
-A pass is a frozen dataclass with a `name`, the facts it `requires` and `provides`, and `apply(program) -> program`. It owns
-the program it is given, leaves a valid graph, and does not log; the runner records time and node difference.
+A pass is a frozen dataclass with a `name`, the facts it `requires` and `provides`, and `apply(program) -> program`.
+It owns the program it is given, leaves a valid graph, and does not log; the runner records time and node difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Program:
     """A lifted graph on its way through passes.
 
     Placeholders carry parameters, buffers, constants and inputs; `constants` holds the values of the constant ones by
-    placeholder name. `notes` tell what a reader should know, `problems` what stops the capture (all are reported together).
+    placeholder name. `notes` tell what a reader should know, `problems` what stops the capture (all are reported
+    together).
     """
 
     graph: fx.Graph
@@ -74,7 +75,8 @@ def run_passes(
 ) -> tuple[P, tuple[Record, ...]]:
     """Run passes in order and record each; `after(name, program)` is called after each (to print, say).
 
-    `known` are facts that hold already. Raises ShardwrightError where a pass requires a fact that no earlier pass provides.
+    `known` are facts that hold already. Raises ShardwrightError where a pass requires a fact that no earlier pass
+    provides.
     """
     known = set(known)
     records = []

@@ -3,9 +3,10 @@
     captured = capture(model, (), {"input_ids": ids, "labels": labels})
     captured.graph.print_readable()
 
-Placeholders stand in the order parameters (unique tensors once), buffers, constants, inputs. The body is functional: no in-place ops, no
-asserts, no regions. The output is a flat tuple, the loss first. Every node has `meta["val"]` (a fake CPU tensor), `meta["source"]` and
-`meta["differentiable"]` (a tuple for an op with several results). Names are a function of the model and its inputs' shapes alone.
+Placeholders stand in the order parameters (unique tensors once), buffers, constants, inputs. The body is functional:
+no in-place ops, no asserts, no regions. The output is a flat tuple, the loss first. Every node has `meta["val"]` (a
+fake CPU tensor), `meta["source"]` and `meta["differentiable"]` (a tuple for an op with several results). Names are a
+function of the model and its inputs' shapes alone.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Entry:
 class Captured:
     """A clean graph and what connects it to the model.
 
-    `inputs` has, per leaf of (args, kwargs) in `input_spec`, a node name or a `Fixed` constant; `flat_outputs` likewise per
-    leaf of the model's output in `output_spec`. `loss` names the scalar loss, "" for an inference graph.
+    `inputs` has, per leaf of (args, kwargs) in `input_spec`, a node name or a `Fixed` constant; `flat_outputs`
+    likewise per leaf of the model's output in `output_spec`. `loss` names the scalar loss, "" for an inference graph.
     """
 
     graph: fx.GraphModule
@@ -65,7 +66,8 @@ class Captured:
     records: tuple[Record, ...] = field(default=(), compare=False)
 
     def flatten(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
-        """Tensor inputs by node name; raises UsageError where the call differs in structure or constants from the captured one."""
+        """Tensor inputs by node name; raises UsageError where the call differs in structure or constants from the
+        captured one."""
         leaves, spec = pytree.tree_flatten((tuple(args), _ordered(dict(kwargs or {}), self.input_spec)))
         if spec != self.input_spec:
             raise UsageError(
@@ -112,9 +114,10 @@ def capture(
 ) -> Captured:
     """Capture `model(*args, **kwargs)` as a clean graph; nothing is computed and the model is left as it was.
 
-    The loss is `loss_fn(output)` where given, else the scalar `.loss`, "loss" or first 0-dim floating output. `train=False` makes
-    an inference graph. The mode (train or eval) is the model's own. `lift_float64` turns float32 casts inside into float64 (lift.py).
-    `after(pass name, program)` sees the graph after each pass. Raises CaptureError carrying every problem found.
+    The loss is `loss_fn(output)` where given, else the scalar `.loss`, "loss" or first 0-dim floating output.
+    `train=False` makes an inference graph. The mode (train or eval) is the model's own. `lift_float64` turns float32
+    casts inside into float64 (lift.py). `after(pass name, program)` sees the graph after each pass. Raises
+    CaptureError carrying every problem found.
     """
     kwargs = dict(kwargs or {})
     traced = trace(model, tuple(args), kwargs, loss_fn=loss_fn, lift_float64=lift_float64)
@@ -150,10 +153,10 @@ def _finish(
     names = tuple(new[kept[o]].name if isinstance(o, int) else o for o in outputs)
     module = fx.GraphModule({}, graph)
     return Captured(
-        graph=module, entries=entries, constants={new[n].name: program.constants[n.name] for n in new if n.name in program.constants},
-        loss=new[loss].name if loss is not None and train else "",
-        input_spec=spec.in_spec, inputs=tuple(new[s.node].name if isinstance(s, Slot) else s for s in lifted.inputs),
-        output_spec=output_spec, flat_outputs=names, train=train, notes=tuple(dict.fromkeys(program.notes)), records=records,
+        graph=module, entries=entries, constants={new[n].name: program.constants[n.name] for n in new if n.name in
+        program.constants}, loss=new[loss].name if loss is not None and train else "", input_spec=spec.in_spec,
+        inputs=tuple(new[s.node].name if isinstance(s, Slot) else s for s in lifted.inputs), output_spec=output_spec,
+        flat_outputs=names, train=train, notes=tuple(dict.fromkeys(program.notes)), records=records,
     )  # fmt: skip
 
 

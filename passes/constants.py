@@ -1,6 +1,7 @@
 """Values of a graph that depend on no input: known without running the model.
 
-Parameters and buffers never count as known, even where their values are at hand: one model gives one graph, on meta or not.
+Parameters and buffers never count as known, even where their values are at hand: one model gives one graph, on meta
+or not.
 """
 
 from __future__ import annotations

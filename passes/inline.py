@@ -2,8 +2,8 @@
 
     with no_grad: y = f(x)      becomes      y = f(detach(x))
 
-Export keeps such regions as higher-order ops. Detaching what a no-grad op reads keeps its meaning (a later pass drops the
-detach where no gradient would flow anyway). An autocast region that is disabled is inlined as it stands.
+Export keeps such regions as higher-order ops. Detaching what a no-grad op reads keeps its meaning (a later pass drops
+the detach where no gradient would flow anyway). An autocast region that is disabled is inlined as it stands.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SET_GRAD, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 @dataclass(frozen=True)
 class Slot:
-    """A placeholder: role ("parameter", "buffer", "constant" or "input"), name, tied names, trained?, saved in state dicts?"""
+    """A placeholder: role ("parameter", "buffer", "constant" or "input"), name, tied names, trained?, saved in state
+    dicts?"""
 
     node: fx.Node
     role: str
@@ -43,8 +44,8 @@ class Slot:
 class Lifted:
     """A program, its placeholders, and what the leaves of inputs and outputs are: a position, or a constant.
 
-    `inputs` has a Slot or a constant for each leaf of (args, kwargs); `outputs` has an index into the graph's output tuple
-    (int) or a `Fixed` constant for each leaf of the output.
+    `inputs` has a Slot or a constant for each leaf of (args, kwargs); `outputs` has an index into the graph's output
+    tuple (int) or a `Fixed` constant for each leaf of the output.
     """
 
     program: Program

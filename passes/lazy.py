@@ -1,7 +1,8 @@
 """Elements of a known value, computed by walking its expression backwards with indices instead of making it.
 
-`Lazy.at(node, grid)` is `node[grid]` for one broadcastable integer index per dim; the result broadcasts to the grid's shape but is smaller
-where the value does not depend on some dim (that is what keeps it cheap). Ops it cannot walk through raise Unknown.
+`Lazy.at(node, grid)` is `node[grid]` for one broadcastable integer index per dim; the result broadcasts to the grid's
+shape but is smaller where the value does not depend on some dim (that is what keeps it cheap). Ops it cannot walk
+through raise Unknown.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
     m = and(le(k, q), eq(packed[q], packed[k]))          becomes     y = sdpa(q, k, v, is_causal=True)
     y = sdpa(q, k, v, m)
 
-A traced mask is a chain of pointwise ops, views and lookups over small vectors (positions, packed-sequence ids). Any element of it can be
-computed by walking the chain backwards with *indices*: `_Lazy.at(node, grid)` gives node[grid], where the grid holds one broadcastable
-index tensor per dim. The decision looks at the whole mask up to 2^24 elements, else at the first and last rows, evenly spaced rows and
-pseudo-random rows (seeded) of the first, last and some batch entries.
+A traced mask is a chain of pointwise ops, views and lookups over small vectors (positions, packed-sequence ids). Any
+element of it can be computed by walking the chain backwards with *indices*: `_Lazy.at(node, grid)` gives node[grid],
+where the grid holds one broadcastable index tensor per dim. The decision looks at the whole mask up to 2^24 elements,
+else at the first and last rows, evenly spaced rows and pseudo-random rows (seeded) of the first, last and some batch
+entries.
 
-An all-true mask goes, a causal one becomes `is_causal`, boolean or additive. A sliding window becomes one S x S band without batch. In an
-`and` with a padding mask, all-true operands go and causal ones become such a band; what is only broadcast is passed unbroadcast. Anything
-else stays.
+An all-true mask goes, a causal one becomes `is_causal`, boolean or additive. A sliding window becomes one S x S band
+without batch. In an `and` with a padding mask, all-true operands go and causal ones become such a band; what is only
+broadcast is passed unbroadcast. Anything else stays.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class RecogniseMasks:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a mask is: "true", "band" or "other". A band of window w allows 0 <= row - column < w; causal is w = rows."""
+    """What a mask is: "true", "band" or "other". A band of window w allows 0 <= row - column < w; causal is w =
+    rows."""
 
     name: str
     window: int = 0
@@ -109,7 +111,8 @@ class Judge:
         return Kind("band", int(allowed.expand(columns).sum()), rows)
 
     def reduced(self, node: fx.Node) -> fx.Node | None:
-        """A boolean mask without its all-true operands and broadcasts, bands in one form; None where nothing is left."""
+        """A boolean mask without its all-true operands and broadcasts, bands in one form; None where nothing is
+        left."""
         if node not in self._reduced:
             self._reduced[node] = self._reduce(node)
         return self._reduced[node]

@@ -31,10 +31,12 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 
 __all__ = [
-    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
-    "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "storage_key", "watch_autograd_functions",
+    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name",
+    "is_mutable", "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "storage_key",
+    "watch_autograd_functions",
 ]  # fmt: skip
-"""OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
+"""OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models
+take and
 return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
 
 
@@ -44,7 +46,8 @@ def full_name(target: OpOverload) -> str:
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the aten op a node calls ("add"), "" for anything that is no op; other namespaces stay ("custom::op")."""
+    """The name of the aten op a node calls ("add"), "" for anything that is no op; other namespaces stay
+    ("custom::op")."""
     return full_name(node.target).removeprefix("aten::") if isinstance(node.target, OpOverload) else ""
 
 
@@ -66,9 +69,9 @@ def is_mutable(target: OpOverload) -> bool:
 def fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
     """A mode under which tensors have shape, dtype, strides and device but no memory.
 
-    Needed to trace and observe models of any size; torch has no public equivalent that keeps the CPU's strides and kernels
-    (the meta device takes other kernels). `symbolic` allows sizes that depend on data, so that they can be reported.
-    Tried: 2.11 to 2.13.
+    Needed to trace and observe models of any size; torch has no public equivalent that keeps the CPU's strides and
+    kernels (the meta device takes other kernels). `symbolic` allows sizes that depend on data, so that they can be
+    reported. Tried: 2.11 to 2.13.
     """
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if symbolic else None)
 
@@ -84,7 +87,8 @@ def storage_key(value: torch.Tensor) -> int:
 
 
 def is_plain(value: torch.Tensor) -> bool:
-    """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to 2.13."""
+    """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to
+    2.13."""
     return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(value, FakeTensor)
 
 
@@ -98,7 +102,8 @@ def lazy_graphs() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what export prints and logs about its own failure (graphs, stack traces) from the user, who gets one clear message.
+    """Keep what export prints and logs about its own failure (graphs, stack traces) from the user, who gets one clear
+    message.
 
     After a success, everything the model printed goes to stderr: stdout is for results. Tried: 2.11 to 2.13.
     """
@@ -109,7 +114,9 @@ def quiet() -> Iterator[None]:
         logger.disabled = True
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")  # an LSTM's own list
+            warnings.filterwarnings(
+                "ignore", message="The tensor attributes? .* assigned during export"
+            )  # an LSTM's own list
             yield
         sys.stderr.write(printed.getvalue())
     finally:

@@ -1,6 +1,7 @@
 """From a module to an exported program: the model runs once on fake CPU tensors, whatever device its own live on.
 
-So one model gives one graph on meta, CPU and GPU, nothing is computed or copied, and the module is as before afterwards.
+So one model gives one graph on meta, CPU and GPU, nothing is computed or copied, and the module is as before
+afterwards.
 """
 
 from __future__ import annotations

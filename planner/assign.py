@@ -78,11 +78,13 @@ def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assign
     if strange:
         raise PlanMismatch(f"in another dtype the model has {strange[0].name} ({strange[0].target}), which the plan lacks")
     tensors = {name: p.tensor for p in source.parameters for name in p.names}
-    lacking = [p.names[0] for p in target.parameters if p.names[0] not in tensors]
+    stored = {p.tensor: assignment.storage.get(tensors.get(p.names[0], "")) for p in target.parameters}
+    used = {name for region in target.regions for names in region.parameters for name in names}
+    lacking = [p.names[0] for p in target.parameters if p.tensor in used and stored[p.tensor] is None]
     if lacking:
         raise PlanMismatch(f"in another dtype the model uses {lacking[0]}, which the plan lacks")
     choices = {op.name: assignment.choices[op.name] for op in target.ops}
-    storage = {p.tensor: assignment.storage[tensors[p.names[0]]] for p in target.parameters}
+    storage = {name: place for name, place in stored.items() if place is not None}
     return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes)
 
 

@@ -8,6 +8,7 @@ Cuts travel through letters between all dims that share them until nothing chang
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,7 +133,7 @@ def _factor_sizes(size: int, cuts: Iterable[int]) -> tuple[int, ...]:
     if size == 1:
         return ()
     bounds = [size, *sorted(cuts, reverse=True), 1]
-    return tuple(a // b for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(a // b for a, b in itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def find_regions(nodes: Sequence[Node], parameters: Sequence[str]) -> tuple[Regi
     spans = _spans(nodes, 0, len(nodes), frozenset(parameters))
     owned: set[str] = set()
     known = set(parameters)
-    regions = []
+    regions: list[Region] = []
     for start, period, count in spans:
         instances, params = [], []
         for k in range(count):
@@ -130,7 +130,7 @@ def _same(a: tuple[tuple[object, ...], ...], b: tuple[tuple[object, ...], ...]) 
     for left, right in zip(a, b, strict=True):
         if left == right:
             continue
-        if right[0] == "op" and right[2] == 1 and (left[0] == "outside" or left[0] == "op" and left[2] != 0):
+        if right[0] == "op" and right[2] == 1 and (left[0] == "outside" or (left[0] == "op" and left[2] != 0)):
             continue
         return False
     return True

@@ -194,7 +194,7 @@ class Search:
             heapq.heappush(queue, _Open(0.0, (-ranks, counts[0]), shape, counts[0], counts[1:]))
         while queue:
             self._step(heapq.heappop(queue), queue)
-        if self.best is None and self.refused and all(r.status == "refused" for r in self.records):
+        if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
         return Found(self.best, self._ranked(), self.closed)
 
@@ -222,6 +222,10 @@ class Search:
             self._tell("rows", item)
             first = False
         done = item.candidate.advance()
+        problem = self._unmet(item.candidate, first)
+        if problem:
+            self._refuse(item.shape, item.m, PinError(problem))
+            return
         fits = done and item.candidate.solution is not None and item.candidate.solution.choice is not None
         item.bound = max(item.bound, item.candidate.bound)
         if first and not fits and item.rest:
@@ -235,6 +239,25 @@ class Search:
         self._close(item, "solved" if fits else "does not fit")
         if fits and item.candidate.evaluation is not None and item.candidate.evaluation.step_seconds < self._value():
             self.best = item.candidate
+
+    def _unmet(self, candidate: Candidate, first: bool) -> str:
+        """What the pins ask that this mesh cannot give, "" if nothing."""
+        assert candidate.solution is not None
+        choice, pins = candidate.solution.choice, self.problem.pins
+        if choice is None:
+            return f"no plan on {self._named(candidate.shape)} meets the pins {', '.join(pins.texts)}" if first else ""
+        if not pins.zero or not self.problem.outline.loss:
+            return ""
+        levels = (options[o].zero for options, o in zip(candidate.space.options, choice.options, strict=True))
+        if pins.zero in levels or not any(p.trainable for p in self.problem.outline.parameters):
+            return ""
+        return (
+            f"zero={pins.zero} shares out parameters that several ranks hold whole; on {self._named(candidate.shape)} there are "
+            "none: use zero=0, or a data axis (dp=N with N > 1)"
+        )
+
+    def _named(self, shape: Shape) -> str:
+        return " x ".join(f"{n}={s}" for n, s in self._mesh(shape).items())
 
     def _close(self, item: _Open, status: str, reason: str = "") -> None:
         candidate = item.candidate
@@ -265,6 +288,5 @@ class Search:
         return sorted(self.records, key=key)
 
     def _tell(self, phase: str, item: _Open) -> None:
-        mesh = " x ".join(f"{n}={s}" for n, s in self._mesh(item.shape).items())
         best = self._value()
-        self.progress(Event(phase, f"{mesh}, {item.m} microbatches", best if best < float("inf") else None))
+        self.progress(Event(phase, f"{self._named(item.shape)}, {item.m} microbatches", best if best < float("inf") else None))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..passes.skeleton import Tree
 from ..planner.plan import Plan
 from . import norms, parameters
 from .mesh import Mesh
 from .outputs import rebuild
 from .programs import Program, Programs
-from ..passes.skeleton import Tree
 from .step import Values, run_microbatches, run_once
 
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import PlanError, PlanMismatch, UsageError
 from ..passes.capture import Captured
 from ..passes.lowered import Lowered
-from ..passes.shard import lower
 from ..passes.prepare import prepare_bare
+from ..passes.shard import lower
 from ..passes.skeleton import to_meta
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, parameter_groups
@@ -84,7 +84,7 @@ class Programs:
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
         """The parameter as the plan stores it; one the graph does not use stays whole on every rank."""
-        if known is None:
+        if known is None or known.tensor not in self.own.storage:
             return parameters.distribute(parameter.detach(), (), (), (), mesh, parameter.requires_grad)
         storage = self.own.storage[known.tensor]
         axes = tuple(mesh.names[a] for a in storage.zero_axes)
@@ -106,7 +106,8 @@ class Programs:
             data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
             args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
         self.model.train(train)
-        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=self.exact and self.plan.precision.compute == "float64")
+        lift = self.exact and self.plan.precision.compute == "float64"
+        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=lift)
         captured = summary.captured
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1

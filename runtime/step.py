@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
 from ..planner.placement import V
 
@@ -88,7 +89,8 @@ class _Loop:
     """The step's tensors outside the loop: what entry makes of the parameters, what prologue makes of the inputs."""
 
     def __init__(self, lowered: Lowered, values: Values, microbatches: int, buckets: Buckets) -> None:
-        assert lowered.entry is not None and lowered.prologue is not None
+        assert lowered.entry is not None
+        assert lowered.prologue is not None
         self.lowered, self.values, self.m = lowered, values, microbatches
         with torch.no_grad():
             self.cuts = iter(lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds]))
@@ -178,7 +180,7 @@ class _Held(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         held = ctx.held
         if held is None:
-            raise RuntimeError("backward was called twice on one step")
+            raise UsageError("backward was called twice on the loss of one call: its gradients were handed out")
         ctx.held = None
         return (None, None, *[None if h is None else (h if _is_one(grad) else h * grad) for h in held])
 

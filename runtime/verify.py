@@ -1,7 +1,8 @@
 """`--verify`: the planned module against the user's original eager module, in float64 and in the plan's own dtype.
 
 The reference is always the eager module, never the captured graph. Both sides run with dropout off and with the float32 casts
-inside models lifted to float64, by the same mode: active in the reference, and in the capture. Rank 0 runs the reference; every parameter is compared whole.
+inside models lifted to float64, by the same mode: active in the reference, and in the capture. Rank 0 runs the reference; every
+parameter is compared whole.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Difference:
 def verify(model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, loss_fn: Any = None) -> list[Difference]:
     """Loss and every gradient of one step, and parameters after 3 optimizer steps; all ranks take part.
 
-    `apply` makes a ParallelModule of a module under a plan, exact in a dtype. float32 is compared for plans that compute in float32.
+    `apply` makes a ParallelModule of a module under a plan, exact. float32 is compared for plans that compute in it.
     """
     found = []
     for dtype in ("float64", "float32"):

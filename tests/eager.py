@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.lift import exact, without_dropout
@@ -58,7 +65,9 @@ class Recorder(fx.Interpreter):
         result = super().run_node(n)
         if n.op != "output":
             flags = n.meta["differentiable"]
-            for value, flag in zip(*((result, flags) if isinstance(result, tuple | list) else ([result], [flags])), strict=True):
+            for value, flag in zip(
+                *((result, flags) if isinstance(result, tuple | list) else ([result], [flags])), strict=True
+            ):
                 if isinstance(value, torch.Tensor) and value.requires_grad != flag:
                     self.wrong.append(f"{n.name}: requires_grad is {value.requires_grad}, differentiable {flag}")
         return result

@@ -188,12 +188,16 @@ def test_keyword_order_does_not_matter() -> None:
     turned = dict(reversed(kwargs.items()))
     assert captured.flatten((), turned).keys() == captured.flatten((), kwargs).keys()
     assert all(captured.flatten((), turned)[k] is kwargs[k] for k in kwargs)
-    assert str(capture(model, (), turned).graph.graph.output_node().args) == str(captured.graph.graph.output_node().args)
+    assert str(capture(model, (), turned).graph.graph.output_node().args) == str(
+        captured.graph.graph.output_node().args
+    )
 
 
 def test_t5_equals_eager() -> None:
     torch.manual_seed(0)
-    config = T5Config(num_layers=2, d_model=64, d_ff=128, num_heads=4, d_kv=16, vocab_size=100, decoder_start_token_id=0)
+    config = T5Config(
+        num_layers=2, d_model=64, d_ff=128, num_heads=4, d_kv=16, vocab_size=100, decoder_start_token_id=0
+    )
     check(T5ForConditionalGeneration(config), tolerance=1e-11, **tokens())
 
 

@@ -281,7 +281,9 @@ def test_half_precision_sums_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 def test_other_reductions_stay() -> None:
-    names = targets(check(Loss(lambda x: x.square().mean(-1).sum() + F.mse_loss(x, TARGET, reduction="sum")), loss=lambda o: o))
+    names = targets(
+        check(Loss(lambda x: x.square().mean(-1).sum() + F.mse_loss(x, TARGET, reduction="sum")), loss=lambda o: o)
+    )
     assert "aten.mean.dim" in names
     assert "aten.div.Tensor" not in names
 

@@ -2,7 +2,8 @@
 
     a = arange(4); b = mul(a, 2)        becomes        a constant placeholder [0, 2, 4, 6]
 
-A value of one repeated number becomes `aten.full`, which any split of it can make locally. Values above 1 MiB are left to be computed.
+A value of one repeated number becomes `aten.full`, which any split of it can make locally. Values above 1 MiB are
+left to be computed.
 """
 
 from __future__ import annotations

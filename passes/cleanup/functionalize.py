@@ -4,8 +4,9 @@
     y.add_(1)            becomes       x1 = slice_scatter(x, z, 1, 1)
     return x                           return x1
 
-Tensors that share memory are known exactly: traced fake tensors share storage. A write goes back through the chain of views to the
-base tensor; later uses of other views are taken again from the new base. Writes to parameters, buffers and inputs are problems.
+Tensors that share memory are known exactly: traced fake tensors share storage. A write goes back through the chain of
+views to the base tensor; later uses of other views are taken again from the new base. Writes to parameters, buffers
+and inputs are problems.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _written(node: fx.Node, program: Program) -> fx.Node | None:
 
 @dataclass
 class _Rewriter:
-    """Walks the graph once. `value[n]` is what node n stands for now, valid while `seen[n]` equals its storage's version."""
+    """Walks the graph once. `value[n]` is what node n stands for now, valid while `seen[n]` equals its storage's
+    version."""
 
     program: Program
     writes: dict[fx.Node, fx.Node]

@@ -3,7 +3,8 @@
     a = cos(x); b = cos(x)        becomes        a = cos(x)
     y = mul(a, b)                                y = mul(a, a)
 
-Two calls are equal when target, arguments (types included: 1 is not 1.0) and keyword arguments are. Random ops are never merged.
+Two calls are equal when target, arguments (types included: 1 is not 1.0) and keyword arguments are. Random ops are
+never merged.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     b = to(a, a.dtype); c = contiguous(b); d = view(c, [-1, 8])      becomes      d = reshape(a, [4, 8])
 
-Asserts, no-op casts, copies and views, dropout of probability zero and detach where no gradient flows go; every reshaping view is a
-`reshape` with explicit sizes (it needs no particular strides, so `contiguous` is not needed), every fill an `aten.full`, every cast
-`aten.to.dtype`. Device, layout and pin_memory arguments go: the graph runs on one device, which lowering names (`on_device`).
+Asserts, no-op casts, copies and views, dropout of probability zero and detach where no gradient flows go; every
+reshaping view is a `reshape` with explicit sizes (it needs no particular strides, so `contiguous` is not needed),
+every fill an `aten.full`, every cast `aten.to.dtype`. Device, layout and pin_memory arguments go: the graph runs on
+one device, which lowering names (`on_device`).
 """
 
 from __future__ import annotations
