@@ -22,7 +22,7 @@ def command(a: Path, b: Path, as_json: bool) -> None:
     from .tables import print_json, progress, show
 
     with progress() as tell:
-        found = diff(*(priced_again(load_plan(path), tell) for path in (a, b)))
+        found = diff(*(priced_again(load_plan(path), path, tell) for path in (a, b)))
     if as_json:
         print_json([{**{f: getattr(d, f) for f in ("dimension", "where", "a", "b")}, "change": d.change} for d in found])
     elif found:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import PlanError
 from ..planner.plan import Plan
 from ..planner.planfile import digest
 
@@ -16,8 +18,8 @@ def is_stale(plan: Plan) -> bool:
     return plan.edited and plan.digest != digest(plan)
 
 
-def priced_again(plan: Plan, tell: Teller) -> Plan:
-    """`plan` as it is when nobody edited it, else with new figures and no certificate.
+def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
+    """The plan of file `path` as it is when nobody edited it, else with new figures and no certificate.
 
     Raises PlanError or PlanMismatch for an edit that is not legal, Infeasible for one that breaks the memory limit. A plan
     made from a live module cannot be rebuilt here: it is checked where it is applied.
@@ -28,14 +30,20 @@ def priced_again(plan: Plan, tell: Teller) -> Plan:
     from ..passes.models import rebuild
     from ..passes.prepare import prepare
     from ..planner.cluster import Cluster
+    from ..planner.planmatch import check_results
     from ..planner.solve import reprice
     from ..profiles.store import default_path
 
-    tell.note("the plan was edited: pricing it again")
+    tell.note(f"{path} was edited: pricing it again")
     tell("capture")
     loaded = rebuild(plan.source, device="meta")
     summary = prepare(loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
     tell("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())
-    return reprice(plan, summary.outline, cluster, prices)
+    try:
+        fresh = reprice(plan, summary.outline, cluster, prices)
+        check_results(plan, summary.outline)
+        return fresh
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None

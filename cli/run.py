@@ -41,7 +41,7 @@ def command(
         from .tables import progress
 
         with progress() as tell:
-            loaded = priced_again(loaded, tell)
+            loaded = priced_again(loaded, plan, tell)
     if script:
         if steps is not None or verify or trace or as_json:
             raise click.UsageError("--steps, --verify, --trace and --json belong to the built-in loop; a script has its own")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 
+import shardwright
 import torch
 from torch import nn
 from torch.nn import functional
-
-import shardwright
 
 
 class Classifier(nn.Module):

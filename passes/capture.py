@@ -66,8 +66,7 @@ class Captured:
     records: tuple[Record, ...] = field(default=(), compare=False)
 
     def flatten(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
-        """Tensor inputs by node name; raises UsageError where the call differs in structure or constants from the
-        captured one."""
+        """Tensor inputs by node name; raises UsageError where the call differs in structure or constants from the captured one."""
         leaves, spec = pytree.tree_flatten((tuple(args), _ordered(dict(kwargs or {}), self.input_spec)))
         if spec != self.input_spec:
             raise UsageError(
@@ -122,41 +121,37 @@ def capture(
     kwargs = dict(kwargs or {})
     traced = trace(model, tuple(args), kwargs, loss_fn=loss_fn, lift_float64=lift_float64)
     lifted = lift(traced.program, model, WRAPPED if traced.wrapped else "")
-    program = lifted.program
+    program, spec = lifted.program, traced.program.call_spec
+    loss = _loss(lifted, spec.out_spec, traced.wrapped) if train else None
     program.problems += traced.problems if train else ()
     program.notes += traced.notes
-    if not train:
+    if not _kept(program):
+        program.problems.append("it returns no tensor")
+    if loss is None:
         for slot in lifted.slots:
             slot.node.meta["differentiable"] = False
     program, found = run_passes(first_passes(), program, after=after)
     if program.problems:
         raise CaptureError(f"{type(model).__name__} cannot be captured:", list(dict.fromkeys(program.problems)))
     program, cleaned = run_passes(cleanup_passes(), program, known=("functional",), after=after)
-    records = (*found, *cleaned)
-    return _finish(lifted, program, traced.program.call_spec, traced.wrapped, train, records)
+    return _finish(lifted, program, spec, traced.wrapped, loss, (*found, *cleaned))
 
 
 def _finish(
-    lifted: Lifted, program: Program, spec: Any, wrapped: bool, train: bool, records: tuple[Record, ...]
-) -> Captured:
+    lifted: Lifted, program: Program, spec: Any, wrapped: bool, loss: int | None, records: tuple[Record, ...]
+) -> Captured:  # fmt: skip
     """The final graph: canonical names, placeholders in order of role, loss first."""
     mark(program.graph)
-    kept = list(_output(program.graph).args[0])  # type: ignore[arg-type]
-    outputs, output_spec = list(lifted.outputs), spec.out_spec
-    loss = _loss_fn_output(kept, outputs) if wrapped else None
-    if wrapped:
-        outputs, output_spec = outputs[1:], output_spec.child(1)
-    elif train:
-        loss = _find_loss(kept, outputs, output_spec)
-    graph, new = _renamed(program, lifted.slots, [loss] if loss is not None else [], kept)
-    entries = _entries(lifted.slots, program, new)
-    names = tuple(new[kept[o]].name if isinstance(o, int) else o for o in outputs)
-    module = fx.GraphModule({}, graph)
+    kept = _kept(program)
+    graph, new = _renamed(program, lifted.slots, [] if loss is None else [kept[loss]], kept)
+    outputs, output_spec = (lifted.outputs[1:], spec.out_spec.child(1)) if wrapped else (lifted.outputs, spec.out_spec)
+    constants = {new[n].name: program.constants[n.name] for n in new if n.name in program.constants}
     return Captured(
-        graph=module, entries=entries, constants={new[n].name: program.constants[n.name] for n in new if n.name in
-        program.constants}, loss=new[loss].name if loss is not None and train else "", input_spec=spec.in_spec,
-        inputs=tuple(new[s.node].name if isinstance(s, Slot) else s for s in lifted.inputs), output_spec=output_spec,
-        flat_outputs=names, train=train, notes=tuple(dict.fromkeys(program.notes)), records=records,
+        graph=fx.GraphModule({}, graph), entries=_entries(lifted.slots, program, new), constants=constants,
+        loss="" if loss is None else new[kept[loss]].name,
+        input_spec=spec.in_spec, inputs=tuple(new[s.node].name if isinstance(s, Slot) else s for s in lifted.inputs),
+        output_spec=output_spec, flat_outputs=tuple(new[kept[o]].name if isinstance(o, int) else o for o in outputs),
+        train=loss is not None, notes=tuple(dict.fromkeys(program.notes)), records=records,
     )  # fmt: skip
 
 
@@ -164,30 +159,31 @@ def _output(graph: fx.Graph) -> fx.Node:
     return next(reversed(graph.nodes))
 
 
-def _loss_fn_output(kept: list[fx.Node], outputs: list[int | Fixed]) -> fx.Node:
-    first = outputs[0]
-    if isinstance(first, Fixed) or kept[first].meta["val"].dim() != 0:
-        raise CaptureError(
-            "loss_fn must return one 0-dim tensor:",
-            [
-                "it returned "
-                + str(
-                    first.value
-                    if isinstance(first, Fixed)
-                    else "a tensor of shape " + str(tuple(kept[first].meta["val"].shape))
-                )
-            ],
+def _kept(program: Program) -> list[fx.Node]:
+    """The tensors the program returns."""
+    return list(_output(program.graph).args[0])  # type: ignore[arg-type]
+
+
+def _loss(lifted: Lifted, spec: pytree.TreeSpec, wrapped: bool) -> int | None:
+    """Which returned tensor is the loss: loss_fn's, the scalar `.loss`, "loss", or the first 0-dim floating one."""
+    kept, outputs = _kept(lifted.program), lifted.outputs
+    if wrapped:
+        first = outputs[0]
+        if isinstance(first, int) and _is_loss(kept[first]):
+            return first
+        found = (
+            f"a tensor of shape {tuple(kept[first].meta['val'].shape)}" if isinstance(first, int) else repr(first.value)
         )
-    return kept[first]
-
-
-def _find_loss(kept: list[fx.Node], outputs: list[int | Fixed], spec: pytree.TreeSpec) -> fx.Node | None:
-    """The scalar `.loss`, "loss", or first 0-dim floating output."""
-    tree = pytree.tree_unflatten([kept[o] if isinstance(o, int) else None for o in outputs], spec)
+        raise CaptureError(
+            "the loss function cannot be used:", [f"it must return one 0-dim floating tensor, not {found}"]
+        )
+    tree = pytree.tree_unflatten([o if isinstance(o, int) else None for o in outputs], spec)
     named = tree.get("loss") if isinstance(tree, Mapping) else getattr(tree, "loss", None)
-    candidates = [named] if isinstance(named, fx.Node) else []
-    candidates += [kept[o] for o in outputs if isinstance(o, int)]
-    return next((n for n in candidates if _is_loss(n)), None)
+    candidates = [o for o in (named, *outputs) if isinstance(o, int)]
+    loss = next((o for o in candidates if _is_loss(kept[o])), None)
+    if loss is None:
+        lifted.program.notes.append("no output is a scalar loss and no loss_fn is given: an inference graph")
+    return loss
 
 
 def _is_loss(node: fx.Node) -> bool:

@@ -15,9 +15,9 @@ from torch import fx
 aten = torch.ops.aten
 
 NEVER = frozenset({
-    aten.detach.default, aten.rand_like.default, aten.randn_like.default, aten.randint_like.default,
-    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+    aten.detach.default, aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.empty_like.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default,
+    aten.new_full.default, aten.new_empty.default,
 })  # fmt: skip
 """Ops whose floating results carry no gradient whatever they read."""
 

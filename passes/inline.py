@@ -29,8 +29,7 @@ SET_GRAD, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 
 @dataclass(frozen=True)
 class Slot:
-    """A placeholder: role ("parameter", "buffer", "constant" or "input"), name, tied names, trained?, saved in state
-    dicts?"""
+    """A placeholder: role ("parameter", "buffer", "constant" or "input"), name, tied names, trained?, saved in state dicts?"""
 
     node: fx.Node
     role: str

@@ -23,8 +23,7 @@ _ATTENTION_P = 4
 
 
 class Lift(TorchFunctionMode):
-    """While active: `casts` turns float32 into float64 wherever a call names it, `dropout=False` sets dropout to
-    zero."""
+    """While active: `casts` turns float32 into float64 wherever a call names it, `dropout=False` sets dropout to zero."""
 
     def __init__(self, *, casts: bool = False, dropout: bool = True) -> None:
         super().__init__()

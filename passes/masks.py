@@ -56,8 +56,7 @@ class RecogniseMasks:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a mask is: "true", "band" or "other". A band of window w allows 0 <= row - column < w; causal is w =
-    rows."""
+    """What a mask is: "true", "band" or "other". A band of window w allows 0 <= row - column < w; causal is w = rows."""
 
     name: str
     window: int = 0
@@ -111,8 +110,7 @@ class Judge:
         return Kind("band", int(allowed.expand(columns).sum()), rows)
 
     def reduced(self, node: fx.Node) -> fx.Node | None:
-        """A boolean mask without its all-true operands and broadcasts, bands in one form; None where nothing is
-        left."""
+        """A boolean mask without its all-true operands and broadcasts, bands in one form; None where nothing is left."""
         if node not in self._reduced:
             self._reduced[node] = self._reduce(node)
         return self._reduced[node]

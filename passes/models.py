@@ -37,8 +37,7 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with example inputs; `kind` is "language", "encoder-decoder", "image" or "function"; `seq` is None
-    without one."""
+    """A model with example inputs; `kind` is "language", "encoder-decoder", "image" or "function"; `seq` is None without one."""
 
     model: nn.Module
     args: tuple[Any, ...]

@@ -192,7 +192,7 @@ def _assemble(
     captured: Captured, values: Mapping[str, torch.Tensor], calls: Mapping[str, Call], refined: Refined,
     seen: Mapping[str, Observation], batch: int,
 ) -> tuple[tuple[Op, ...], dict[str, Tensor]]:  # fmt: skip
-    tensors = _tensors(captured, values, calls, refined, seen)
+    tensors = _tensors(captured, values, calls, refined, seen, _reaching(captured))
     groups = classes(refined)
     batches = {
         groups.find((e.node, 0, 0))
@@ -204,17 +204,38 @@ def _assemble(
     return ops, tensors
 
 
-def _tensors(captured, values, calls, refined, seen) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def _reaching(captured: Captured) -> frozenset[str] | None:
+    """Nodes that a gradient of the loss comes back to; None for a graph without loss.
+
+    A trained parameter that none reaches (used under no_grad only, or for other outputs) has no gradient in eager either.
+    """
+    if not captured.loss:
+        return None
+    found: set[str] = set()
+    nodes = {n.name: n for n in captured.graph.graph.nodes}
+    queue = [nodes[captured.loss]]
+    while queue:
+        node = queue.pop()
+        flags = node.meta["differentiable"]
+        if node.name not in found and (any(flags) if isinstance(flags, tuple | list) else flags):
+            found.add(node.name)
+            queue.extend(node.all_input_nodes)
+    return frozenset(found)
+
+
+def _tensors(captured, values, calls, refined, seen, reaching) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
     found: dict[str, Tensor] = {}
     for entry in captured.entries:
         value = values[entry.node]
-        grad = entry.role == "parameter" and entry.trainable
+        grad = entry.role == "parameter" and entry.trainable and (reaching is None or entry.node in reaching)
         found[entry.node] = Tensor(
             entry.node, refined.dims[entry.node], _dtype(value), entry.role, grad, entry.node
         )
     for name, call in calls.items():
         grad = call.node.meta["differentiable"]
         flags = grad if isinstance(grad, tuple | list) else (grad,)
+        if reaching is not None and name not in reaching:
+            flags = (False,) * len(flags)
         for index, result in enumerate(call.results):
             alias = seen[name].alias
             root = found[call.operands[alias]].storage if alias is not None else result
@@ -299,7 +320,7 @@ def _outline(captured, ops, tensors, calls, batch, cut: BatchCut) -> Outline:  #
             break
     return Outline(
         tensors, ops, regions,
-        tuple(Parameter((e.fqn, *e.aliases), e.node, e.trainable) for e in parameters),
+        tuple(Parameter((e.fqn, *e.aliases), e.node, tensors[e.node].differentiable) for e in parameters),
         tuple(e.node for e in captured.entries if e.role == "input"),
         captured.loss, tuple(o for o in _outputs(captured) if o != captured.loss), batch, tokens,
         hashlib.sha256(f"{names}\n{text}".encode()).hexdigest()[:16], cut.blockers, tuple(captured.notes),

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -31,12 +31,10 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 
 __all__ = [
-    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name",
-    "is_mutable", "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "storage_key",
-    "watch_autograd_functions",
+    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
+    "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
-"""OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models
-take and
+"""OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
 return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
 
 
@@ -46,8 +44,7 @@ def full_name(target: OpOverload) -> str:
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the aten op a node calls ("add"), "" for anything that is no op; other namespaces stay
-    ("custom::op")."""
+    """The name of the aten op a node calls ("add"), "" for anything that is no op; other namespaces stay ("custom::op")."""
     return full_name(node.target).removeprefix("aten::") if isinstance(node.target, OpOverload) else ""
 
 
@@ -87,8 +84,7 @@ def storage_key(value: torch.Tensor) -> int:
 
 
 def is_plain(value: torch.Tensor) -> bool:
-    """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to
-    2.13."""
+    """Whether a tensor can be replaced by a fake one: no subclass but parameters, buffers and fakes. Tried: 2.11 to 2.13."""
     return type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or isinstance(value, FakeTensor)
 
 
@@ -102,8 +98,7 @@ def lazy_graphs() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what export prints and logs about its own failure (graphs, stack traces) from the user, who gets one clear
-    message.
+    """Keep what export prints and logs about its own failure (graphs, stack traces) from the user, who gets one clear message.
 
     After a success, everything the model printed goes to stderr: stdout is for results. Tried: 2.11 to 2.13.
     """

@@ -41,6 +41,7 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.training = model.training  # not train(): submodules may be in another mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model(*args, **kwargs)
@@ -55,10 +56,12 @@ def trace(
     _check_tensors(model)
     mode = fake_mode(symbolic=True)
     swap = _Swap(mode)
-    called = model if loss_fn is None else _WithLoss(model, loss_fn).train(model.training)
+    called = model if loss_fn is None else _WithLoss(model, loss_fn)
     functions: list[type] = []
     with contextlib.ExitStack() as stack:
         notes = stack.enter_context(_settings(model))
+        if any(isinstance(v, torch.Tensor) and v.requires_grad for v in pytree.tree_leaves((args, kwargs))):
+            notes.append("an input requires a gradient: gradients of inputs are not computed")
         stack.enter_context(swap.applied(model))
         # Every input becomes its own fake tensor: export would merge one tensor passed twice into one input.
         args, kwargs = pytree.tree_map(swap.fresh, tuple(args)), pytree.tree_map(swap.fresh, dict(kwargs))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import PlanError, PlanMismatch
 from .choices import states
-from .outline import Outline
+from .outline import Op, Outline
 from .placement import Placement, parse_state
 from .plan import ParameterPlan, Plan
 
@@ -69,23 +70,51 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
 
 
 def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assignment:
-    """The choices of `source` for the same model captured in another dtype, which has fewer casts; ops go by name.
+    """The choices of `source` for the same model captured in another dtype, which differs in floating casts only.
 
     Raises PlanMismatch where `target` has an op or a parameter that `source` lacks.
     """
-    known = {op.name: op.target for op in source.ops}
-    strange = [op for op in target.ops if known.get(op.name) != op.target]
-    if strange:
-        raise PlanMismatch(f"in another dtype the model has {strange[0].name} ({strange[0].target}), which the plan lacks")
-    tensors = {name: p.tensor for p in source.parameters for name in p.names}
-    stored = {p.tensor: assignment.storage.get(tensors.get(p.names[0], "")) for p in target.parameters}
-    used = {name for region in target.regions for names in region.parameters for name in names}
-    lacking = [p.names[0] for p in target.parameters if p.tensor in used and stored[p.tensor] is None]
-    if lacking:
-        raise PlanMismatch(f"in another dtype the model uses {lacking[0]}, which the plan lacks")
-    choices = {op.name: assignment.choices[op.name] for op in target.ops}
-    storage = {name: place for name, place in stored.items() if place is not None}
+    choices: dict[str, tuple[str, ...]] = {}
+    casts, ops = _apart(source)
+    wanted, others = _apart(target)
+    for theirs, mine in itertools.zip_longest(ops, others):
+        if theirs is None or mine is None or theirs.target != mine.target:
+            found = f"{mine.name} ({mine.target})" if mine is not None else "fewer ops"
+            raise PlanMismatch(f"in another dtype the model has {found}, which the plan lacks")
+        choices[mine.name] = assignment.choices[theirs.name]
+    names = {mine.name: theirs.name for theirs, mine in zip(ops, others, strict=True)}
+    for key, chain in wanted.items():
+        known = casts.get(_renamed(key, names), ())
+        if len(known) < len(chain):
+            raise PlanMismatch(f"in another dtype the model has {chain[-1].name} (a cast), which the plan lacks")
+        choices |= {mine.name: assignment.choices[theirs.name] for theirs, mine in zip(known, chain, strict=False)}
+    stored = {name: assignment.storage.get(p.tensor) for p in source.parameters for name in p.names}
+    storage = {p.tensor: place for p in target.parameters if (place := stored.get(p.names[0])) is not None}
     return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes)
+
+
+def _apart(outline: Outline) -> tuple[dict[str, list[Op]], list[Op]]:
+    """Casts between floating dtypes by the tensor they start from, and all other ops."""
+    casts: dict[str, list[Op]] = {}
+    ops: list[Op] = []
+    start: dict[str, str] = {}
+    for op in outline.ops:
+        ends = [outline.tensors[use.tensor].dtype for use in (*op.operands, *op.results)]
+        if op.target in CASTS and len(ends) == 2 and all(d.startswith(("float", "bfloat")) for d in ends):
+            origin = start.get(op.operands[0].tensor, op.operands[0].tensor)
+            start[op.results[0].tensor] = origin
+            casts.setdefault(origin, []).append(op)
+        else:
+            ops.append(op)
+    return casts, ops
+
+
+def _renamed(tensor: str, names: Mapping[str, str]) -> str:
+    op, colon, index = tensor.partition(":")
+    return names.get(op, op) + colon + index
+
+
+CASTS = frozenset({"aten.to", "aten._to_copy"})
 
 
 def _storage(plan: Plan, parameter: ParameterPlan) -> Storage:

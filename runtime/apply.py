@@ -9,11 +9,10 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from ..errors import LaunchError, PlanMismatch, ShardwrightError, UsageError
-from ..passes.prepare import in_dtype, prepare_bare
+from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, transfer
@@ -26,7 +25,7 @@ from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
 from .mesh import Mesh
 from .module import ParallelModule
-from .programs import Programs
+from .programs import Programs, signature
 
 
 def apply(
@@ -36,24 +35,30 @@ def apply(
 ) -> ParallelModule:  # fmt: skip
     """`api.apply_plan` with split inputs.
 
-    `exact` is for verification: the dtype that `model` is in and everything is computed in, with dropout off and, in
-    float64, the float32 casts lifted; `args` and `kwargs` stay those the plan was made for.
+    `exact` is for verification: everything is computed in that dtype instead of the plan's, with dropout off and, in
+    float64, the float32 casts inside the model lifted.
     """
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
-    bare = in_dtype(skeleton(model), exact or plan.precision.compute)
     if exact is None:
-        summary = prepare_bare(bare, args, kwargs, loss_fn=loss_fn)
+        compute, others = plan.precision.compute, other_dtypes(model, plan.precision.compute)
+        summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
         own = agreed(plan, summary)
     else:
-        summary, own = _exact(bare, args, kwargs, plan, exact, loss_fn)
+        compute, others = exact, FLOATING
+        summary, own = _exact(model, args, kwargs, plan, exact, loss_fn)
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
+    args, kwargs = cast_inputs((args, kwargs), others, compute)
     programs = Programs(
-        bare, plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn, local_batch=data == "local",
-        exact=exact is not None,
+        in_dtype(skeleton(model), compute), plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn,
+        local_batch=data == "local", exact=exact is not None, others=others,
+        example=signature(args, kwargs, train=model.training, grad=True),
     )  # fmt: skip
     return ParallelModule(model, programs, mesh, seed=shared_seed(plan.source.seed))
+
+
+FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 
 def agreed(plan: Plan, summary: Summary) -> Assignment:
@@ -69,15 +74,15 @@ def agreed(plan: Plan, summary: Summary) -> Assignment:
 
 
 def _exact(
-    bare: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
+    model: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
 ) -> tuple[Summary, Assignment]:
     """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
-    dtype = getattr(torch, exact)
-    precise = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, (args, kwargs))
-    summary = prepare_bare(bare, *precise, loss_fn=loss_fn, lift=exact == "float64")
+    args_then, kwargs_then = cast_inputs((args, kwargs), FLOATING, exact)
+    bare = in_dtype(skeleton(model), exact)
+    summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
     if summary.outline.fingerprint == plan.graph:
         return summary, agreed(plan, summary)
-    own = prepare_bare(in_dtype(skeleton(bare), plan.precision.compute), args, kwargs, loss_fn=loss_fn)
+    own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
     return summary, transfer(agreed(plan, own), own.outline, summary.outline)
 
 

@@ -97,6 +97,16 @@ def record(collective: str, full: int, group: str) -> None:
         ledger.records.append(Record(collective, ledger.axes.get(group, group), full, _phase.get()))
 
 
+def release(x: Tensor) -> None:
+    """Give a buffer's memory back now; nothing may read it any more.
+
+    gloo's worker thread keeps references to the buffers of a finished collective until it next gets the interpreter lock,
+    which under load is many ops later. Elsewhere the allocator frees in stream order, and tracing has nothing to free.
+    """
+    if x.device.type == "cpu" and not is_tracing():
+        x.untyped_storage().resize_(0)
+
+
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 

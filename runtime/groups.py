@@ -73,7 +73,9 @@ class Bucket:
 def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Tensor:
     """One flat tensor holding the wholes one after another, gathered from every rank's shards (no autograd)."""
     mine = [s.reshape(-1).to(dtype) for s in shards]
-    everyone = collectives.all_gather(_padded(mine, bucket.longest), bucket.ranks, group)
+    packed = _padded(mine, bucket.longest)
+    everyone = collectives.all_gather(packed, bucket.ranks, group)
+    collectives.release(packed)
     pieces: list[list[Tensor]] = [[] for _ in shards]
     for position in range(bucket.ranks):
         lengths = [b - a for a, b in bucket.spans(position)]
@@ -81,7 +83,9 @@ def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: t
         for own, part, shape in zip(pieces, used.split(lengths), bucket.shapes, strict=True):
             if shape or position == 0:
                 own.append(part)
-    return torch.cat([part for own in pieces for part in own])
+    wholes = torch.cat([part for own in pieces for part in own])
+    collectives.release(everyone)
+    return wholes
 
 
 def _padded(parts: list[Tensor], length: int) -> Tensor:
@@ -104,7 +108,10 @@ def scatter_gradients(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype
         own = [f[a:b].to(dtype) for f, (a, b) in zip(flat, bucket.spans(position), strict=True)]
         missing = bucket.longest - sum(o.numel() for o in own)
         parts += [*own, own[0].new_zeros(missing)] if missing else own
-    return collectives.reduce_scatter(torch.cat(parts).view(bucket.ranks, bucket.longest), bucket.ranks, group)
+    packed = torch.cat(parts).view(bucket.ranks, bucket.longest)
+    summed = collectives.reduce_scatter(packed, bucket.ranks, group)
+    collectives.release(packed)
+    return summed
 
 
 class _Gather(torch.autograd.Function):
@@ -155,6 +162,7 @@ class _Reduce(torch.autograd.Function):
             flat = torch.cat([g.reshape(-1).to(sum_dtype or g.dtype) for g in grads])
             with collectives.backward_phase(ctx.ledger):
                 grads = views(collectives.all_reduce(flat, group), [g.shape for g in grads])
+            collectives.release(flat)
         return (None, None, None, *(g.to(own) for g in grads))
 
 

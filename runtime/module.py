@@ -41,6 +41,7 @@ class ParallelModule(Tree):
     def forward(self, *args: Any, outputs: bool = False, **kwargs: Any) -> Any:
         """Run the plan. Raises UsageError for shapes the plan cannot divide and for calls out of order."""
         core = self._core
+        args, kwargs = core.programs.cast(args, kwargs)
         program = core.programs.get(args, kwargs, train=self.training, grad=torch.is_grad_enabled(), outputs=outputs)
         values = Values(
             {name: parameters.local(self.get_parameter(fqn)) for name, fqn in program.parameters.items()},
@@ -178,4 +179,4 @@ def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mes
         tree.put(name, made[id(parameter)])
     kept = set(model.state_dict(keep_vars=True))
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        tree.put(name, buffer.to(mesh.device), persistent=name in kept)
+        tree.put(name, programs.widened(buffer).to(mesh.device), persistent=name in kept)

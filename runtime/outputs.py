@@ -37,8 +37,14 @@ class NotComputed:
 
 
 def rebuild(program: Program, flat: Sequence[Any]) -> Any:
-    """Put computed values (loss first, then asked-for outputs) into the captured output structure."""
+    """Put computed values (loss first, then asked-for outputs) into the captured output structure.
+
+    A loss that `loss_fn` makes has no place there: it is returned alone, or as (loss, output) where outputs were asked for.
+    """
     captured, lowered = program.captured, program.lowered
+    apart = bool(captured.loss) and captured.loss not in captured.flat_outputs
+    if apart and not lowered.outputs:
+        return flat[0]
     known = dict(zip([*([captured.loss] if captured.loss else []), *lowered.outputs], flat, strict=False))
     leaves = []
     for i, leaf in enumerate(captured.flat_outputs):
@@ -46,4 +52,5 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
             leaves.append(known[leaf] if leaf in known else NotComputed(f"{i} ({leaf})"))
         else:
             leaves.append(leaf.value)
-    return tree_unflatten(leaves, captured.output_spec)
+    output = tree_unflatten(leaves, captured.output_spec)
+    return (flat[0], output) if apart else output

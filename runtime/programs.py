@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import PlanError, PlanMismatch, UsageError
 from ..passes.capture import Captured
 from ..passes.lowered import Lowered
-from ..passes.prepare import prepare_bare
+from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
 from ..passes.skeleton import to_meta
 from ..passes.summarize import Summary
@@ -66,8 +66,8 @@ class Program:
 class Programs:
     """All programs of one module.
 
-    `model` is the weightless copy later captures are made from, `summary` that of the plan's own example inputs and `own` the
-    plan's choices on it.
+    `model` is the weightless copy later captures are made from, `summary` that of the plan's own inputs (`example` is their
+    `signature`) and `own` the plan's choices on it. Tensors of the dtypes `others` enter in the compute dtype.
     """
 
     model: nn.Module
@@ -80,22 +80,35 @@ class Programs:
     loss_fn: Callable[..., Any] | None = None
     local_batch: bool = False
     exact: bool = False
+    others: frozenset[torch.dtype] = frozenset()
+    example: Any = None
     _known: dict[Any, Program] = field(default_factory=dict)
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
-        """The parameter as the plan stores it; one the graph does not use stays whole on every rank."""
+        """The parameter as the plan stores it, in its dtype; one the graph does not use stays whole on every rank."""
+        value = parameter.detach()
+        if parameter.dtype in self.others:
+            value = value.to(getattr(torch, self.plan.precision.parameter))
         if known is None or known.tensor not in self.own.storage:
-            return parameters.distribute(parameter.detach(), (), (), (), mesh, parameter.requires_grad)
+            return parameters.distribute(value, (), (), (), mesh, parameter.requires_grad)
         storage = self.own.storage[known.tensor]
         axes = tuple(mesh.names[a] for a in storage.zero_axes)
         dims = self.summary.outline.tensors[known.tensor].dims
-        return parameters.distribute(parameter.detach(), dims, storage.home, axes, mesh, parameter.requires_grad)
+        return parameters.distribute(value, dims, storage.home, axes, mesh, parameter.requires_grad)
+
+    def cast(self, args: Any, kwargs: Any) -> Any:
+        """(args, kwargs) with floating inputs in the dtype that is computed in."""
+        return cast_inputs((args, kwargs), self.others, self.plan.precision.compute)
+
+    def widened(self, buffer: Tensor) -> Tensor:
+        """A buffer in the compute dtype where that holds all its values; tables in more precision keep it."""
+        compute = getattr(torch, self.plan.precision.compute)
+        wider = buffer.is_floating_point() and torch.promote_types(buffer.dtype, compute) == compute
+        return buffer.to(compute) if wider else buffer
 
     def get(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Program:
         """The program for this call, lowered on first demand."""
-        leaves, spec = tree_flatten((args, kwargs))
-        shapes = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
-        key = (train, grad, outputs, str(spec), shapes)
+        key = (outputs, *signature(args, kwargs, train=train, grad=grad))
         if key not in self._known:
             self._known[key] = self._make(args, kwargs, train=train, grad=grad, outputs=outputs)
         return self._known[key]
@@ -129,6 +142,15 @@ class Programs:
             captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
             self.mesh.device,
         )  # fmt: skip
+
+    def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
+        if signature(args, kwargs, train=train, grad=grad) == self.example:
+            return self.summary
+        if self.model.training != train:  # submodules in a mode of their own keep it until the module's mode changes
+            self.model.train(train)
+        lift = self.exact and self.plan.precision.compute == "float64"
+        loss_fn = self.loss_fn if grad else None
+        return prepare_bare(self.model, args, kwargs, loss_fn=loss_fn, train=grad, lift=lift)
 
     def _microbatches(self, outline: Outline) -> int:
         """Microbatches of the plan's size; another batch must be a multiple of it."""
@@ -172,6 +194,13 @@ class Programs:
                 raise UsageError(f"parameter {name} is not in the plan, which was made for other inputs") from error
             found[parameter.tensor] = by_name[name][0]
         return found
+
+
+def signature(args: Any, kwargs: Any, *, train: bool, grad: bool) -> tuple[Any, ...]:
+    """What a capture depends on: modes, input structure, shapes and dtypes, constants."""
+    leaves, spec = tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+    shapes = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+    return train, grad, str(spec), shapes
 
 
 def _grown(value: Any, times: int) -> Any:

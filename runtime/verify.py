@@ -32,7 +32,7 @@ gradients that are zero in exact arithmetic (key biases) are rounding noise."""
 STEPS = 3
 
 Apply = Callable[[nn.Module, Any, Any, Plan, str], ParallelModule]
-"""(module in the dtype of comparison, inputs of the plan, plan, that dtype) -> the planned module."""
+"""(module, args, kwargs, plan, dtype of comparison) -> the planned module, computing in that dtype."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def _compare(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, apply: Apply, name: str, loss_fn: Any
 ) -> list[Difference]:
     dtype = getattr(torch, name)
+    planned = apply(model, args, kwargs, plan, name)
     reference = copy.deepcopy(model).to(dtype)
-    planned = apply(reference, args, kwargs, plan, name)
     args, kwargs = tree_map(lambda v: v.to(dtype) if _floating(v) else v, (args, kwargs))
     device = planned.device_of_run
     if _rank() != 0:

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from shardwright.passes.capture import Captured, capture
+from shardwright.passes.lift import exact, without_dropout
 from torch import fx, nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,9 +20,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-
-from shardwright.passes.capture import Captured, capture
-from shardwright.passes.lift import exact, without_dropout
 
 BATCH, SEQ, VOCAB = 4, 16, 100
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -62,15 +62,18 @@ class Builder:
         self.tensors: dict[str, Tensor] = {}
         self.ops: list[Op] = []
 
-    def tensor(self, name: str, dims, role: str = "activation", grad: bool = True, dtype: str = "float32", storage: str = "") -> str:
-        self.tensors[name] = Tensor(name, tuple(tuple(d) for d in dims), dtype, role, grad, storage or name)
+    def tensor(self, name: str, dims, role: str = "activation", grad: bool = True, dtype: str = "float32") -> str:
+        self.tensors[name] = Tensor(name, tuple(tuple(d) for d in dims), dtype, role, grad, name)
         return name
 
     def op(self, name: str, kind: str, uses, results, factors, **more) -> None:
         """`uses`/`results`: (tensor, per dim a string of one-letter factors); `factors`: letter -> Factor arguments."""
         letters = list(factors)
-        found = tuple(Factor(letter, **spec) if isinstance(spec, dict) else Factor(letter, spec) for letter, spec in factors.items())
-        side = lambda items: tuple(Use(t, tuple(tuple(letters.index(c) for c in d) for d in dims)) for t, dims in items)  # noqa: E731
+        found = tuple(Factor(c, **spec) if isinstance(spec, dict) else Factor(c, spec) for c, spec in factors.items())
+
+        def side(items) -> tuple[Use, ...]:
+            return tuple(Use(t, tuple(tuple(letters.index(c) for c in d) for d in dims)) for t, dims in items)
+
         work = math.prod(f.size for f in found)
         more.setdefault("flops", float(2 * work if kind == "matmul" else work))
         grad = any(self.tensors[t].differentiable for t, _ in results)

@@ -7,19 +7,30 @@ import operator
 import pytest
 import torch
 from eager import check, family, run, tokens
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import MistralConfig, MistralForCausalLM, ResNetConfig, ResNetForImageClassification, T5Config
-from transformers import T5ForConditionalGeneration
-
 from shardwright.errors import CaptureError, UsageError
 from shardwright.passes.capture import Captured, capture
+from shardwright.passes.factories import on_device
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 FAMILIES = ("gpt2", "llama", "bert", "bert-classify", "bert-padded", "vit")
 
 
 def targets(captured: Captured) -> list[str]:
     return [str(n.target) for n in captured.graph.graph.nodes if n.op == "call_function"]
+
+
+def flows(node: fx.Node) -> bool:
+    flags = node.meta.get("differentiable", False)
+    return any(flags) if isinstance(flags, tuple) else flags
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,7 +139,7 @@ def test_inference_graph() -> None:
     model, kwargs = family("bert")
     captured = capture(model.eval(), (), {"input_ids": kwargs["input_ids"]}, train=False)
     assert captured.loss == ""
-    assert not any(n.meta["differentiable"] for n in captured.graph.graph.nodes if n.op != "output")
+    assert not any(flows(n) for n in captured.graph.graph.nodes)
     assert not any("dropout" in t for t in targets(captured))
 
 
@@ -168,6 +179,10 @@ def test_loss_function() -> None:
     assert torch.allclose(values[captured.loss], model(x)["y"].pow(2).mean())
     assert {e.fqn for e in captured.entries if e.role == "parameter"} == {"linear.weight", "linear.bias"}
     assert set(captured.unflatten(values)) == {"y", "sum", "loss"}
+    model.linear.eval()
+    capture(model, (x,), loss_fn=lambda out: out["loss"])
+    assert model.training
+    assert not model.linear.training
     with pytest.raises(CaptureError, match="0-dim"):
         capture(model, (x,), loss_fn=lambda out: out["y"])
 
@@ -176,7 +191,7 @@ def test_calls_that_differ_are_refused() -> None:
     model, x = Sums(), torch.ones(2, 4)
     captured = capture(model, (x,), {"scale": 2.0})
     assert list(captured.flatten((x,), {"scale": 2.0})) == ["x"]
-    with pytest.raises(UsageError, match="constant 2.0"):
+    with pytest.raises(UsageError, match=r"constant 2\.0"):
         captured.flatten((x,), {"scale": 3.0})
     with pytest.raises(UsageError, match="structure"):
         captured.flatten((x, x), {"scale": 2.0})
@@ -337,6 +352,14 @@ def test_regions_that_cannot_be_kept() -> None:
     assert "use_reentrant=False" in problems(Reentrant())[0]
 
 
+def test_no_output() -> None:
+    class Silent(Bad):
+        def forward(self, x: torch.Tensor) -> None:
+            self.linear(x)
+
+    assert problems(Silent()) == ["it returns no tensor"]
+
+
 def test_unsupported_tensors() -> None:
     class Subclass(torch.Tensor):
         pass
@@ -344,3 +367,22 @@ def test_unsupported_tensors() -> None:
     model = Bad()
     model.register_buffer("odd", torch.ones(2).as_subclass(Subclass))
     assert problems(model) == ["odd is a Subclass; only plain tensors are supported"]
+
+
+def test_without_a_loss_it_is_an_inference_graph() -> None:
+    model, kwargs = family("gpt2")
+    captured = capture(model, (), {"input_ids": kwargs["input_ids"]})
+    assert captured.loss == ""
+    assert not captured.train
+    assert any("no loss_fn is given" in note for note in captured.notes)
+    assert not any(flows(n) for n in captured.graph.graph.nodes)
+
+
+def test_factories_are_placed_by_whoever_runs() -> None:
+    aten = torch.ops.aten
+    meta = torch.device("meta")
+    assert on_device(aten.full.default, {"dtype": torch.bool}, meta) == {"dtype": torch.bool, "device": meta}
+    assert on_device(aten.arange.start, {}, meta) == {"device": meta}
+    assert on_device(aten.rand_like.default, {}, meta) == {}
+    assert on_device(aten.add.Tensor, {}, meta) == {}
+    assert on_device(operator.getitem, {}, meta) == {}

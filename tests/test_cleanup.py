@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from eager import check, family
-from test_capture import targets
-from torch import nn
-from torch.nn import functional as F
-
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.passes.base import Program, run_passes
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.cleanup import cleanup_passes
 from shardwright.passes.lift import exact, lift_casts, without_dropout
+from test_capture import targets
+from torch import nn
+from torch.nn import functional as F
 
 
 class Body(nn.Module):
@@ -352,8 +351,9 @@ def test_write_under_no_grad_to_a_tensor_with_gradient_is_refused() -> None:
 
 VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda t: t.t(), lambda t: t[1:], lambda t: t[:, 1:], lambda t: t.view(-1) if t.is_contiguous() else t, lambda t: t[0],
-    lambda t: t.unsqueeze(0), lambda t: t.squeeze(0), lambda t: t.transpose(0, -1), lambda t: t.flatten(0, -1), lambda t: t[..., ::2],
-    lambda t: t.detach() if not t.requires_grad else t, lambda t: t.chunk(2, 0)[0], lambda t: t.unbind(0)[-1],
+    lambda t: t.unsqueeze(0), lambda t: t.squeeze(0), lambda t: t.transpose(0, -1), lambda t: t.flatten(0, -1),
+    lambda t: t[..., ::2], lambda t: t.detach() if not t.requires_grad else t, lambda t: t.chunk(2, 0)[0],
+    lambda t: t.unbind(0)[-1],
     lambda t: t.split(1, -1)[0], lambda t: t.narrow(0, 0, 1), lambda t: t.expand(t.shape), lambda t: t.contiguous(),
 ]  # fmt: skip
 WRITES: list[Callable[[torch.Tensor], object]] = [

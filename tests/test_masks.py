@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from eager import SEQ, check, family
+from shardwright.passes.capture import Captured, capture
 from torch import fx, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-from shardwright.passes.capture import Captured, capture
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

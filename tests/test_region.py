@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from shardwright.errors import Infeasible, PinError, PlanError
+from shardwright.planner.assign import assign
 from shardwright.planner.cluster import Cluster, Device, Level
 from shardwright.planner.evaluate import Evaluator
 from shardwright.planner.outline import Outline
@@ -99,7 +100,7 @@ def test_byte_identical_on_repetition() -> None:
 
 def test_a_looser_limit_is_never_slower() -> None:
     last = float("inf")
-    for limit in (180_000, 220_000, 260_000, 320_000, 500_000, PLENTY):
+    for limit in (180_000, 240_000, 320_000, PLENTY):
         seconds = plan_of(4, limit=limit).predicted.step_seconds
         assert seconds <= last * (1 + 1e-4)
         last = seconds
@@ -112,10 +113,6 @@ def test_more_pins_are_never_faster() -> None:
 
 
 def test_scaling_all_times_scales_the_optimum() -> None:
-    class Slower(FakePrices):
-        def factor(self, name: str) -> float:
-            return super().factor(name)
-
     plain = plan_of(2).predicted.step_seconds
     twice = FakePrices(byte=2e-9, latency=2e-6)
     base = twice.op
@@ -146,16 +143,17 @@ def test_infeasible_only_by_a_pin_says_so() -> None:
     assert any("zero=3" in n for n in caught.value.nearest)
 
 
-@pytest.mark.parametrize(
-    ("pins", "devices", "says"),
-    [(("tp=2", "zero=3"), 2, None), (("sequence_parallel=on", "tp=2"), 2, None), (("zero=1",), 1, "zero=1")],
-)
-def test_zero_needs_an_axis(pins: tuple[str, ...], devices: int, says: str | None) -> None:
-    if says is None:
+@pytest.mark.parametrize(("pins", "devices"), [(("zero=1",), 1), (("tp=2", "zero=3"), 2)])
+def test_zero_without_anything_to_share_out_is_refused(pins: tuple[str, ...], devices: int) -> None:
+    with pytest.raises(PinError, match="zero="):
         plan_of(devices, pins)
-        return
-    with pytest.raises(PinError, match=says):
-        plan_of(devices, pins)
+
+
+def test_zero_over_the_model_axis_where_parameters_are_whole() -> None:
+    plan = plan_of(2, ("tp=2", "sequence_parallel=on", "zero=3"))
+    levels = {(q.zero, q.zero_axes, q.home[0]) for r in plan.regions for q in r.parameters}
+    assert (3, ("tp",), "R") in levels
+    assert all(zero == 0 for zero, _, home in levels if home != "R")
 
 
 def test_a_sequence_that_does_not_divide_is_named() -> None:
@@ -166,11 +164,7 @@ def test_a_sequence_that_does_not_divide_is_named() -> None:
 def test_fixed_parameters_keep_their_place() -> None:
     outline = transformer()
     plan = plan_of(4, ("tp=2", "dp=2", "zero=3"))
-    storage = {}
-    from shardwright.planner.assign import assign
-
-    placed = assign(plan, outline)
-    storage = dict(placed.storage)
+    storage = dict(assign(plan, outline).storage)
     inference = replace(outline, loss="", outputs=("logits",))
     found = solve_fixed(inference, FakePrices(), plan.mesh, storage, FP32)
     assert set(found) == {op.name for op in outline.ops}
@@ -188,7 +182,8 @@ def test_edited_plans_are_priced_again_or_refused() -> None:
     broken = msgspec.structs.replace(op, choice=("e",))
     region = msgspec.structs.replace(plan.regions[1], ops=(broken, *plan.regions[1].ops[1:]))
     with pytest.raises(PlanError, match=op.op):
-        reprice(msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2])), outline, cluster(2), FakePrices())
+        edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
+        reprice(edited, outline, cluster(2), FakePrices())
     with pytest.raises(Infeasible):
         reprice(msgspec.structs.replace(plan, memory_limit_bytes=1000), outline, cluster(2), FakePrices())
 

@@ -7,15 +7,13 @@ import math
 import random
 
 import pytest
-from shardwright.errors import Infeasible
+from shardwright.planner.costs import Shape
 from shardwright.planner.memory import facts
-from shardwright.planner.outline import Op, Outline, Parameter, Region, Saved
+from shardwright.planner.outline import Outline, Parameter, Region, Saved
 from shardwright.planner.pins import Pins
 from shardwright.planner.plan import MeshAxis
 from shardwright.planner.region import Choice
-from shardwright.planner.search import Candidate, Problem, Search, Setting
-from shardwright.planner.costs import Shape
-from shardwright.planner.progress import silent
+from shardwright.planner.search import Candidate, Problem, Setting
 from solver_outlines import FP32, Builder, FakePrices
 
 POINTS = 1500
@@ -134,7 +132,8 @@ def check(seed: int) -> int:
             assert candidate.solution.choice is None, f"seed {seed}, limit {limit}: a plan where exhaustive search has none"
             infeasible += 1
             continue
-        assert candidate.evaluation is not None and candidate.solution.choice is not None, f"seed {seed}, limit {limit}"
+        assert candidate.solution.choice is not None, f"seed {seed}, limit {limit}: no plan"
+        assert candidate.evaluation is not None
         assert candidate.evaluation.step_seconds == pytest.approx(min(fitting), rel=1e-6), f"seed {seed}, limit {limit}"
         assert candidate.solution.seconds == pytest.approx(candidate.evaluation.step_seconds, rel=1e-6)
         if last is not None:

@@ -28,7 +28,7 @@ def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> N
         from ..tables import progress
 
         with progress() as tell:
-            loaded = priced_again(loaded, tell)
+            loaded = priced_again(loaded, plan, tell)
     write_report(loaded, output, _measured(measured))
     if as_json:
         click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size}))

@@ -1,5 +1,4 @@
-"""The cleanup passes, in order: numerics-preserving rewrites of a captured graph into the form that rules are written
-for."""
+"""The cleanup passes, in order: numerics-preserving rewrites of a captured graph into the form that rules are written for."""
 
 from __future__ import annotations
 

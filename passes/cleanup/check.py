@@ -106,7 +106,6 @@ def is_random(node: fx.Node) -> bool:
 
 
 _RANDOM = frozenset({
-    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
-    aten.scaled_dot_product_attention.default,
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.scaled_dot_product_attention.default,
 })  # fmt: skip
 """Random ops that torch does not tag as such."""

@@ -56,8 +56,7 @@ def _written(node: fx.Node, program: Program) -> fx.Node | None:
 
 @dataclass
 class _Rewriter:
-    """Walks the graph once. `value[n]` is what node n stands for now, valid while `seen[n]` equals its storage's
-    version."""
+    """Walks the graph once. `value[n]` is what node n stands for now, valid while `seen[n]` equals its storage's version."""
 
     program: Program
     writes: dict[fx.Node, fx.Node]

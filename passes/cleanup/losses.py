@@ -133,12 +133,14 @@ def _mean(node: fx.Node, make: _Emit, program: Program) -> fx.Node | None:
 
 Rule = Callable[[fx.Node, _Emit, Program], fx.Node | None]
 _RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default,
-    aten.nll_loss2d.default), _cross_entropy), **dict.fromkeys(
+    **dict.fromkeys(
+        (aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default, aten.nll_loss2d.default), _cross_entropy
+    ),
+    **dict.fromkeys(
         (
             aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
-            aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default,
-            aten.soft_margin_loss.default, aten.kl_div.default, aten.poisson_nll_loss.default,
+            aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default, aten.soft_margin_loss.default,
+            aten.kl_div.default, aten.poisson_nll_loss.default,
         ),
         _elementwise,
     ),

@@ -1,5 +1,4 @@
-"""Two tables for functionalisation: the out-of-place twin of an in-place op, and how a write goes back through a
-view."""
+"""Two tables for functionalisation: the out-of-place twin of an in-place op, and how a write goes back through a view."""
 
 from __future__ import annotations
 

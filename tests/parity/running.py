@@ -45,19 +45,9 @@ def exact_applier(case: Case) -> Any:
 
 
 def parallel(name: str, plan: Plan, batch: int = 8, **options: Any) -> tuple[Case, ParallelModule]:
-    """The case in the plan's dtype and its ParallelModule."""
+    """The case and its ParallelModule."""
     case = build(name, batch)
-    dtype = getattr(torch, plan.precision.compute)
-    case = Case(case.model.to(dtype), to_dtype(case.args, dtype), to_dtype(case.kwargs, dtype), case.loss_fn)
-    pm = apply(case.model, case.args, case.kwargs, plan, loss_fn=case.loss_fn, **options)
-    return case, pm
-
-
-def to_dtype(values: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors of nested values in `dtype`."""
-    return torch.utils._pytree.tree_map(
-        lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values
-    )
+    return case, apply(case.model, case.args, case.kwargs, plan, loss_fn=case.loss_fn, **options)
 
 
 def records(name: str, plan: Plan, batch: int = 8) -> list[tuple[str, str, int, str]]:

@@ -1,0 +1,96 @@
+"""ZeRO-3's promise, on the module users get: never more unsharded parameter bytes alive than two parameter groups hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import build
+from pool import Pool
+from running import parallel, plan_of
+from shardwright.planner.plan import Plan
+from shardwright.runtime.losses import loss_of
+from shardwright.runtime.torch_compat import StorageRef
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+COPIES = {"cat", "clone", "_to_copy", "copy_", "slice_scatter", "constant_pad_nd"}
+"""Ops whose result holds the same values as their inputs, in new memory."""
+
+
+class Gathered(TorchDispatchMode):
+    """Bytes of all storages that hold gathered values: `most` of all at once, `wholes` without what all_gather itself returns.
+
+    An all_gather returns the ranks' flat buffers; the parameters are copied out of it, and it is freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageRef, int, bool]] = {}
+        self.most, self.wholes, self.calls = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "all_gather_into_tensor" or (name in COPIES and any(self.holds(x) for x in tensors((args, kwargs)))):
+            self.calls += name == "all_gather_into_tensor"
+            for x in tensors(result):
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = StorageRef(storage), storage.nbytes(), name in COPIES
+            self.most = max(self.most, self.bytes())
+            self.wholes = max(self.wholes, self.bytes(copies=True))
+        return result
+
+    def holds(self, x: Tensor) -> bool:
+        entry = self.alive.get(x.untyped_storage()._cdata)
+        return entry is not None and not entry[0].expired()
+
+    def bytes(self, copies: bool = False) -> int:
+        """Alive now; with `copies` those copied out of an all_gather only."""
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        return sum(size for _, size, copy in self.alive.values() if copy or not copies)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def steps(name: str, plan: Plan, batch: int) -> tuple[int, int, int, list[int]]:
+    """Rank function: the most bytes in all and of wholes, gathers, and what is left after forward and after backward."""
+    case, pm = parallel(name, plan, batch)
+    optimizer = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad])
+    left = []
+    with Gathered() as watch:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = loss_of(pm(*case.args, **case.kwargs))
+            left.append(watch.bytes())
+            loss.backward()
+            left.append(watch.bytes())
+            optimizer.step()
+    return watch.most, watch.wholes, watch.calls, left
+
+
+def group_bytes(name: str, plan: Plan) -> list[int]:
+    """Unsharded bytes of each parameter group, largest first."""
+    sizes = {n: p.numel() * p.element_size() for n, p in build(name).model.named_parameters()}
+    found = []
+    for region in plan.regions:
+        total = sum(sizes[p.names[0]] for p in region.parameters if p.zero == 3)
+        found += [total] * region.repeats
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "pins"), [("llama-deep", "dp=4 zero=3"), ("gpt2-deep", "dp=4 zero=3 micro_batch=1")])
+def test_at_most_two_groups_are_whole(name: str, pins: str, ranks4: Pool) -> None:
+    plan = plan_of(name, f"{pins} dtype=fp32", 4)
+    groups = group_bytes(name, plan)
+    assert sum(groups) > 3 * sum(groups[:2]), "too few groups to tell"
+    for most, wholes, calls, left in ranks4.run(steps, name, plan, 8):
+        assert calls >= 2 * (2 * len(groups) - 1)
+        assert left == [0, 0, 0, 0]
+        assert groups[0] <= wholes <= sum(groups[:2])
+        assert wholes < most <= sum(groups[:2]) + groups[0]
