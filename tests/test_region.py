@@ -181,8 +181,8 @@ def test_edited_plans_are_priced_again_or_refused() -> None:
     op = plan.regions[1].ops[0]
     broken = msgspec.structs.replace(op, choice=("e",))
     region = msgspec.structs.replace(plan.regions[1], ops=(broken, *plan.regions[1].ops[1:]))
+    edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
     with pytest.raises(PlanError, match=op.op):
-        edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
         reprice(edited, outline, cluster(2), FakePrices())
     with pytest.raises(Infeasible):
         reprice(msgspec.structs.replace(plan, memory_limit_bytes=1000), outline, cluster(2), FakePrices())

@@ -251,6 +251,23 @@ def teacher(batch: int) -> Case:
     return Case(Teacher(), (torch.randn(batch, 12),))
 
 
+class Dropped(nn.Module):
+    """Nothing but dropout of a scaled input, so that its numbers can be counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.drop(x * self.scale)
+        return y.sum(), y
+
+
+def dropout(batch: int) -> Case:
+    return Case(Dropped(), (torch.ones(batch, 64, 32),))
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "gpt2": gpt2,
     "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
@@ -270,4 +287,5 @@ CASES: dict[str, Callable[[int], Case]] = {
     "tied": tied,
     "adapter": adapter,
     "teacher": teacher,
+    "dropout": dropout,
 }
