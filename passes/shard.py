@@ -25,6 +25,7 @@ from ..planner.choices import states
 from ..planner.outline import Op
 from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
 from ..planner.rule_types import Operand
+from .factories import on_device
 from .fuse_bias import fuse_bias
 from .localize import localize
 from .lowered import CallForm, Emit, Emitted, Feed, Lowered
@@ -330,7 +331,7 @@ class _Graph:
         """Implementations of their own, seeded random ops, and factories on the device that runs."""
         target, args, kwargs = form
         emit = self.shop.emit
-        kwargs = {k: emit.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        kwargs = on_device(target, kwargs, emit.device)
         form = target, args, kwargs
         splits = self._splits(op)
         for axis, factor in splits:
