@@ -106,6 +106,7 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
     assignment = assign(plan, outline)
     shape = Shape(plan.mesh)
     check_choices(outline, assignment, shape.sizes)
+    _check_roles(outline, assignment, shape)
     evaluation = _evaluate(plan, outline, cluster, prices, assignment)
     if evaluation.peak_bytes > plan.memory_limit_bytes:
         cause = max(evaluation.memory, key=lambda c: evaluation.memory[c])
@@ -118,6 +119,21 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
     predicted = predict(outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error)
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
+
+
+def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:
+    """A data axis splits the batch only; ZeRO chunks a dim 0 that its axis does not split already."""
+    for op in outline.ops:
+        factors = {f.name: f for f in op.factors}
+        for axis, choice in zip(shape.axes, assignment.choices[op.name], strict=True):
+            if axis.role == "data" and axis.size > 1 and choice in factors and not factors[choice].batch:
+                raise PlanError(f"op {op.name}: {choice} is not the batch, and axis {axis.name} splits the batch only")
+    for name, storage in assignment.storage.items():
+        for a in storage.zero_axes:
+            if storage.home[a].is_split:
+                raise PlanError(f"parameter {name}: zero_axes has {shape.names[a]}, which splits it already ({storage.home[a]})")
+        if storage.zero and not outline.tensors[name].dims:
+            raise PlanError(f"parameter {name}: zero={storage.zero}, but a parameter without dims cannot be chunked")
 
 
 def _evaluate(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:

@@ -156,7 +156,8 @@ class Space:
 
     def _levels(self, item: ParameterClass, home: Placement) -> list[Option]:
         data, model = self.shape.axis("data"), self.shape.axis("model")
-        chunked = data if data is not None else model
+        # A tp pin means tensor parallelism alone: ZeRO over the same axis only where it is asked for.
+        chunked = data if data is not None else model if self.pins.tp is None or self.pins.zero is not None else None
         pinned, trainable = self.pins.zero, item.parameter.trainable and self.training
         levels = [0]
         if chunked is not None and home[chunked] == R and item.tensor.dims:

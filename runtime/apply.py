@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import LaunchError, PlanMismatch, ShardwrightError, UsageError
+from ..errors import LaunchError, PlanMismatch, UsageError
 from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
@@ -41,13 +41,17 @@ def apply(
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
-    if exact is None:
-        compute, others = plan.precision.compute, other_dtypes(model, plan.precision.compute)
+    compute = exact or plan.precision.compute
+    others = other_dtypes(model, compute) if exact is None else FLOATING
+
+    def matched() -> tuple[Summary, Assignment]:
+        if exact is not None:
+            return _exact(model, args, kwargs, plan, exact, loss_fn)
         summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
-        own = agreed(plan, summary)
-    else:
-        compute, others = exact, FLOATING
-        summary, own = _exact(model, args, kwargs, plan, exact, loss_fn)
+        return summary, agreed(plan, summary)
+
+    summary, own = together(matched)
+    if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
     programs = Programs(
@@ -55,9 +59,10 @@ def apply(
         local_batch=data == "local", exact=exact is not None, others=others,
         example=signature(args, kwargs, train=model.training, grad=True),
     )  # fmt: skip
-    return ParallelModule(model, programs, mesh, seed=shared_seed(plan.source.seed))
+    return ParallelModule.of(model, programs, mesh, seed=shared_seed(plan.source.seed))
 
 
+T = TypeVar("T")
 FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 
@@ -111,16 +116,31 @@ def agree(decide: Callable[[], Plan]) -> Plan:
     if dist.get_rank() == 0:
         try:
             box = [dump_plan(decide())]
-        except ShardwrightError as error:
-            box = [(type(error).__name__, str(error))]
         except Exception as error:
-            box = [("", f"{type(error).__name__}: {error}")]
+            box = [(f"{type(error).__name__}: {error}",)]
             dist.broadcast_object_list(box, 0)
             raise
     dist.broadcast_object_list(box, 0)
     if isinstance(box[0], tuple):
-        raise LaunchError(f"rank 0 could not make the plan: {box[0][1]}")
+        raise LaunchError(f"rank 0 could not make the plan: {box[0][0]}")
     return parse_plan(box[0], "the plan rank 0 sent")
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank; where it fails on one, all raise, instead of waiting for that one."""
+    try:
+        result, failure = action(), None
+    except Exception as error:
+        failure = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+        first = next((r for r, text in enumerate(failures) if text is not None), None)
+        if failure is None and first is not None:
+            raise PlanMismatch(f"rank {first} could not apply the plan, though rank {dist.get_rank()} could: {failures[first]}")
+    if failure is not None:
+        raise failure
+    return result
 
 
 def shared_seed(seed: int) -> int:

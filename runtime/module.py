@@ -6,7 +6,6 @@ Same call, same parameter names, attributes and methods forwarded. Parameters ar
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..passes.skeleton import Tree
+from ..passes.skeleton import Tree, like
 from ..planner.plan import Plan
 from . import norms, parameters
 from .mesh import Mesh
-from .outputs import rebuild
+from .outputs import rebuild, sealed
 from .programs import Program, Programs
 from .step import Values, run_microbatches, run_once
 
@@ -32,11 +31,18 @@ class ParallelModule(Tree):
     reading them otherwise raises. `plan`, `data_rank`, `data_size` describe the run.
     """
 
-    def __init__(self, model: nn.Module, programs: Programs, mesh: Mesh, *, seed: int) -> None:
-        super().__init__()
-        self._core = _Core(programs, mesh, seed)
-        _adopt(self, model, programs, mesh)
-        self.train(model.training)
+    _core: _Core
+
+    @staticmethod
+    def of(model: nn.Module, programs: Programs, mesh: Mesh, *, seed: int) -> ParallelModule:
+        """The planned `model`; an instance of its class too."""
+        made = like(ParallelModule, type(model))
+        made._core = _Core(programs, mesh, seed)
+        made.grow(programs.model)
+        _adopt(made, model, programs, mesh)
+        for name, module in model.named_modules():
+            made.get_submodule(name).training = module.training
+        return made
 
     def forward(self, *args: Any, outputs: bool = False, **kwargs: Any) -> Any:
         """Run the plan. Raises UsageError for shapes the plan cannot divide and for calls out of order."""
@@ -61,7 +67,7 @@ class ParallelModule(Tree):
             flat = [loss]
         else:
             flat = list(run_once(program.lowered, program.body, values, program.regather()))
-        flat[0] = core.watch(flat[0])
+        flat = [core.watch(flat[0]), *(sealed(v) for v in flat[1:])]
         return rebuild(program, flat)
 
     @property
@@ -115,19 +121,7 @@ class ParallelModule(Tree):
         converted = {
             name: parameters.like(own[name], value) if name in own else value for name, value in state_dict.items()
         }
-        return super().load_state_dict(converted, strict=strict)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            core = self.__dict__.get("_core")
-            if core is None:
-                raise
-        found = getattr(core.programs.model, name)
-        if isinstance(found, types.MethodType) and found.__self__ is core.programs.model:
-            return types.MethodType(found.__func__, self)  # so that methods that call the module call this one
-        return found
+        return nn.Module.load_state_dict(self, converted, strict=strict)
 
 
 class _Core:

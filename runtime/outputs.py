@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import UsageError
@@ -34,6 +36,28 @@ class NotComputed:
             if isinstance(arg, cls):
                 arg._refuse()
         raise UsageError("an output that was not computed was used; call the module with outputs=True")
+
+
+class _Sealed(torch.autograd.Function):
+    """A value that seems to have a gradient; sending one into it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise UsageError(
+            "a gradient was sent into an output that is not the loss: under a plan only the loss is differentiated; "
+            "compute it inside the model or pass loss_fn="
+        )
+
+
+def sealed(value: Tensor) -> Tensor:
+    """An output beside the loss: readable, but no gradient may enter it."""
+    if not value.requires_grad:
+        return value
+    return _Sealed.apply(value.detach(), torch.ones((), requires_grad=True))  # type: ignore[no-any-return]
 
 
 def rebuild(program: Program, flat: Sequence[Any]) -> Any:

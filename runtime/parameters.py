@@ -124,12 +124,13 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parameter):  # type: ignore[no-untyped-def,override]
         ctx.parameter = parameter
+        ctx.set_materialize_grads(False)  # no gradient stays none, as in eager
         part = parameter.to_local()
         return part.view_as(part)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        return like_dtensor(grad.contiguous(), ctx.parameter)
+        return None if grad is None else like_dtensor(grad.contiguous(), ctx.parameter)
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -184,8 +184,35 @@ def test_edited_plans_are_priced_again_or_refused() -> None:
     edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
     with pytest.raises(PlanError, match=op.op):
         reprice(edited, outline, cluster(2), FakePrices())
+    first = msgspec.structs.replace(plan.regions[1].parameters[1], home=("S(0)",), zero=1, zero_axes=("tp",))
+    parameters = plan.regions[1].parameters
+    region = msgspec.structs.replace(plan.regions[1], parameters=(parameters[0], first, *parameters[2:]))
+    edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
+    with pytest.raises(PlanError, match="splits it already"):
+        reprice(edited, outline, cluster(2), FakePrices())
     with pytest.raises(Infeasible):
         reprice(msgspec.structs.replace(plan, memory_limit_bytes=1000), outline, cluster(2), FakePrices())
+
+
+def test_an_edit_puts_other_dims_on_a_data_axis() -> None:
+    outline = transformer()
+    plan = plan_of(2, ("dp=2",))
+    attention = next(i for i, op in enumerate(plan.regions[1].ops) if op.op == "l0.attn")
+    ops = list(plan.regions[1].ops)
+    ops[attention] = msgspec.structs.replace(ops[attention], choice=("g",))
+    region = msgspec.structs.replace(plan.regions[1], ops=tuple(ops))
+    edited = msgspec.structs.replace(plan, regions=(plan.regions[0], region, plan.regions[2]))
+    with pytest.raises(PlanError, match="splits the batch only"):
+        reprice(edited, outline, cluster(2), FakePrices())
+
+
+def test_an_inference_plan() -> None:
+    outline = replace(transformer(), loss="", outputs=("logits",))
+    plan = plan_of(4, outline=outline)
+    assert plan.pipeline.microbatches == 1
+    assert plan.predicted.memory["gradients"] == plan.predicted.memory["optimizer"] == 0
+    small = plan.predicted.peak_bytes_per_device // 2
+    assert plan_of(4, outline=outline, limit=small).predicted.peak_bytes_per_device <= small
 
 
 def test_relabelling_equal_layers_changes_nothing() -> None:

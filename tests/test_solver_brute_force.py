@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 from shardwright.planner.costs import Shape
@@ -66,6 +67,48 @@ def random_outline(seed: int) -> Outline:
     return Outline(make.tensors, tuple(make.ops), regions, found, ("in",), "loss", (), a, a, f"random{seed}")
 
 
+def layered_outline(seed: int) -> Outline:
+    """A stem, two equal layers of one or two ops tied into one region, and a summed loss over the batch."""
+    rng = random.Random(seed)
+    make = Builder()
+    a, b = rng.choice((4, 8)), rng.choice((2, 4))
+    rows = {"size": a, "batch": True, "token": True}
+    make.tensor("in", [[a], [b]], "input", False)
+    make.tensor("ws", [[b], [b]], "parameter")
+
+    def matmul(name: str, source: str, weight: str) -> None:
+        make.tensor(name, [[a], [b]])
+        make.op(name, "matmul", [(source, ["r", "k"]), (weight, ["n", "k"])], [(name, ["r", "n"])], {"r": rows, "k": b, "n": b},
+                linear=((0,), (1,)), projection=True, saved=(Saved("operand", 0), Saved("operand", 1)))  # fmt: skip
+
+    matmul("x", "in", "ws")
+    kinds = [rng.choice(("matmul", "gelu", "add")) for _ in range(rng.randint(1, 2))]
+    source, instances, weights = "x", [], []
+    for k in range(2):
+        start, first, mine = len(make.ops), source, []
+        for i, kind in enumerate(kinds):
+            name = f"l{k}o{i}"
+            if kind == "matmul":
+                mine.append(make.tensor(f"w{k}{i}", [[b], [b]], "parameter"))
+                matmul(name, source, mine[-1])
+            else:
+                make.tensor(name, [[a], [b]])
+                uses = [(source, ["r", "c"])] if kind == "gelu" else [(source, ["r", "c"]), (first, ["r", "c"])]
+                linear = () if kind == "gelu" else ((0, 1),)
+                kept = (Saved("operand", 0),) if kind == "gelu" else ()
+                make.op(name, "elementwise", uses, [(name, ["r", "c"])], {"r": rows, "c": b}, linear=linear, saved=kept,
+                        target=f"aten.{kind}")  # fmt: skip
+            source = name
+        instances.append(tuple(op.name for op in make.ops[start:]))
+        weights.append(tuple(mine))
+    make.tensor("loss", [])
+    make.op("loss", "reduction", [(source, ["r", "c"])], [("loss", [])], {"r": rows, "c": b}, linear=((0,),))
+    names = [n for n, t in make.tensors.items() if t.role == "parameter"]
+    regions = (Region("r0", (("x",),), (("ws",),)), Region("r1", tuple(instances), tuple(weights)), Region("r2", (("loss",),), ((),)))
+    found = tuple(Parameter((n,), n, True) for n in names)
+    return Outline(make.tensors, tuple(make.ops), regions, found, ("in",), "loss", (), a, a, f"layers{seed}")
+
+
 def _some(rng: random.Random, *saved: Saved) -> tuple[Saved, ...]:
     return tuple(s for s in saved if rng.random() < 0.6)
 
@@ -98,25 +141,35 @@ def every_point(candidate: Candidate) -> list[tuple[float, int]]:
     return found
 
 
+def best_of(candidate: Candidate) -> None:
+    """Add rows until the answer is final."""
+    while not candidate.advance():
+        pass
+
+
 def size_of(candidate: Candidate) -> int:
     return math.prod(len(s) for s in candidate.space.strategies) * math.prod(len(o) for o in candidate.space.options)
 
 
-def instances(count: int) -> list[int]:
+def instances(count: int, make: Callable[[int], Outline]) -> list[int]:
     """Seeds whose spaces are small enough for exhaustive search."""
     found: list[int] = []
     seed = 0
     while len(found) < count:
-        candidate = Candidate(problem_for(seed, None), shapes_for(seed), 1)
+        candidate = Candidate(problem_for(seed, None, make(seed)), shapes_for(seed), 1)
         if 4 <= size_of(candidate) <= POINTS:
             found.append(seed)
         seed += 1
     return found
 
 
-def check(seed: int) -> int:
+def check(seed: int, make: Callable[[int], Outline] = random_outline, microbatches: int = 1) -> int:
     """Compare solver and exhaustive search without a limit and under several; returns how many limits were infeasible."""
-    points = every_point(Candidate(problem_for(seed, None), shapes_for(seed), 1))
+
+    def candidate_for(limit: int | None) -> Candidate:
+        return Candidate(problem_for(seed, limit, make(seed)), shapes_for(seed), microbatches)
+
+    points = every_point(candidate_for(None))
     peaks = sorted({peak for _, peak in points})
     rng = random.Random(seed)
     limits = [None, peaks[0] - 1, peaks[0], rng.choice(peaks), rng.choice(peaks)]
@@ -124,9 +177,8 @@ def check(seed: int) -> int:
     infeasible = 0
     for limit in sorted(limits, key=lambda x: -x if x is not None else -math.inf):
         fitting = [seconds for seconds, peak in points if limit is None or peak <= limit]
-        candidate = Candidate(problem_for(seed, limit), shapes_for(seed), 1)
-        while not candidate.advance():
-            pass
+        candidate = candidate_for(limit)
+        best_of(candidate)
         assert candidate.solution is not None
         if not fitting:
             assert candidate.solution.choice is None, f"seed {seed}, limit {limit}: a plan where exhaustive search has none"
@@ -145,4 +197,11 @@ def check(seed: int) -> int:
 @pytest.mark.parametrize("part", range(10))
 def test_equals_exhaustive_search(part: int) -> None:
     """300 random graphs, each without a limit and under four; one of them is below what any plan needs."""
-    assert sum(check(seed) for seed in instances(300)[part::10]) >= 30
+    assert sum(check(seed) for seed in instances(300, random_outline)[part::10]) >= 30
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_tied_layers_equal_exhaustive_search(microbatches: int) -> None:
+    """Two equal layers tied into one template cost what the two concrete layers cost, with and without microbatches."""
+    seeds = instances(25, layered_outline)
+    assert sum(check(seed, layered_outline, microbatches) for seed in seeds) >= len(seeds)

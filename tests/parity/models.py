@@ -130,6 +130,13 @@ def mlp(batch: int) -> Case:
     return Case(Perceptron(), (torch.randn(batch, 12), torch.randn(batch, 4)))
 
 
+def softmax(batch: int) -> Case:
+    """A softmax over what a projection makes: a split of the projection must not go through it."""
+    case = mlp(batch)
+    case.model.net[1] = nn.Softmax(-1)
+    return case
+
+
 class Regressor(nn.Module):
     """Returns a tuple; the loss is the caller's."""
 
@@ -283,6 +290,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "vit": vit,
     "vit-197": lambda batch: vit(batch, 224, 16),
     "mlp": mlp,
+    "softmax": softmax,
     "loss-fn": with_loss_fn,
     "tied": tied,
     "adapter": adapter,

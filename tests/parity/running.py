@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from models import Case, build
 from shardwright.api import make_plan
 from shardwright.planner.plan import Plan

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 import torch.distributed as dist
 from models import build
 from pool import Pool
-from running import parallel, plan_of
+from running import differences, parallel, plan_of
 from shardwright.errors import LaunchError, PlanMismatch, UsageError
+from shardwright.planner import rules
 from shardwright.planner.plan import Plan
 from shardwright.runtime import parameters
 from shardwright.runtime.losses import loss_of
@@ -27,7 +31,8 @@ TIGHT = {"atol": 1e-11, "rtol": 1e-11}
 def eager(name: str, batch: int = 8) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The original in float64, with its inputs."""
     case = build(name, batch)
-    args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, (case.args, case.kwargs))
+    floating = lambda v: isinstance(v, Tensor) and v.is_floating_point()  # noqa: E731
+    args, kwargs = tree_map(lambda v: v.double() if floating(v) else v, (case.args, case.kwargs))
     return case.model.double(), args, dict(kwargs)
 
 
@@ -91,6 +96,12 @@ def looks_like_the_original(plan: Plan) -> None:
     output = pm(**case.kwargs)
     assert type(output) is type(model(**case.kwargs))
     assert (pm.data_rank, pm.data_size) == (dist.get_rank(), 2)
+    assert isinstance(pm, type(model))
+    assert len(pm.transformer.h) == 2
+    assert [block.ln_1.weight for block in pm.transformer.h][1] is pm.transformer.h[1].ln_1.weight
+    assert pm.transformer.h[1].attn.num_heads == model.transformer.h[1].attn.num_heads
+    with pytest.raises(UsageError, match="whole module"):
+        pm.transformer(case.kwargs["input_ids"])
     with pytest.raises(AttributeError, match="nonsense"):
         _ = pm.nonsense
 
@@ -160,8 +171,13 @@ def asked_outputs(plan: Plan) -> None:
     output["loss"].backward()
     output = pm(**batch, outputs=True)
     torch.testing.assert_close(output["logits"], model(**batch)["logits"], **TIGHT)
-    assert not output["logits"].requires_grad
-    output["loss"].backward()
+    with pytest.raises(UsageError, match="not the loss"):
+        (output["loss"] + output["logits"].sum()).backward()
+    del output
+    pm.zero_grad()
+    pm(**batch, outputs=True)["loss"].backward()
+    model(**batch)["loss"].backward()
+    same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("pins", ["dp=2", "tp=2"])
@@ -383,6 +399,31 @@ def test_generate(pins: str, ranks2: Pool) -> None:
 
 
 # -- disagreement
+
+
+@contextlib.contextmanager
+def broken_rule() -> Iterator[None]:
+    """Softmax as if each element along its dim stood alone."""
+    known = rules.RULES
+    wrong = replace(known["aten.softmax"], line="*b @d -> *b @d")
+    with unittest.mock.patch.object(rules, "RULES", {**known, "aten.softmax": wrong}):
+        yield
+
+
+def verified_with_a_broken_rule(plan: Plan) -> list[dict[str, Any]]:
+    with broken_rule():
+        return differences("softmax", plan)
+
+
+def test_a_broken_rule_fails_verification(ranks2: Pool) -> None:
+    right = plan_of("softmax", "tp=2", 2)
+    assert all(d["ok"] for d in ranks2.run(differences, "softmax", right)[0])
+    with broken_rule():
+        wrong = plan_of.__wrapped__("softmax", "tp=2", 2)
+    assert wrong.regions != right.regions
+    found = ranks2.run(verified_with_a_broken_rule, wrong)
+    assert found[0] == found[1]
+    assert [d["kind"] for d in found[0] if not d["ok"]] == ["loss", "gradient", "parameter after 3 steps"]
 
 
 def different_models(plan: Plan) -> None:
