@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ..errors import UsageError
 from ..planner.assign import Assignment
@@ -161,6 +162,7 @@ class _Graph:
         self._last_placeholder: fx.Node | None = None
         self._seed: fx.Node | None = None
         self._done: set[tuple[str, ...]] = set()
+        self._again = 0
         self._cut_sizes = (*shop.sizes, shop.m if microbatched else 1)
 
     # -- values
@@ -251,7 +253,13 @@ class _Graph:
         trainable = shop.trainable[group[0]]
         if first.zero:
             emitted = shop.emit.gather(shapes, first.zero_axes, keep=first.zero < 3, trainable=trainable)
+            before = set(self.graph.nodes)
             nodes = self._spread(emitted, nodes, "gather")
+            if first.zero == 3:
+                self._again += 1
+                again = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": self._again}
+                for node in set(self.graph.nodes) - before:
+                    node.meta.update(again)  # what a compiler keeps of a gather is the chunk
             arrived = V if trainable else R
             now = [tuple(arrived if a in first.zero_axes else s for a, s in enumerate(p)) for p in now]
         else:

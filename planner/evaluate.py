@@ -75,11 +75,11 @@ class Evaluator:
         bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
         tensor, storage = self.tensors[name], assignment.storage.get(name)
         if storage is None:
-            return held(tensor, False, tensor.elements, tensor.elements, 0, 0, bytes_, self.setting.optimizer)
+            return held(tensor, False, tensor.elements, tensor.elements, 0, 0, bytes_, self.setting)
         used = local_elements(tensor.dims, storage.home, self.sizes)
         trains = self.parameters[name].trainable and self.training
         return held(
-            tensor, trains, ledger.stored(name), used, storage.zero, ledger.reduced[name], bytes_, self.setting.optimizer
+            tensor, trains, ledger.stored(name), used, storage.zero, ledger.reduced[name], bytes_, self.setting
         )
 
 

@@ -224,12 +224,14 @@ class Held:
 
 
 def held(
-    tensor: Tensor, trains: bool, stored: int, used: float, zero: int, reduced: int, bytes_: StateBytes, optimizer: str
+    tensor: Tensor, trains: bool, stored: int, used: float, zero: int, reduced: int, bytes_: StateBytes, setting: Setting
 ) -> Held:
     """What a parameter of `stored` local elements (`used` once gathered) takes at a ZeRO level.
 
-    `reduced` is how many all-reduced gradients it has: one per wanted placement and axis.
+    `reduced` is how many all-reduced gradients it has: one per wanted placement and axis. An optimizer that goes over all
+    parameters at once (foreach) works in place but for one tensor each.
     """
+    temporaries = 1 if setting.foreach else OPTIMIZERS[setting.optimizer].temporaries
     full = math.ceil(used) * DTYPE_BYTES[tensor.dtype]
     final = stored * bytes_.gradient if trains else 0
     return Held(
@@ -240,5 +242,5 @@ def held(
         whole=full if trains else 0,
         final=final,
         bucket=((full + final if zero else 0) + reduced * (full + (0 if zero else final))) if trains else 0,
-        step=OPTIMIZERS[optimizer].temporaries * stored * bytes_.parameter if trains else 0,
+        step=temporaries * stored * bytes_.parameter if trains else 0,
     )

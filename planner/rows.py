@@ -121,7 +121,7 @@ class Rows:
             used = local_elements(item.tensor.dims, option.home, self.sizes)
             bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
             stored = self.space.stored_elements(w, option)
-            self._held[key] = held(item.tensor, trains, stored, used, option.zero, reduced, bytes_, self.setting.optimizer)
+            self._held[key] = held(item.tensor, trains, stored, used, option.zero, reduced, bytes_, self.setting)
         return self._held[key]
 
     def _options(self) -> list[tuple[int, int, Held]]:

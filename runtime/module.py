@@ -91,6 +91,14 @@ class ParallelModule(Tree):
         return self._core.mesh.device
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """DistributedDataParallel asks for it first, also when a trainer wraps the module unasked."""
+        raise UsageError(
+            "this module already runs in parallel under its plan: do not wrap it in DistributedDataParallel. Trainers that wrap "
+            "every distributed model (Hugging Face's among them) work on one process; on several, write the loop yourself"
+        )
+
+    @property
     def axis_names(self) -> dict[str, str]:
         """Mesh axis by process group name, for a `CommLedger`."""
         return self._core.mesh.axis_of_group()

@@ -46,6 +46,7 @@ class Program:
     buckets: Buckets
     parameters: Mapping[str, str]
     device: torch.device
+    compiled: bool = False
 
     def whole(self, args: Any, kwargs: Any, module: nn.Module) -> dict[str, Tensor]:
         """Inputs, buffers and constants by graph name, on the device."""
@@ -58,8 +59,11 @@ class Program:
         return {name: value.to(self.device) for name, value in found.items()}
 
     def regather(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which gathered parameters are freed after use and gathered again in backward."""
-        return self.emit.regather()
+        """The context in which gathered parameters are freed after use and gathered again in backward.
+
+        A compiled body does so itself, by its recompute tags.
+        """
+        return contextlib.nullcontext() if self.compiled else self.emit.regather()
 
 
 @dataclass
@@ -140,7 +144,7 @@ class Programs:
         every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
         return Program(
             captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
-            self.mesh.device,
+            self.mesh.device, self.compile,
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from shardwright.planner.costs import Shape
-from shardwright.planner.memory import buffer, facts, held, new_bytes
+from shardwright.planner.memory import Setting, buffer, facts, held, new_bytes
 from shardwright.planner.outline import Factor, Op, Outline, Parameter, Region, Saved, Tensor, Use
 from shardwright.planner.placement import P, R, V, split
 from shardwright.planner.plan import MeshAxis
@@ -107,13 +107,13 @@ def test_views_share_their_storage() -> None:
 )
 def test_bytes_of_a_parameter_by_level(zero: int, stored: int, expected: dict[str, int]) -> None:
     tensor = Tensor("w", ((100,),), "float32", "parameter", True, "w")
-    found = held(tensor, True, stored, 100.0, zero, 0, state_bytes(FP32, "adamw"), "adamw")
+    found = held(tensor, True, stored, 100.0, zero, 0, state_bytes(FP32, "adamw"), Setting(FP32, "adamw"))
     assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_a_frozen_parameter_has_no_gradient_and_no_state() -> None:
     tensor = Tensor("w", ((100,),), "float32", "parameter", False, "w")
-    found = held(tensor, False, 100, 100.0, 0, 0, state_bytes(FP32, "adamw"), "adamw")
+    found = held(tensor, False, 100, 100.0, 0, 0, state_bytes(FP32, "adamw"), Setting(FP32, "adamw"))
     assert (found.moments, found.whole, found.final, found.bucket, found.step) == (0, 0, 0, 0, 0)
 
 

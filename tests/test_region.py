@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -96,6 +101,23 @@ def test_gap_and_bound() -> None:
 def test_byte_identical_on_repetition() -> None:
     plans = [msgspec.json.encode(plan_of(4, limit=300_000)) for _ in range(2)]
     assert plans[0] == plans[1]
+
+
+def test_byte_identical_in_another_process() -> None:
+    """Another hash seed orders sets differently; nothing may depend on that."""
+    script = (
+        "import hashlib, msgspec; from test_region import plan_of; "
+        "print(hashlib.sha256(msgspec.json.encode(plan_of(4, limit=300_000))).hexdigest())"
+    )
+    here = Path(__file__).parent
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=here, env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+            capture_output=True, text=True, timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert found == {hashlib.sha256(msgspec.json.encode(plan_of(4, limit=300_000))).hexdigest() + "\n"}
 
 
 def test_a_looser_limit_is_never_slower() -> None:

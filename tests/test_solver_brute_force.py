@@ -17,7 +17,7 @@ from shardwright.planner.region import Choice
 from shardwright.planner.search import Candidate, Problem, Setting
 from solver_outlines import FP32, Builder, FakePrices
 
-POINTS = 1500
+POINTS = 800
 """Graphs with more points than this are drawn again: exhaustive search must stay quick."""
 
 
@@ -104,7 +104,8 @@ def layered_outline(seed: int) -> Outline:
     make.tensor("loss", [])
     make.op("loss", "reduction", [(source, ["r", "c"])], [("loss", [])], {"r": rows, "c": b}, linear=((0,),))
     names = [n for n, t in make.tensors.items() if t.role == "parameter"]
-    regions = (Region("r0", (("x",),), (("ws",),)), Region("r1", tuple(instances), tuple(weights)), Region("r2", (("loss",),), ((),)))
+    layers = Region("r1", tuple(instances), tuple(weights))
+    regions = (Region("r0", (("x",),), (("ws",),)), layers, Region("r2", (("loss",),), ((),)))
     found = tuple(Parameter((n,), n, True) for n in names)
     return Outline(make.tensors, tuple(make.ops), regions, found, ("in",), "loss", (), a, a, f"layers{seed}")
 

@@ -282,6 +282,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "llama-2": lambda batch: llama(batch, num_hidden_layers=2),
     "llama-4": lambda batch: llama(batch, num_hidden_layers=4),
     "llama-deep": lambda batch: llama(batch, num_hidden_layers=8, vocab_size=128),
+    "gpt2-dropout": lambda batch: gpt2(batch, n_layer=1, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2),
     "gpt2-deep": lambda batch: gpt2(batch, n_layer=8),
     "llama-3kv": lambda batch: llama(batch, hidden_size=48, num_attention_heads=6, num_key_value_heads=3),
     "llama-ignored": ignored,

@@ -7,6 +7,7 @@ import copy
 import unittest.mock
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,6 +397,33 @@ def generated(plan: Plan) -> list[int]:
 def test_generate(pins: str, ranks2: Pool) -> None:
     answers = ranks2.run(generated, plan_of("llama", pins, 2))
     assert answers[0] == answers[1]
+
+
+def wrapped_again(plan: Plan) -> None:
+    _, pm = parallel("mlp", plan)
+    with pytest.raises(UsageError, match="already runs in parallel"):
+        nn.parallel.DistributedDataParallel(pm)
+
+
+def test_wrapping_in_ddp_is_refused(ranks2: Pool) -> None:
+    ranks2.run(wrapped_again, plan_of("mlp", "dp=2", 2))
+
+
+def test_hugging_face_trainer_on_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    case, pm = parallel("llama", plan_of("llama", "dtype=fp32", 1))
+    rows = [{k: v[i] for k, v in case.kwargs.items()} for i in range(8)]
+    options = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=3, per_device_train_batch_size=8, report_to=[], save_strategy="no",
+        logging_steps=1, disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = Trainer(model=pm, args=options, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
 
 
 # -- disagreement

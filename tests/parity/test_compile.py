@@ -1,0 +1,54 @@
+"""`compile=True`: the lowered body through torch.compile and Inductor gives the loss and gradients of the eager one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from pool import Pool
+from running import parallel, plan_of
+from shardwright.planner.plan import Plan
+from shardwright.runtime import parameters
+from shardwright.runtime.losses import loss_of
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+
+def step(name: str, plan: Plan, compile: bool) -> tuple[Tensor, dict[str, Tensor], Counter[str]]:
+    """Loss, whole gradients and the collectives seen by the profiler, of a second step."""
+    torch.manual_seed(3)
+    case, pm = parallel(name, plan, compile=compile)
+    loss_of(pm(*case.args, **case.kwargs)).backward()
+    pm.zero_grad()
+    with torch.profiler.profile() as profile:
+        loss = loss_of(pm(*case.args, **case.kwargs))
+        loss.backward()
+    seen = Counter(e.name.partition("::")[2] for e in profile.events() if e.name.startswith("_c10d_functional::"))
+    return loss.detach(), {n: parameters.full(p.grad) for n, p in pm.named_parameters()}, seen
+
+
+def compared(name: str, plan: Plan) -> tuple[Counter[str], Counter[str]]:
+    """Rank function: compiled against eager, dropout included; returns the collectives of both."""
+    torch._dynamo.reset()
+    counters.clear()
+    loss, gradients, seen = step(name, plan, True)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    wanted, eager, plain = step(name, plan, False)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
+    for key, value in eager.items():
+        torch.testing.assert_close(gradients[key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    return seen, plain
+
+
+def test_one_process() -> None:
+    compared("llama", plan_of("llama", "dtype=fp32", 1))
+
+
+@pytest.mark.parametrize(("name", "pins"), [("gpt2-dropout", "dp=2 micro_batch=2"), ("llama", "dp=2 zero=3")])
+def test_two_ranks(name: str, pins: str, ranks2: Pool) -> None:
+    for compiled, eager in ranks2.run(compared, name, plan_of(name, f"{pins} dtype=fp32", 2)):
+        # The gathers of ZeRO-3 run again in backward, compiled as eager.
+        for kind in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            assert compiled[kind] + compiled[kind + "_"] + compiled[kind + "_out"] == eager[kind], (kind, compiled, eager)
