@@ -22,6 +22,7 @@ from torch import Tensor
 from ..planner.placement import Dims, State, Step, dual, local_dims, parse_state, row
 from ..planner.placement import R as WHOLE
 from . import collectives
+from .torch_compat import is_tracing
 
 SCHEMA = "transition(Tensor x, str source, str target, int[] outer, int size, int index, str group) -> Tensor"
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -79,9 +80,11 @@ def change(x: Tensor, source: State, target: State, outer: Sequence[int], size: 
     if name == "all_reduce":
         return collectives.all_reduce(x, group)
     if name == "all_gather":
-        return joined(collectives.all_gather(x, size, group), source.dim, outer[0])
+        stack = collectives.all_gather(x, size, group)
+        return _without(stack, joined(stack, source.dim, outer[0]), x)
     if name == "reduce_scatter":
-        return collectives.reduce_scatter(pieces(x, target.dim, outer[1], size), size, group)
+        packed = pieces(x, target.dim, outer[1], size).contiguous()
+        return _without(packed, collectives.reduce_scatter(packed, size, group), x)
     return _exchange(x, source, target, outer, size, group)
 
 
@@ -101,8 +104,18 @@ def _exchange(x: Tensor, source: State, target: State, outer: Sequence[int], n: 
     before, after = outer[1], outer[0]
     if source.dim == target.dim:
         before, after = (before // n, after) if source.factor < target.factor else (before, after // n)
-    received = collectives.all_to_all(pieces(x, target.dim, before, n), n, group)
-    return joined(received, source.dim, after)
+    packed = pieces(x, target.dim, before, n).contiguous()
+    received = collectives.all_to_all(packed, n, group)
+    result = _without(received, joined(received, source.dim, after), x)
+    return _without(packed, result, x)
+
+
+def _without(buffer: Tensor, result: Tensor, operand: Tensor) -> Tensor:
+    """`result`, the memory of `buffer` given back unless one of the others lies in it."""
+    kept = {t.untyped_storage()._cdata for t in (result, operand)}
+    if not is_tracing() and buffer.untyped_storage()._cdata not in kept:
+        collectives.release(buffer)
+    return result
 
 
 class _Transition(torch.autograd.Function):

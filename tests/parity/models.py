@@ -279,6 +279,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "gpt2": gpt2,
     "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
     "llama": llama,
+    "llama-1": lambda batch: llama(batch, num_hidden_layers=1),
     "llama-2": lambda batch: llama(batch, num_hidden_layers=2),
     "llama-4": lambda batch: llama(batch, num_hidden_layers=4),
     "llama-deep": lambda batch: llama(batch, num_hidden_layers=8, vocab_size=128),
