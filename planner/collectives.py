@@ -73,6 +73,8 @@ def interpolate(rows: Rows, x: float) -> float:
         return rows[-1][1] * x / rows[-1][0]
     above = bisect_left(rows, (x,))
     (x0, y0), (x1, y1) = rows[above - 1], rows[above]
+    if x == x1:  # a measured size costs what was measured, to the last digit
+        return y1
     share = math.log(x / x0) / math.log(x1 / x0)
     return float(y0 * (y1 / y0) ** share)
 

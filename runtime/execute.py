@@ -40,18 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
     options = _parser().parse_args(argv)
     device = default_device()
+    made = False
     try:
         made = ensure_process_group(device)
         result = run_plan(options, device)
+        if _rank() == 0:
+            _deliver(result, options.result)
+        return 0 if all(d["ok"] for d in result["verify"]) else 1
     except ShardwrightError as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    if _rank() == 0:
-        _deliver(result, options.result)
-    if made:
-        dist.destroy_process_group()
-    return 0 if all(d["ok"] for d in result["verify"]) else 1
+    finally:
+        if made:  # gloo aborts a process that ends with its threads running
+            dist.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:

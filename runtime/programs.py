@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, parameter_groups
 from ..planner.legal import check_choices
 from ..planner.outline import Outline, Parameter
+from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
 from . import parameters
 from .emit import RankEmit
@@ -180,24 +182,48 @@ class Programs:
         try:
             assignment = assign(self.plan, outline)
             check_choices(outline, assignment, self.mesh.sizes)
-            return assignment
-        except (PlanMismatch, PlanError) as error:
-            storage = self._storage(outline, error)
+            if all(outline.tensors[name].dims == self.summary.outline.tensors[name].dims for name in assignment.storage):
+                return assignment
+            error: Exception = PlanMismatch("the parameters have other factors")
+        except (PlanMismatch, PlanError) as found:
+            error = found
+        storage = self._storage(outline, error)
         choices = self.resolve(outline, storage)
         data = tuple(i for i, a in enumerate(self.mesh.axes) if a.role == "data")
         return Assignment(choices, storage, parameter_groups(outline, storage), data)
 
     def _storage(self, outline: Outline, error: Exception) -> dict[str, Storage]:
-        own = self.summary.outline
-        placed = self.own.storage
-        by_name = {name: (placed[p.tensor], own.tensors[p.tensor].dims) for p in own.parameters for name in p.names}
+        """Where the plan has the parameters of another graph; those it does not use are whole on every rank."""
+        own, placed, sizes = self.summary.outline, self.own.storage, self.mesh.sizes
+        known = {n: p.tensor for p in own.parameters for n in p.names if p.tensor in placed}
         found = {}
         for parameter in outline.parameters:
-            name = parameter.names[0]
-            if name not in by_name:
-                raise UsageError(f"parameter {name} is not in the plan, which was made for other inputs") from error
-            found[parameter.tensor] = by_name[name][0]
+            name = known.get(parameter.names[0])
+            if name is None:
+                found[parameter.tensor] = Storage((R,) * len(sizes), 0, ())
+                continue
+            home = same_split(placed[name].home, own.tensors[name].dims, outline.tensors[parameter.tensor].dims, sizes)
+            if home is None:
+                raise UsageError(
+                    f"parameter {parameter.names[0]} is stored in a split that these inputs cannot use; plan for them"
+                ) from error
+            found[parameter.tensor] = replace(placed[name], home=home)
         return found
+
+
+def same_split(home: Placement, dims: Dims, others: Dims, sizes: Sequence[int]) -> Placement | None:
+    """`home` of a tensor with factors `dims`, in terms of the factors `others` of the same tensor; None where it has none."""
+    found = []
+    for state, n in zip(home, sizes, strict=True):
+        if not state.is_split:
+            found.append(state)
+            continue
+        outer, sought = math.prod(dims[state.dim][: state.factor]), others[state.dim]
+        fitting = [i for i in range(len(sought)) if math.prod(sought[:i]) == outer and sought[i] % n == 0]
+        if not fitting:
+            return None
+        found.append(split(state.dim, fitting[0]))
+    return tuple(found)
 
 
 def signature(args: Any, kwargs: Any, *, train: bool, grad: bool) -> tuple[Any, ...]:

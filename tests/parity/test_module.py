@@ -18,10 +18,12 @@ from pool import Pool
 from running import differences, parallel, plan_of
 from shardwright.errors import LaunchError, PlanMismatch, UsageError
 from shardwright.planner import rules
+from shardwright.planner.placement import R, split
 from shardwright.planner.plan import Plan
 from shardwright.runtime import parameters
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.module import ParallelModule
+from shardwright.runtime.programs import same_split
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
@@ -492,3 +494,22 @@ def test_one_process_with_microbatches() -> None:
     for module in (model, pm):
         module(**batch)["loss"].backward()
     same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
+
+
+def unused_in_eval(plan: Plan) -> None:
+    model, args, _ = eager("teacher")
+    _, pm = parallel("teacher", plan)
+    with torch.no_grad():
+        torch.testing.assert_close(pm.eval()(*args), model.eval()(*args), **TIGHT)
+
+
+def test_parameters_no_graph_uses_do_not_stand_in_the_way(ranks2: Pool) -> None:
+    ranks2.run(unused_in_eval, plan_of("teacher", "dp=2 zero=3", 2))
+
+
+def test_a_home_split_is_found_again_among_other_factors() -> None:
+    minor = (split(0, 1),)
+    assert same_split(minor, ((3, 24),), ((3, 4, 6),), (2,)) == minor
+    assert same_split(minor, ((3, 24),), ((72,),), (2,)) is None
+    assert same_split(minor, ((3, 24),), ((3, 3, 8),), (2,)) is None
+    assert same_split((split(0), R), ((8, 3),), ((24,),), (2, 4)) == (split(0), R)
