@@ -6,6 +6,7 @@ Same call, same parameter names, attributes and methods forwarded. Parameters ar
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -147,11 +148,14 @@ class _Core:
 
     def check_order(self) -> None:
         """Two grad-mode calls before one backward would mix two steps' held gradients."""
-        if self._pending is not None and self._pending() is not None:
+        if self._waiting() and gc.collect() >= 0 and self._waiting():  # a dropped loss may sit in a reference cycle
             raise UsageError(
                 "called again in grad mode before loss.backward() of the call before; "
                 "call backward() first, or evaluate under torch.no_grad()"
             )
+
+    def _waiting(self) -> bool:
+        return self._pending is not None and self._pending() is not None
 
     def watch(self, loss: Tensor) -> Tensor:
         """Remember that `loss` waits for its backward."""
