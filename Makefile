@@ -16,6 +16,7 @@ test: check
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	mkdir -p build/types && ln -sfn ../.. build/types/shardwright
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --explicit-package-bases --follow-imports=silent $(TYPED)
 

@@ -145,5 +145,3 @@ def _with_batch(source: Source, batch: int) -> Source:
     import msgspec
 
     return msgspec.structs.replace(source, batch=batch)
-
-

@@ -56,7 +56,9 @@ def command(as_json: bool) -> None:
         raise SystemExit(status or 2)
     write_report(made.plan, REPORT, result)
     if as_json:
-        tables.print_json({"plan": str(plan_file), "report": str(REPORT), "memory_limit_bytes": limit, "result": result})
+        tables.print_json(
+            {"plan": str(plan_file), "report": str(REPORT), "memory_limit_bytes": limit, "result": result}
+        )
     else:
         tables.show(result_tables(made.plan, result), f"\nwrote {REPORT} and {plan_file}")
     raise SystemExit(status)

@@ -24,7 +24,9 @@ def command(a: Path, b: Path, as_json: bool) -> None:
     with progress() as tell:
         found = diff(*(priced_again(load_plan(path), path, tell) for path in (a, b)))
     if as_json:
-        print_json([{**{f: getattr(d, f) for f in ("dimension", "where", "a", "b")}, "change": d.change} for d in found])
+        print_json(
+            [{**{f: getattr(d, f) for f in ("dimension", "where", "a", "b")}, "change": d.change} for d in found]
+        )
     elif found:
         show(*difference_tables(found, a.name, b.name))
     else:

@@ -44,7 +44,9 @@ def check_world(plan: Plan) -> None:
     world, ranks = os.environ.get("WORLD_SIZE", "1"), ranks_of(plan)
     if world != str(ranks):
         mesh = " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh)
-        raise LaunchError(f"torchrun started {world} ranks, the plan needs {ranks} ({mesh}); start {ranks}, or plan for {world}")
+        raise LaunchError(
+            f"torchrun started {world} ranks, the plan needs {ranks} ({mesh}); start {ranks}, or plan for {world}"
+        )
 
 
 def torchrun_arguments(plan: Plan, target: Sequence[str], nodes: Nodes) -> list[str]:
@@ -60,7 +62,12 @@ def torchrun_arguments(plan: Plan, target: Sequence[str], nodes: Nodes) -> list[
     if nodes.count == 1:
         where = ["--standalone"]
     else:
-        where = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.meet}"]
+        where = [
+            f"--nnodes={nodes.count}",
+            f"--node-rank={nodes.rank}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={nodes.meet}",
+        ]
     return [*where, f"--nproc-per-node={ranks // nodes.count}", *target]
 
 

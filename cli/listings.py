@@ -99,7 +99,9 @@ def check_tables(found: Mapping[str, Any]) -> Group:
     ]  # fmt: skip
     regions = table("region", "repeats", "ops", "parameters", "mostly", title="Regions", right=(1, 2, 3))
     for region in found["regions"]:
-        mostly = ", ".join(f"{name.removeprefix('aten.')} x{count}" for name, count in list(region["targets"].items())[:5])
+        mostly = ", ".join(
+            f"{name.removeprefix('aten.')} x{count}" for name, count in list(region["targets"].items())[:5]
+        )
         regions.add_row(
             Text(region["name"]), str(region["repeats"]), str(region["ops"]), str(region["parameters"]), Text(mostly)
         )

@@ -28,10 +28,19 @@ def comparison(plan: Plan, result: Mapping[str, Any]) -> list[tuple[str, str, st
     predicted = plan.predicted
     step, measured = predicted.step_seconds, float(result["step_seconds"])
     rows: list[tuple[str, str, str, str]] = []
-    rows += [("step time", seconds_text(step), seconds_text(measured), change_text(measured / step - 1) if step else "")]
+    rows += [
+        ("step time", seconds_text(step), seconds_text(measured), change_text(measured / step - 1) if step else "")
+    ]
     peak = predicted.peak_bytes_per_device
     for rank, size in enumerate(result["peak_bytes"]):
-        rows.append((f"peak memory, rank {rank}", bytes_text(peak), bytes_text(size), change_text(size / peak - 1) if peak else ""))
+        rows.append(
+            (
+                f"peak memory, rank {rank}",
+                bytes_text(peak),
+                bytes_text(size),
+                change_text(size / peak - 1) if peak else "",
+            )
+        )
     expected = {(row.collective, row.axis): (row.count, row.bytes) for row in predicted.traffic}
     found = {(row["collective"], row["axis"]): (row["count"], row["bytes"]) for row in result.get("collectives", ())}
     for key in [*expected, *(k for k in found if k not in expected)]:

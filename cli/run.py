@@ -30,7 +30,7 @@ def command(
     """Run a plan on its ranks: rebuild the model from the plan, train some steps, measure.
 
     After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
-    Exit status 1 when --verify finds a difference.
+    Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
     from ..planner.planfile import load_plan
     from .edited import is_stale, priced_again
@@ -44,7 +44,9 @@ def command(
             loaded = priced_again(loaded, plan, tell)
     if script:
         if steps is not None or verify or trace or as_json:
-            raise click.UsageError("--steps, --verify, --trace and --json belong to the built-in loop; a script has its own")
+            raise click.UsageError(
+                "--steps, --verify, --trace and --json belong to the built-in loop; a script has its own"
+            )
         if under_torchrun():
             raise click.UsageError("torchrun runs already: start the script itself, with --plan")
         arguments = torchrun_arguments(loaded, [*script, "--plan", str(plan)], Nodes(nnodes, node_rank, rdzv_endpoint))

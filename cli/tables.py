@@ -125,7 +125,9 @@ def optimum_text(plan: Plan) -> str:
     if plan.search.gap < 5e-5:
         proven = f"proven: no plan of the space is faster ({seconds_text(plan.search.bound_seconds)})"
     else:
-        proven = f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
+        proven = (
+            f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
+        )
     return f"{proven}, search interrupted" if plan.search.interrupted else proven
 
 
@@ -151,7 +153,9 @@ def _regions(plan: Plan) -> Table:
     made = table("region", "repeats", "ops", *axes, "parameters", title="Regions", right=(1, 2))
     for region in summaries(plan):
         stored = "\n".join(group.text(axes) for group in region.parameters)
-        made.add_row(Text(region.name), str(region.repeats), str(region.ops), *map(Text, region.axes), Text(stored or "none"))
+        made.add_row(
+            Text(region.name), str(region.repeats), str(region.ops), *map(Text, region.axes), Text(stored or "none")
+        )
     return made
 
 
@@ -179,7 +183,9 @@ def _time(plan: Plan) -> Table:
 
 
 def _traffic(plan: Plan) -> Table:
-    made = table("collective", "axis", "calls", "bytes", "seconds", title="Collectives per rank and step", right=(2, 3, 4))
+    made = table(
+        "collective", "axis", "calls", "bytes", "seconds", title="Collectives per rank and step", right=(2, 3, 4)
+    )
     for row in plan.predicted.traffic:
         made.add_row(row.collective, row.axis, str(row.count), bytes_text(row.bytes), seconds_text(row.seconds))
     return made
@@ -217,7 +223,11 @@ def shape_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
         if not any(cells[2:5]):
             bare.setdefault((cells[0], cells[5]), []).append(cells[1])
             continue
-        own = record.mesh == mine and record.microbatches == plan.pipeline.microbatches and record.step_seconds is not None
+        own = (
+            record.mesh == mine
+            and record.microbatches == plan.pipeline.microbatches
+            and record.step_seconds is not None
+        )
         rows.append((*cells[:5], "chosen") if own and not plan.edited else cells)
     return rows + [(mesh, ", ".join(counts), "", "", "", outcome) for (mesh, outcome), counts in bare.items()]
 

@@ -1,7 +1,7 @@
 """An ordinary training loop with one line added.
 
-    python examples/train.py                                       one process
-    torchrun --standalone --nproc-per-node 2 examples/train.py     two, planned for this machine
+python examples/train.py                                       one process
+torchrun --standalone --nproc-per-node 2 examples/train.py     two, planned for this machine
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ class Emit(Protocol):
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement of a tensor with global factor sizes `dims`."""
 
-    def gather(self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool) -> Emitted:
+    def gather(
+        self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool
+    ) -> Emitted:
         """Chunks of a parameter group -> tensors of `shapes`; `keep` False frees them after use and gathers again."""
 
     def reduce(self, axis: int) -> Emitted:

@@ -125,9 +125,7 @@ class _Shop:
         """How a tensor from outside arrives: whole, or already cut over the data axes (local batches)."""
         inputs = self.summary.inputs
         place = inputs.get(tensor)
-        return tuple(
-            split(*place) if place is not None and a in self.data_axes else R for a in range(len(self.sizes))
-        )
+        return tuple(split(*place) if place is not None and a in self.data_axes else R for a in range(len(self.sizes)))
 
     def placed(self, op: Op) -> tuple[list[Placement], list[Placement]]:
         """Wanted operand placements and produced result placements, microbatch axis last."""
@@ -269,7 +267,9 @@ class _Graph:
         for axis in range(len(shop.sizes)):
             members = [k for k, (_, w) in enumerate(wants) if held[k][1][axis] == R and w[axis] == V]
             if members:
-                reduced = self._spread(shop.emit.reduce(axis), [held[k][0] for k in members], f"reduce over axis {axis}")
+                reduced = self._spread(
+                    shop.emit.reduce(axis), [held[k][0] for k in members], f"reduce over axis {axis}"
+                )
                 for k, node in zip(members, reduced, strict=True):
                     held[k] = node, (*held[k][1][:axis], V, *held[k][1][axis + 1 :])
         for (i, want), (node, at) in zip(wants, held, strict=True):

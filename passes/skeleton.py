@@ -96,7 +96,9 @@ def like(base: type[T], original: type[nn.Module]) -> T:
 def _joined(base: type[T], original: type[nn.Module]) -> type[T]:
     if original is nn.Module:
         return base
-    return types.new_class(original.__name__, (base, original), exec_body=lambda space: space.update(_space(base, original)))
+    return types.new_class(
+        original.__name__, (base, original), exec_body=lambda space: space.update(_space(base, original))
+    )
 
 
 def _space(base: type[Tree], original: type[nn.Module]) -> dict[str, Any]:

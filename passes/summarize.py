@@ -228,9 +228,7 @@ def _tensors(captured, values, calls, refined, seen, reaching) -> dict[str, Tens
     for entry in captured.entries:
         value = values[entry.node]
         grad = entry.role == "parameter" and entry.trainable and (reaching is None or entry.node in reaching)
-        found[entry.node] = Tensor(
-            entry.node, refined.dims[entry.node], _dtype(value), entry.role, grad, entry.node
-        )
+        found[entry.node] = Tensor(entry.node, refined.dims[entry.node], _dtype(value), entry.role, grad, entry.node)
     for name, call in calls.items():
         grad = call.node.meta["differentiable"]
         flags = grad if isinstance(grad, tuple | list) else (grad,)

@@ -62,7 +62,9 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
             )
         for i, parameter in enumerate(wanted.parameters):
             if parameter.names != names[found.parameters[0][i]]:
-                raise PlanMismatch(f"{where}: the plan has {parameter.names}, the model has {names[found.parameters[0][i]]}")
+                raise PlanMismatch(
+                    f"{where}: the plan has {parameter.names}, the model has {names[found.parameters[0][i]]}"
+                )
             for instance in found.parameters:
                 storage[instance[i]] = _storage(plan, parameter)
     data_axes = tuple(i for i, axis in enumerate(plan.mesh) if axis.role == "data")
@@ -127,7 +129,9 @@ def _storage(plan: Plan, parameter: ParameterPlan) -> Storage:
         raise PlanError(f"parameter {parameter.names[0]}: {error}") from None
     unknown = [a for a in parameter.zero_axes if a not in axes]
     if unknown:
-        raise PlanError(f"parameter {parameter.names[0]}: zero_axes names {unknown[0]!r}; the mesh has {', '.join(axes)}")
+        raise PlanError(
+            f"parameter {parameter.names[0]}: zero_axes names {unknown[0]!r}; the mesh has {', '.join(axes)}"
+        )
     return Storage(home, parameter.zero, tuple(axes.index(a) for a in parameter.zero_axes))
 
 
@@ -154,12 +158,3 @@ def placements(outline: Outline, choices: Mapping[str, tuple[str, ...]]) -> dict
         for i, use in enumerate(op.results):
             found[use.tensor] = tuple(per_axis[a][i] for a in range(axes))
     return found
-
-
-def wanted(outline: Outline, choices: Mapping[str, tuple[str, ...]], name: str) -> tuple[Placement, ...]:
-    """The placements op `name` wants of its operands, in operand order."""
-    op = outline.by_name[name]
-    per_axis = [states(op, dict(outline.tensors), choice)[0] for choice in choices[name]]
-    return tuple(tuple(axis[i] for axis in per_axis) for i in range(len(op.operands)))
-
-

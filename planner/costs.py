@@ -154,7 +154,9 @@ class Costs:
         results = tuple(tuple(side[1][i] for side in per_axis) for i in range(len(op.results)))
         return operands, results
 
-    def op(self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]) -> tuple[float, float, tuple[Call, ...]] | None:
+    def op(
+        self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]
+    ) -> tuple[float, float, tuple[Call, ...]] | None:
         """(compute seconds forward + backward, seconds of collectives inside, those calls); None where sizes do not divide."""
         sizes = self.local_sizes(op, choice)
         if sizes is None:
@@ -226,7 +228,9 @@ class Costs:
                 if name in COLLECTIVES:
                     calls.append(Call(name, step.axis, full, backward))
                 elif name != "none":
-                    copies[int(backward)] += self.prices.copy(_written(name, backward, step, full, sizes[step.axis])).seconds
+                    copies[int(backward)] += self.prices.copy(
+                        _written(name, backward, step, full, sizes[step.axis])
+                    ).seconds
         there = math.fsum(self.collective(c) for c in calls if not c.backward)
         back = math.fsum(self.collective(c) for c in calls if c.backward)
         return Chain(there, back, copies[0], copies[1], tuple(calls), fresh)
@@ -255,5 +259,3 @@ def replaced(placement: Placement, axis: int, state: State) -> Placement:
 def _written(name: str, backward: bool, step: Step, full: float, n: int) -> float:
     """Bytes written by a local step: a slice writes its slice, a pad or a scale the whole local tensor."""
     return full / n if name == "slice" else full
-
-

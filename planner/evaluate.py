@@ -56,7 +56,9 @@ class Evaluator:
         self.region_of = {t: r for r, region in enumerate(self.outline.regions) for ts in region.parameters for t in ts}
         self.references = [0.0] * len(self.outline.regions)
         for r, region in enumerate(self.outline.regions):
-            self.references[r] = float(sum(self.tensors[t].bytes for t in region.parameters[0])) if region.parameters else 0.0
+            self.references[r] = (
+                float(sum(self.tensors[t].bytes for t in region.parameters[0])) if region.parameters else 0.0
+            )
 
     def evaluate(self, assignment: Assignment) -> Evaluation:
         """Evaluate; raises ValueError where a choice or storage is not possible on this mesh."""
@@ -65,11 +67,11 @@ class Evaluator:
         ledger.transitions()
         ledger.parameters()
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
-        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses())
+        again = frozenset(t for t, r in self.region_of.items() if r in self.regathered)
+        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), again)
         points, causes = walked.points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
-
 
     def _held(self, name: str, assignment: Assignment, ledger: _Ledger) -> Held:
         bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
@@ -79,7 +81,7 @@ class Evaluator:
         used = local_elements(tensor.dims, storage.home, self.sizes)
         trains = self.parameters[name].trainable and self.training
         return held(
-            tensor, trains, ledger.stored(name), used, storage.zero, ledger.reduced[name], bytes_, self.setting
+            tensor, trains, ledger.stored(name), used, storage.zero, len(ledger.reduced[name]), bytes_, self.setting
         )
 
 
@@ -98,7 +100,7 @@ class _Ledger:
         self.wanted: dict[str, tuple[Placement, ...]] = {}
         self.produced: dict[str, Placement] = {}
         self.wants: dict[str, dict[Placement, None]] = defaultdict(dict)
-        self.reduced: dict[str, int] = defaultdict(int)
+        self.reduced: dict[str, set[Placement]] = defaultdict(set)
         self.fresh: dict[str, list[Placement]] = defaultdict(list)
 
     def ops(self) -> None:
@@ -166,12 +168,17 @@ class _Ledger:
 
     def _used(self, name: str) -> float:
         tensor = self.owner.tensors[name]
-        return local_elements(tensor.dims, self.assignment.storage[name].home, self.owner.sizes) * DTYPE_BYTES[tensor.dtype]
+        return (
+            local_elements(tensor.dims, self.assignment.storage[name].home, self.owner.sizes)
+            * DTYPE_BYTES[tensor.dtype]
+        )
 
     def _times(self, name: str) -> Times:
         owner = self.owner
         again = owner.region_of[name] in owner.regathered
-        return times(self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again)
+        return times(
+            self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again
+        )
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
         owner, storage = self.owner, self.assignment.storage[group[0]]
@@ -189,8 +196,8 @@ class _Ledger:
         members = [t for t in group for want in self.wants[t] if self._needs(t, want, axis)]
         if not members:
             return
-        for name in members:
-            self.reduced[name] += 1
+        for name in group:
+            self.reduced[name].update(want for want in self.wants[name] if self._needs(name, want, axis))
         bucket = owner.costs.bucket("all_reduce", (axis,), owner.references[owner.region_of[group[0]]])
         total = sum(used[t] for t in members)
         self._bucket("all_reduce", (axis,), self._times(group[0]).backward, bucket.fixed + bucket.slope * total, total)

@@ -123,7 +123,10 @@ def explain(problem: Problem, shapes: tuple[Shape, ...], progress: Progress) -> 
         f"({_mesh(best.shape)}, {best.microbatches} microbatches), most of it {cause} ({_size(memory[cause])})"
     )
     nearest = [*_pins(free, shapes, limit), *_batches(free, best.shape, limit)]
-    nearest += [*_devices(free, best.shape, limit), f"devices with {_up(best.evaluation.peak_bytes)} for the plan (--memory-limit)"]
+    nearest += [
+        *_devices(free, best.shape, limit),
+        f"devices with {_up(best.evaluation.peak_bytes)} for the plan (--memory-limit)",
+    ]
     return Infeasible(message, cause=cause, nearest=nearest)
 
 

@@ -42,4 +42,6 @@ def _check_division(op: Op, chosen: tuple[str, ...], axis_sizes: tuple[int, ...]
             up = -(-factor.size // parts) * parts
             what = "the batch" if factor.batch else f"factor {factor.name} of {op.name} ({op.target})"
             nearest = f"{up - parts} or {up}" if up > parts else f"{up}"
-            raise PlanError(f"{what} has size {factor.size}, which does not divide by {parts}; nearest legal size: {nearest}")
+            raise PlanError(
+                f"{what} has size {factor.size}, which does not divide by {parts}; nearest legal size: {nearest}"
+            )

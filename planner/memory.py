@@ -8,9 +8,10 @@ A training step is followed backward, where its peak is. At the backward of op v
                             with microbatches what accumulates lives throughout
     saved                   buffers that ops up to v save, counted once per (storage, placement): V and R are one buffer
     temporaries             gradients of activations made up to v and used after it, and those v makes for its operands
-    reserve                 flat copies of a parameter group while its collective runs, and the device's own context
+    reserve                 copies of a parameter group while its collective runs, and the device's own context
 
-Other time points: the reduction of each parameter group, and the optimizer step. An inference graph is followed forward.
+Other time points: the gathering of each ZeRO-3 group in backward, the reduction of each parameter group, and the optimizer
+step. An inference graph is followed forward.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ CAUSES = ("parameters", "gradients", "optimizer", "saved", "gathered", "temporar
 Place = tuple[int, int]
 
 Point = tuple[str, int]
-"""A time point: ("op", index of the op whose backward runs), ("reduce", group), ("finish", group), ("held", 0), ("step", index)."""
+"""A time point: ("op", index of the op whose backward runs), ("gather", group), ("reduce", group), ("finish", group),
+("held", 0), ("step", index)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a plan is evaluated under."""
+    """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does)."""
 
     precision: Precision
     optimizer: str
     reserve: int = 0
     foreach: bool = False
+    staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,9 @@ class Facts:
     """What does not depend on the mesh: op order, storages, spans of gradients and of parameter uses.
 
     `uses` are the ops (indices) that use a parameter; `low` the first use of any parameter of its region instance, where
-    the backward pass is done with all of them; `touched` the region instances that use any of those.
+    the backward pass is done with all of them; `high` the last op of the last region instance that uses any of those, where
+    it gathers them; `touched` the region instances that use any. `given` are the bytes of inputs (of the whole batch), buffers
+    and constants, by storage.
     """
 
     order: Mapping[str, int]
@@ -77,7 +82,18 @@ class Facts:
     saved_parameters: Mapping[str, int]
     instance: tuple[tuple[int, int], ...]
     low: Mapping[str, int]
+    high: Mapping[str, int]
     touched: Mapping[str, frozenset[tuple[int, int]]]
+    given: Mapping[str, int]
+
+    def lasting(self, name: str, training: bool, microbatches: int) -> bool:
+        """Whether a full copy of a parameter lives past its use in forward: backward or another microbatch needs it."""
+        return not training or microbatches > 1 or name in self.saved_parameters
+
+    def parts(self, tensor: Tensor) -> int:
+        """How many microbatches one that is `given` is cut into; the rank's slice of all of them is made before the first."""
+        whole = self.given.get(tensor.name, 0)
+        return whole // tensor.bytes if whole and tensor.bytes else 1
 
 
 def facts(outline: Outline) -> Facts:
@@ -106,19 +122,31 @@ def facts(outline: Outline) -> Facts:
     if not outline.loss:
         end |= {aliases[name].root: len(order) for name in outline.outputs}
     kept = [r for r in start if outline.tensors[r].role == "activation" and (flows[r] or not outline.loss)]
-    where = {name: (r, k) for r, region in enumerate(outline.regions) for k, ops in enumerate(region.instances) for name in ops}
+    where = {
+        name: (r, k)
+        for r, region in enumerate(outline.regions)
+        for k, ops in enumerate(region.instances)
+        for name in ops
+    }
     instance = tuple(where.get(op.name, (-1, 0)) for op in outline.ops)
+    last = {where: i for i, where in enumerate(instance)}
     low: dict[str, int] = {}
+    high: dict[str, int] = {}
     touched: dict[str, frozenset[tuple[int, int]]] = {}
     for members in (names for region in outline.regions for names in region.parameters):
         everywhere = [i for name in members for i in uses[name]]
         for name in members:
             low[name] = min(everywhere, default=0)
+            high[name] = max((last[instance[i]] for i in everywhere), default=0)
             touched[name] = frozenset(instance[i] for i in everywhere)
     return Facts(
         order, aliases, tuple(Span(r, start[r], end[r]) for r in kept), {n: tuple(u) for n, u in uses.items()}, saved,
-        instance, low, touched,
+        instance, low, high, touched, {n: t.bytes for n, t in outline.tensors.items() if _given(t)},
     )  # fmt: skip
+
+
+def _given(tensor: Tensor) -> bool:
+    return tensor.role in ("input", "buffer", "constant") and tensor.storage == tensor.name
 
 
 def _aliases(outline: Outline) -> dict[str, Alias]:
@@ -209,14 +237,16 @@ class Held:
     """Bytes one parameter takes on a rank, by what it is for.
 
     `stored` with master copy, `moments`, `copy` (full copy that lives from its first use on), `gathered` (full copy while
-    its region runs), `whole` (gradient before it is reduced), `final` (gradient as the optimizer sees it), `bucket` (flat
-    copies while its gradient is reduced, beyond `whole`), `step` (optimizer temporaries).
+    its region runs), `arrival` (copies while it is gathered, beyond `gathered`), `whole` (gradient before it is reduced),
+    `final` (gradient as the optimizer sees it), `bucket` (copies while its gradient is reduced, beyond `whole`), `step`
+    (optimizer temporaries).
     """
 
     stored: int
     moments: int
     copy: int
     gathered: int
+    arrival: int
     whole: int
     final: int
     bucket: int
@@ -224,23 +254,32 @@ class Held:
 
 
 def held(
-    tensor: Tensor, trains: bool, stored: int, used: float, zero: int, reduced: int, bytes_: StateBytes, setting: Setting
+    tensor: Tensor,
+    trains: bool,
+    stored: int,
+    used: float,
+    zero: int,
+    reduced: int,
+    bytes_: StateBytes,
+    setting: Setting,
 ) -> Held:
     """What a parameter of `stored` local elements (`used` once gathered) takes at a ZeRO level.
 
-    `reduced` is how many all-reduced gradients it has: one per wanted placement and axis. An optimizer that goes over all
-    parameters at once (foreach) works in place but for one tensor each.
+    `reduced` is how many all-reduced gradients it has: one per wanted placement (over several axes, one after the
+    other). An optimizer that goes over all parameters at once (foreach) works in place but for one tensor each.
     """
     temporaries = 1 if setting.foreach else OPTIMIZERS[setting.optimizer].temporaries
     full = math.ceil(used) * DTYPE_BYTES[tensor.dtype]
     final = stored * bytes_.gradient if trains else 0
+    staged = full if setting.staged else 0
     return Held(
         stored=stored * (bytes_.parameter + (bytes_.master if trains else 0)),
         moments=stored * bytes_.moments if trains else 0,
         copy=full if zero in (1, 2) or (zero == 0 and bytes_.copy) else 0,
         gathered=full if zero == 3 else 0,
+        arrival=stored * DTYPE_BYTES[tensor.dtype] + staged if zero == 3 else 0,
         whole=full if trains else 0,
         final=final,
-        bucket=((full + final if zero else 0) + reduced * (full + (0 if zero else final))) if trains else 0,
+        bucket=((full + final + staged if zero else 0) + reduced * (full + (0 if zero else final))) if trains else 0,
         step=temporaries * stored * bytes_.parameter if trains else 0,
     )

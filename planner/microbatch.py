@@ -23,7 +23,9 @@ class BatchCut:
     blockers: tuple[str, ...]
 
 
-def cut_batch(ops: tuple[Op, ...], tensors: Mapping[str, Tensor], inputs: Mapping[str, tuple[int, int] | None]) -> BatchCut:
+def cut_batch(
+    ops: tuple[Op, ...], tensors: Mapping[str, Tensor], inputs: Mapping[str, tuple[int, int] | None]
+) -> BatchCut:
     """Propagate a batch split from `inputs` (tensor -> place of its batch factor, None where it has none)."""
     states: dict[str, str | tuple[int, int]] = {name: place or "R" for name, place in inputs.items()}
     choice: dict[str, str] = {}
@@ -40,7 +42,11 @@ def cut_batch(ops: tuple[Op, ...], tensors: Mapping[str, Tensor], inputs: Mappin
         partial = [i for i, use in enumerate(op.operands) if arrived[use.tensor] == "P"]
         for i in list(partial):
             name = op.operands[i].tensor
-            if not batch and not tensors[name].differentiable and not any(tensors[r.tensor].differentiable for r in op.results):
+            if (
+                not batch
+                and not tensors[name].differentiable
+                and not any(tensors[r.tensor].differentiable for r in op.results)
+            ):
                 continue
             if not tensors[name].differentiable:
                 hoisted.append(name)
@@ -104,4 +110,3 @@ def _pass_partial(op: Op, partial, states, tensors, hoisted, choice, refuse) -> 
     refuse(op, "is not linear in a sum over all samples")
     choice[op.name] = "R"
     _set(states, op, "R")
-

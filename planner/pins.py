@@ -96,7 +96,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "micro_batch": Key(_count),
         "recompute": Key(_one_of("none", "selective", "full"), ("none",)),
         "sequence_parallel": Key(_switch),
-        "schedule": Key(_one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"), ("none", "gpipe", "1f1b")),
+        "schedule": Key(
+            _one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"), ("none", "gpipe", "1f1b")
+        ),
         "offload": Key(_one_of("none", "optimizer", "params", "activations"), ("none",)),
         "dtype": Key(_one_of(*DTYPES)),
         "precision": Key(_one_of(*RECIPES)),
@@ -107,7 +109,18 @@ KEYS: Mapping[str, Key] = MappingProxyType(
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
 
-_FIELDS = ("tp", "dp", "zero", "micro_batch", "sequence_parallel", "dtype", "precision", "optimizer", "attention", "kernels")
+_FIELDS = (
+    "tp",
+    "dp",
+    "zero",
+    "micro_batch",
+    "sequence_parallel",
+    "dtype",
+    "precision",
+    "optimizer",
+    "attention",
+    "kernels",
+)
 
 
 @dataclass
@@ -175,7 +188,9 @@ def mesh_shapes(pins: Pins, devices: int, batch: int) -> tuple[tuple[int, int], 
         raise PinError(f"the pins {', '.join(pins.texts)} leave no mesh for {devices} devices")
     fitting = [(d, t) for d, t in found if batch % d == 0]
     if not fitting:
-        raise PinError(f"a batch of {batch} does not divide over dp={' or '.join(str(d) for d, _ in found)}; change --batch")
+        raise PinError(
+            f"a batch of {batch} does not divide over dp={' or '.join(str(d) for d, _ in found)}; change --batch"
+        )
     return tuple(fitting)
 
 
@@ -197,7 +212,9 @@ def microbatch_counts(pins: Pins, batch: int, data: int, blockers: tuple[str, ..
     counts = [m for m in range(1, local + 1) if local % m == 0 and not pins.forbids("micro_batch", local // m)]
     if pins.micro_batch is not None:
         if local % pins.micro_batch:
-            raise PinError(f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {data} data ranks")
+            raise PinError(
+                f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {data} data ranks"
+            )
         counts = [local // pins.micro_batch]
     if blockers:
         if pins.micro_batch is not None and counts != [1]:

@@ -45,11 +45,7 @@ class Difference:
 def diff(a: Plan, b: Plan) -> tuple[Difference, ...]:
     """Every difference between two plans, decisions before consequences; empty when they say the same."""
     left, right = to_plain(a), to_plain(b)
-    found = [
-        Difference(_dimension(where), where, x, y)
-        for where, x, y in _walk(left, right, "")
-        if where != "digest"
-    ]
+    found = [Difference(_dimension(where), where, x, y) for where, x, y in _walk(left, right, "") if where != "digest"]
     return tuple(sorted(found, key=lambda d: _rank(d.dimension)))
 
 

@@ -40,7 +40,9 @@ def parse_plan(text: str | bytes, name: str = "plan") -> Plan:
     raw = _parse(text, name)
     version = raw.get("version")
     if version != VERSION or isinstance(version, bool):
-        raise PlanError(f"{name}: version: expected {VERSION}, found {json.dumps(version)}; plan again with this shardwright")
+        raise PlanError(
+            f"{name}: version: expected {VERSION}, found {json.dumps(version)}; plan again with this shardwright"
+        )
     try:
         plan = msgspec.convert(raw, Plan)
     except msgspec.ValidationError as error:
@@ -61,7 +63,9 @@ def load_plan(path: str | Path) -> Plan:
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise PlanError(f"{path}: {error.strerror or error}; expected a plan file (`shardwright plan ... -o {path}`)") from None
+        raise PlanError(
+            f"{path}: {error.strerror or error}; expected a plan file (`shardwright plan ... -o {path}`)"
+        ) from None
     return parse_plan(text, str(path))
 
 
@@ -196,7 +200,9 @@ def _render(value: Any, indent: str) -> str:
         return flat
     inner = indent + "  "
     if isinstance(value, list):
-        items = [json.dumps(v, ensure_ascii=False, allow_nan=False) if _is_record(v) else _render(v, inner) for v in value]
+        items = [
+            json.dumps(v, ensure_ascii=False, allow_nan=False) if _is_record(v) else _render(v, inner) for v in value
+        ]
         return "[\n" + ",\n".join(inner + item for item in items) + f"\n{indent}]"
     items = [f"{json.dumps(k, ensure_ascii=False)}: {_render(v, inner)}" for k, v in value.items()]
     return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"

@@ -18,10 +18,14 @@ def rebatch(outline: Outline, batch: int) -> Outline:
     if batch == outline.batch:
         return outline
     places = _batch_places(outline)
-    tensors = {name: _tensor(t, places.get(name, frozenset()), outline.batch, batch) for name, t in outline.tensors.items()}
+    tensors = {
+        name: _tensor(t, places.get(name, frozenset()), outline.batch, batch) for name, t in outline.tensors.items()
+    }
     ops = tuple(_op(op, outline.batch, batch) for op in outline.ops)
     tokens = outline.tokens * batch // outline.batch
-    return replace(outline, tensors=tensors, ops=ops, batch=batch, tokens=tokens, fingerprint=f"{outline.fingerprint}@{batch}")
+    return replace(
+        outline, tensors=tensors, ops=ops, batch=batch, tokens=tokens, fingerprint=f"{outline.fingerprint}@{batch}"
+    )
 
 
 def _batch_places(outline: Outline) -> Mapping[str, frozenset[tuple[int, int]]]:

@@ -114,7 +114,11 @@ class RegionProgram:
         return [(above, 1.0)]
 
     def _edge(
-        self, key: Key, makers: Mapping[Any, Terms], wanters: Mapping[Placement, Terms], legal: Mapping[tuple[Any, Placement], bool]
+        self,
+        key: Key,
+        makers: Mapping[Any, Terms],
+        wanters: Mapping[Placement, Terms],
+        legal: Mapping[tuple[Any, Placement], bool],
     ) -> dict[tuple[Any, Placement], Terms]:
         """Flow variables between what is made and what is wanted, with equalities on both sides."""
         if key in self._edges:
@@ -232,7 +236,9 @@ class RegionProgram:
         often = space.times(w, option)
         seconds = 0.0
         if space.training and item.parameter.trainable:
-            seconds = space.costs.prices.optimizer_seconds(space.stored_elements(w, option), space.optimizer, space.precision)
+            seconds = space.costs.prices.optimizer_seconds(
+                space.stored_elements(w, option), space.optimizer, space.precision
+            )
         if option.zero:
             gather = space.bucket("all_gather", item.region, option.zero_axes)
             scatter = space.bucket("reduce_scatter", item.region, option.zero_axes)
@@ -293,14 +299,18 @@ class RegionProgram:
     def solve(self) -> Solution:
         """Solve to the gap; raises ShardwrightError when the solver ends without proving optimality or infeasibility."""
         mathopt = self._mathopt
-        parameters = mathopt.SolveParameters(relative_gap_tolerance=self.gap, absolute_gap_tolerance=1e-9, enable_output=False)
+        parameters = mathopt.SolveParameters(
+            relative_gap_tolerance=self.gap, absolute_gap_tolerance=1e-9, enable_output=False
+        )
         with _quiet():
             result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
         if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
             return Solution(None, float("inf"), float("inf"))
         if reason != mathopt.TerminationReason.OPTIMAL or not result.has_primal_feasible_solution():
-            raise ShardwrightError(f"the solver stopped without an answer: {reason.name.lower()} {result.termination.detail}")
+            raise ShardwrightError(
+                f"the solver stopped without an answer: {reason.name.lower()} {result.termination.detail}"
+            )
         values = result.variable_values()
         picked = [[max(range(len(row)), key=lambda i: values[row[i]]) for row in rows] for rows in (self.x, self.z)]
         bound = min(result.termination.objective_bounds.dual_bound, result.objective_value())

@@ -53,9 +53,7 @@ MIN_REPEAT_OPS = 6
 """Shorter repeats (a few casts in a row) are not layers and would only cut the graph into crumbs."""
 
 
-def _best_repeat(
-    nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str]
-) -> tuple[int, int, int] | None:
+def _best_repeat(nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str]) -> tuple[int, int, int] | None:
     signatures = [nodes[i].signature for i in range(low, high)]
     candidates: list[tuple[int, int, int, int]] = []
     for period in _periods(signatures):

@@ -39,7 +39,12 @@ def residual_factors(outline: Outline) -> Mapping[str, frozenset[str]]:
 
 def _carried(outline: Outline) -> set[tuple[str, int, int]]:
     """Places of differentiable tensors that an instance of a repeated region hands to the next one."""
-    where = {name: (r, k) for r, region in enumerate(outline.regions) for k, ops in enumerate(region.instances) for name in ops}
+    where = {
+        name: (r, k)
+        for r, region in enumerate(outline.regions)
+        for k, ops in enumerate(region.instances)
+        for name in ops
+    }
     made = {use.tensor: where.get(op.name) for op in outline.ops for use in op.results}
     found = set()
     for op in outline.ops:

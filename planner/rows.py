@@ -76,7 +76,7 @@ class Rows:
         }
 
     def form(self, point: Point, group: Group | None = None) -> Form:
-        """Bytes at `point` (that of `group` for "reduce" and "finish")."""
+        """Bytes at `point` (that of `group` for "gather", "reduce" and "finish")."""
         total: dict[Key, float] = defaultdict(float)
         kind, at = point
         constant = self._base(total)
@@ -94,7 +94,16 @@ class Rows:
             self._spans(total, at - 1)
             self._gradients(total, at)
             self._gathered(total, at)
+            for w, o, h in self._of(group):
+                total["z", w, o] -= h.gathered
             self._buckets(total, group)
+        elif kind == "gather" and group is not None:
+            self._saved(total, at)
+            self._spans(total, at)
+            self._gradients(total, at)
+            self._gathered(total, at)
+            for w, o, h in self._of(group):
+                total["z", w, o] += h.arrival
         elif kind == "finish" and group is not None:
             self._finish(total)
             self._buckets(total, group)
@@ -127,6 +136,14 @@ class Rows:
     def _options(self) -> list[tuple[int, int, Held]]:
         return [(w, o, self.held(w, o)) for w, options in enumerate(self.space.options) for o in range(len(options))]
 
+    def _of(self, group: Group) -> list[tuple[int, int, Held]]:
+        """Options that put a parameter into the group."""
+        items, space = self.template.parameters, self.space
+        return [
+            (w, o, h) for w, o, h in self._options()
+            if items[w].region == group.region and space.group(w, space.options[w][o]) == group.key
+        ]  # fmt: skip
+
     def _base(self, total: dict[Key, float]) -> float:
         for w, o, h in self._options():
             total["z", w, o] += len(self.members[w]) * (h.stored + h.moments)
@@ -134,13 +151,10 @@ class Rows:
 
     def _constant(self) -> float:
         """Inputs, buffers, parameters no op uses, and the reserve."""
-        whole = sum(
-            t.bytes for t in self.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name
-        )
         bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
         unused = [p.tensor for p in self.outline.parameters if p.tensor not in self.template.parameter_of]
         loose = sum(self.tensors[t].elements * bytes_.parameter for t in unused)
-        return float(whole + loose + self.setting.reserve)
+        return float(sum(self.facts.given.values()) + loose + self.setting.reserve)
 
     def _gradients(self, total: dict[Key, float], at: int) -> None:
         found = self.facts
@@ -160,7 +174,8 @@ class Rows:
         for w, o, h in self._options():
             members = self.members[w]
             if h.copy:
-                total["z", w, o] += h.copy * sum(self.m > 1 or found.low[n] <= at for n in members)
+                alive = (n for n in members if self.m > 1 or found.low[n] <= at)
+                total["z", w, o] += h.copy * sum(found.lasting(n, self.space.training, self.m) for n in alive)
             if h.gathered:
                 total["z", w, o] += h.gathered * sum(here in found.touched[n] for n in members)
             if self.m > 1 and self.space.options[w][o].zero < 3:
@@ -174,16 +189,13 @@ class Rows:
                 total["e", w, o, want] += count * local_bytes(self.template.parameters[w].tensor, want, self.sizes)
 
     def _buckets(self, total: dict[Key, float], group: Group) -> None:
-        for w, o, h in self._options():
-            item, option = self.template.parameters[w], self.space.options[w][o]
-            if item.region != group.region or self.space.group(w, option) != group.key:
-                continue
+        for w, o, h in self._of(group):
             total["z", w, o] += h.bucket
             more = self.held(w, o, 1).bucket - h.bucket
             for want in self.space.wants[w]:
                 entry = self.space.entry(w, o, want)
                 if entry is not None and entry.reduced:
-                    total["e", w, o, want] += len(entry.reduced) * more
+                    total["e", w, o, want] += more
 
     def _finish(self, total: dict[Key, float]) -> None:
         for w, o, h in self._options():
@@ -216,11 +228,13 @@ class Rows:
         return self._canon[saver]
 
     def _saved(self, total: dict[Key, float], at: int) -> None:
-        groups: dict[tuple[tuple[Saver, ...], bool], int] = defaultdict(int)
+        groups: dict[tuple[tuple[Saver, ...], bool], int] = defaultdict(
+            int
+        )  # how many storages, or microbatches of them
         for root, entries in self.savers.items():
             alive = tuple(dict.fromkeys(s for i, s in entries if i <= at))
             if alive:
-                groups[alive, self.tensors[root].role == "activation"] += 1
+                groups[alive, self.tensors[root].role == "activation"] += self.facts.parts(self.tensors[root])
         for (savers, activation), number in groups.items():
             self._storage(total, savers, activation, number)
         fresh: dict[int, int] = defaultdict(int)

@@ -55,13 +55,17 @@ class Problem:
 class Candidate:
     """One mesh shape with one number of microbatches."""
 
-    def __init__(self, problem: Problem, shape: Shape, microbatches: int, fixed: Mapping[str, Storage] | None = None) -> None:
+    def __init__(
+        self, problem: Problem, shape: Shape, microbatches: int, fixed: Mapping[str, Storage] | None = None
+    ) -> None:
         self.problem, self.shape, self.m = problem, shape, microbatches
         training = bool(problem.outline.loss)
         self.template, known = problem.template(microbatches)
         costs = Costs(problem.prices, shape, training)
         setting = problem.setting
-        self.space = Space(self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed, problem.residual)
+        self.space = Space(
+            self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed, problem.residual
+        )
         self.rows = Rows(self.space, problem.facts, setting, known)
         self.evaluator = Evaluator(self.template, problem.facts, costs, setting)
         self.program = RegionProgram(self.space, gap=problem.gap)
@@ -123,7 +127,7 @@ class Candidate:
     def _named(self, point: Point, assignment: Assignment) -> tuple[Point, Group | None]:
         """The point as rows know it: a group by what its members have in common, at the op where it is reduced."""
         kind, at = point
-        if kind not in ("reduce", "finish"):
+        if kind not in ("gather", "reduce", "finish"):
             return point, None
         name = assignment.groups[at][0]
         w = self.template.parameter_of[name]
@@ -132,7 +136,9 @@ class Candidate:
         region = self.problem.outline.regions[item.region]
         instance = next(k for k, members in enumerate(region.parameters) if name in members)
         key = (item.region, storage.zero, storage.zero_axes, item.parameter.trainable, item.tensor.dtype)
-        return (kind, self.problem.facts.low[name]), Group(item.region, instance if kind == "reduce" else 0, key)
+        found = self.problem.facts
+        where = found.high if kind == "gather" else found.low
+        return (kind, where[name]), Group(item.region, 0 if kind == "finish" else instance, key)
 
     def assignment(self, choice: Choice) -> Assignment:
         """The point of the space spread over all concrete ops and parameters."""
@@ -289,4 +295,6 @@ class Search:
 
     def _tell(self, phase: str, item: _Open) -> None:
         best = self._value()
-        self.progress(Event(phase, f"{self._named(item.shape)}, {item.m} microbatches", best if best < float("inf") else None))
+        self.progress(
+            Event(phase, f"{self._named(item.shape)}, {item.m} microbatches", best if best < float("inf") else None)
+        )

@@ -72,7 +72,8 @@ def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request:
 
 
 def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:
-    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=cluster.device.kind == "gpu")
+    gpu = cluster.device.kind == "gpu"
+    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=gpu, staged=not gpu)
 
 
 def shape_of(cluster: Cluster, data: int, model: int) -> Shape:
@@ -86,7 +87,11 @@ def shape_of(cluster: Cluster, data: int, model: int) -> Shape:
 
 
 def solve_fixed(
-    outline: Outline, prices: PriceBook, axes: tuple[MeshAxis, ...], storage: Mapping[str, Storage], precision: Precision
+    outline: Outline,
+    prices: PriceBook,
+    axes: tuple[MeshAxis, ...],
+    storage: Mapping[str, Storage],
+    precision: Precision,
 ) -> dict[str, tuple[str, ...]]:
     """Choices by op name for an outline whose parameters (by tensor) are stored already; no memory limit."""
     ready = retyped(outline, precision.compute)
@@ -116,7 +121,9 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
             cause=cause,
             nearest=(f"--memory-limit {evaluation.peak_bytes}",),
         )
-    predicted = predict(outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error)
+    predicted = predict(
+        outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error
+    )
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
 
@@ -131,7 +138,9 @@ def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None
     for name, storage in assignment.storage.items():
         for a in storage.zero_axes:
             if storage.home[a].is_split:
-                raise PlanError(f"parameter {name}: zero_axes has {shape.names[a]}, which splits it already ({storage.home[a]})")
+                raise PlanError(
+                    f"parameter {name}: zero_axes has {shape.names[a]}, which splits it already ({storage.home[a]})"
+                )
         if storage.zero and not outline.tensors[name].dims:
             raise PlanError(f"parameter {name}: zero={storage.zero}, but a parameter without dims cannot be chunked")
 
@@ -209,5 +218,6 @@ def _regions(outline: Outline, best: Candidate) -> tuple[RegionPlan, ...]:
             )
         )  # fmt: skip
     return tuple(
-        RegionPlan(region.name, region.repeats, tuple(ops[r]), tuple(parameters[r])) for r, region in enumerate(outline.regions)
+        RegionPlan(region.name, region.repeats, tuple(ops[r]), tuple(parameters[r]))
+        for r, region in enumerate(outline.regions)
     )

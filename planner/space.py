@@ -117,7 +117,9 @@ class Space:
             if known is None or made.seconds < known.seconds:
                 found[operands, results] = made
         if not found:
-            raise PinError(f"{op.name} ({op.target}) has no legal way to run on this mesh under the pins {self.pins.texts}")
+            raise PinError(
+                f"{op.name} ({op.target}) has no legal way to run on this mesh under the pins {self.pins.texts}"
+            )
         return tuple(found.values())
 
     def _axis_choices(self, op: Op, axis: int) -> tuple[str, ...]:
@@ -283,5 +285,7 @@ def _must_split(
     split = [c for c in kept if c in factors and not factors[c].batch]
     if not split:
         sizes = " or ".join(str(f.size) for f in tokens)
-        raise PinError(f"sequence_parallel=on: {sizes} positions do not divide by {n} in {op.name} ({op.target}); pad the sequence")
+        raise PinError(
+            f"sequence_parallel=on: {sizes} positions do not divide by {n} in {op.name} ({op.target}); pad the sequence"
+        )
     return split

@@ -83,7 +83,9 @@ class Template:
 
 def batch_cut(outline: Outline) -> BatchCut:
     """How the batch of `outline` is cut into microbatches; inputs carry it where an op runs their first dim over samples."""
-    places: dict[str, tuple[int, int] | None] = {name: None for name, t in outline.tensors.items() if t.role != "activation"}
+    places: dict[str, tuple[int, int] | None] = {
+        name: None for name, t in outline.tensors.items() if t.role != "activation"
+    }
     inputs = frozenset(outline.inputs)
     for op in outline.ops:
         for use in op.operands:
@@ -177,7 +179,10 @@ def _regathered(
     outline: Outline, parameter_of: Mapping[str, int], parameters: tuple[ParameterClass, ...]
 ) -> frozenset[int]:
     saved = {
-        outline.tensors[op.operands[s.index].tensor].storage for op in outline.ops for s in op.saved if s.source == "operand"
+        outline.tensors[op.operands[s.index].tensor].storage
+        for op in outline.ops
+        for s in op.saved
+        if s.source == "operand"
     }
     return frozenset(parameters[w].region for name, w in parameter_of.items() if name in saved)
 
@@ -212,9 +217,7 @@ def _smaller(factor: Factor, m: int) -> Factor:
     return replace(factor, size=factor.size // m)
 
 
-def _parameters(
-    outline: Outline, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[ParameterClass, ...], dict[str, int]]:
+def _parameters(outline: Outline, tensors: Mapping[str, Tensor]) -> tuple[tuple[ParameterClass, ...], dict[str, int]]:
     by_tensor = {p.tensor: p for p in outline.parameters}
     found: list[ParameterClass] = []
     parameter_of: dict[str, int] = {}

@@ -36,10 +36,16 @@ class Timeline:
 
     def __init__(
         self, cut: Cut, found: Facts, setting: Setting, sizes: tuple[int, ...], assignment: Assignment,
-        held: Mapping[str, Held], uses: Uses,
+        held: Mapping[str, Held], uses: Uses, regathered: frozenset[str],
     ) -> None:  # fmt: skip
-        self.outline, self.m, self.facts, self.setting, self.sizes = cut.outline, cut.microbatches, found, setting, sizes
-        self.assignment, self.held, self.uses = assignment, held, uses
+        self.outline, self.m, self.facts, self.setting, self.sizes = (
+            cut.outline,
+            cut.microbatches,
+            found,
+            setting,
+            sizes,
+        )
+        self.assignment, self.held, self.uses, self.regathered = assignment, held, uses, regathered
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
         self.training = bool(self.outline.loss)
         self.count = len(self.ops)
@@ -59,9 +65,7 @@ class Timeline:
         base = {
             "parameters": sum(h.stored for h in self.held.values()),
             "optimizer": sum(h.moments for h in self.held.values()),
-            "buffers": sum(
-                t.bytes for t in self.tensors.values() if t.role in ("input", "buffer", "constant") and t.storage == t.name
-            ),
+            "buffers": sum(self.facts.given.values()),
             "reserve": self.setting.reserve,
         }
         points: dict[Point, dict[str, float]] = {}
@@ -97,7 +101,9 @@ class Timeline:
         for i, op in enumerate(self.ops):
             for item in op.saved:
                 if item.source == "new":
-                    self._over("saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], self.sizes))
+                    self._over(
+                        "saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
+                    )
                     continue
                 if item.source == "operand":
                     use, placement = op.operands[item.index], self.uses.wanted[op.name][item.index]
@@ -109,7 +115,7 @@ class Timeline:
             root = self.tensors[name]
             if root.role == "parameter" or (root.role != "activation" and placement == whole):
                 continue
-            self._over("saved", i, self.count - 1, local_bytes(root, placement, self.sizes))
+            self._over("saved", i, self.count - 1, found.parts(root) * local_bytes(root, placement, self.sizes))
         for name, i in found.saved_parameters.items():
             for want in self.uses.fresh[name] if self.m == 1 or self.assignment.storage[name].zero == 3 else ():
                 self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
@@ -133,7 +139,8 @@ class Timeline:
                 span[r, k] = (found.order[ops[0]], found.order[ops[-1]])
         for name, storage in self.assignment.storage.items():
             h = self.held[name]
-            self._over("gathered", 0 if self.m > 1 else found.low[name], last, h.copy)
+            if found.lasting(name, self.training, self.m):
+                self._over("gathered", 0 if self.m > 1 else found.low[name], last, h.copy)
             for key in sorted(found.touched[name]):
                 self._over("gathered", *span[key], h.gathered)
             for want in self.uses.fresh[name] if self.m > 1 and storage.zero < 3 else ():
@@ -146,7 +153,9 @@ class Timeline:
         for i, op in enumerate(self.ops):
             copies = gradient_copies(op, self.assignment.choices[op.name])
             for j in operand_gradients(op, self.tensors):
-                amount = copies * local_bytes(self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes)
+                amount = copies * local_bytes(
+                    self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes
+                )
                 self.moment[i] += amount
 
     def _inference(self) -> None:
@@ -158,7 +167,9 @@ class Timeline:
             for use, placement in zip(op.operands, self.uses.wanted[op.name], strict=True):
                 tensor = self.tensors[use.tensor]
                 source = self.uses.produced.get(use.tensor)
-                if source is not None and buffer(self.facts, use.tensor, source) != buffer(self.facts, use.tensor, placement):
+                if source is not None and buffer(self.facts, use.tensor, source) != buffer(
+                    self.facts, use.tensor, placement
+                ):
                     self.moment[i] += local_bytes(tensor, placement, self.sizes)
 
     # -- other time points
@@ -169,6 +180,9 @@ class Timeline:
         waiting = sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2)
         copies = sum(h.copy for h in self.held.values())
         for g, group in enumerate(self.groups):
+            if self.assignment.storage[group[0]].zero == 3 and group[0] in self.regathered:
+                there = {c: lanes[c][found.high[group[0]]] for c in lanes}
+                points["gather", g] = {"reserve": sum(self.held[t].arrival for t in group), **there}
             bucket = sum(self.held[t].bucket for t in group)
             if m > 1 and self.assignment.storage[group[0]].zero < 2:
                 points["finish", g] = {"gradients": waiting + final, "gathered": copies, "reserve": bucket}
@@ -176,6 +190,7 @@ class Timeline:
             v = found.low[group[0]]
             before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
             now = {c: lanes[c][v] for c in ("gradients", "gathered")}
+            now["gathered"] -= sum(self.held[t].gathered for t in group)  # all that backward needs of them is done
             points["reduce", g] = {"reserve": bucket, **now, **before}
 
     def _steps(self, points: dict[Point, dict[str, float]]) -> None:

@@ -68,12 +68,14 @@ FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float6
 
 def agreed(plan: Plan, summary: Summary) -> Assignment:
     """The plan's choices for the graph it was made for; raises PlanMismatch for another, PlanError for illegal choices."""
-    if summary.outline.fingerprint != plan.graph:
-        raise PlanMismatch(
-            f"the plan is for graph {plan.graph}, this model and these inputs give {summary.outline.fingerprint}: "
-            "plan again, or pass the model, batch and sequence the plan was made for"
-        )
     own = assign(plan, summary.outline)
+    if summary.outline.fingerprint != plan.graph:
+        wanted, found = plan.source.batch, summary.outline.batch
+        sizes = f"a batch of {wanted}, the inputs have {found}" if wanted != found else "other sizes or dtypes"
+        raise PlanMismatch(
+            f"the model has the plan's ops and parameters, but the plan is for {sizes}: plan again, or pass the model, batch "
+            "and sequence it was made for"
+        )
     check_choices(summary.outline, own, tuple(axis.size for axis in plan.mesh))
     return own
 
@@ -137,7 +139,9 @@ def together(action: Callable[[], T]) -> T:
         dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
         first = next((r for r, text in enumerate(failures) if text is not None), None)
         if failure is None and first is not None:
-            raise PlanMismatch(f"rank {first} could not apply the plan, though rank {dist.get_rank()} could: {failures[first]}")
+            raise PlanMismatch(
+                f"rank {first} could not apply the plan, though rank {dist.get_rank()} could: {failures[first]}"
+            )
     if failure is not None:
         raise failure
     return result

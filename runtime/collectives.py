@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .torch_compat import is_tracing
+from .torch_compat import is_tracing, uses
 
 c10d = torch.ops._c10d_functional
 
@@ -100,8 +101,8 @@ def record(collective: str, full: int, group: str) -> None:
 def release(x: Tensor) -> None:
     """Give a buffer's memory back now; nothing may read it any more.
 
-    gloo's worker thread keeps references to the buffers of a finished collective until it next gets the interpreter lock,
-    which under load is many ops later. Elsewhere the allocator frees in stream order, and tracing has nothing to free.
+    Autograd may hold it as an operand a while longer. Elsewhere than on a CPU the allocator frees in stream order, and
+    tracing has nothing to free.
     """
     if x.device.type == "cpu" and not is_tracing():
         x.untyped_storage().resize_(0)
@@ -111,31 +112,63 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
+def _finished(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
+    """Results of one collective, when nobody but the caller holds them or the operands.
+
+    gloo's worker threads wake the waiting thread first and let go of operands and results after. An operand whose Python
+    object has died by then needs the interpreter lock to be freed, and under load the worker then holds it and everything
+    else the collective had for many ops. So the operands live until the workers have let go of them.
+    """
+    watched = [] if is_tracing() else [x for x in operands if x.device.type == "cpu"]
+    before = [uses(x) for x in watched]
+    results = [c10d.wait_tensor(x) for x in launch(operands)]
+    for x, count in zip(watched, before, strict=True):
+        for _ in range(_PATIENCE):
+            if uses(x) <= count:
+                break
+            time.sleep(1e-5)
+    return results
+
+
+_PATIENCE = 1000
+"""Looks at an operand that a worker thread still holds, some 60 us each."""
+
+
 def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """Reduction of x over the group, on every rank; a bool sum is "any"."""
     record("all_reduce", _bytes(x), group)
-    if x.dtype == torch.bool:
-        return c10d.wait_tensor(c10d.all_reduce(x.to(torch.int32), op, group)).to(torch.bool)
-    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), op, group))
+    return _numeric(lambda t: [c10d.all_reduce(t[0], op, group)], x)
 
 
 def all_gather(x: Tensor, n: int, group: str) -> Tensor:
     """(n, *x.shape): x of every rank of the group, by rank."""
     record("all_gather", n * _bytes(x), group)
     flat = x.contiguous().reshape(1, *x.shape)
-    return c10d.wait_tensor(c10d.all_gather_into_tensor(flat, n, group))
+    return _finished(lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])[0]
+
+
+def all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> list[Tensor]:
+    """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
+    record("all_gather", n * sum(_bytes(s) for s in shards), group)
+    operands = [s.contiguous() for s in shards]
+    return _finished(lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
 
 
 def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
     """Sum over the group of x[i] on rank i, for x of shape (n, ...); a bool sum is "any"."""
     record("reduce_scatter", _bytes(x), group)
+    return _numeric(lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], x)[0]
+
+
+def _numeric(launch: Callable[[list[Tensor]], Sequence[Tensor]], x: Tensor) -> Tensor:
+    """A reduction, of a bool tensor by way of counts."""
     if x.dtype == torch.bool:
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x.to(torch.int32), "sum", n, group))[0].to(torch.bool)
-    return c10d.wait_tensor(c10d.reduce_scatter_tensor(x.contiguous(), "sum", n, group))[0]
+        return _finished(launch, [x.to(torch.int32)])[0].to(torch.bool)
+    return _finished(launch, [x.contiguous()])[0]
 
 
 def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
     """(n, ...): piece `own index` of x from every rank, by rank, for x of shape (n, ...)."""
     record("all_to_all", n * _bytes(x), group)
     ones = [1] * n
-    return c10d.wait_tensor(c10d.all_to_all_single(x.contiguous(), ones, ones, group))
+    return _finished(lambda t: [c10d.all_to_all_single(t[0], ones, ones, group)], [x.contiguous()])[0]

@@ -38,7 +38,9 @@ class RankEmit:
         group = mesh.group_name(mesh.names[step.axis])
         return transitions.transition, transitions.emit_args(step, dims, mesh.sizes, mesh.coordinate, group)
 
-    def gather(self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool) -> Emitted:
+    def gather(
+        self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool
+    ) -> Emitted:
         """Wholes of a parameter group; freed and gathered again in backward unless `keep`."""
         names = self.mesh.storage_order([self.mesh.names[a] for a in axes])
         rows = [s[0] if s else 1 for s in shapes]

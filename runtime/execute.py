@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import LaunchError, ShardwrightError, UsageError
+from ..errors import ShardwrightError, UsageError
 from ..passes.models import rebuild
 from ..planner.plan import Plan
-from ..planner.planfile import load_plan
+from ..planner.planfile import load_plan, write_whole
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
 from .losses import loss_of
-from .mesh import ensure_process_group
+from .mesh import Mesh, ensure_process_group, leave_process_group, rank, world_size
 from .module import ParallelModule
 from .monitor import measure_step
 from .optimizers import make_optimizer
@@ -44,16 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         made = ensure_process_group(device)
         result = run_plan(options, device)
-        if _rank() == 0:
+        if rank() == 0:
             _deliver(result, options.result)
-        return 0 if all(d["ok"] for d in result["verify"]) else 1
+            if not result["fits"]:
+                print(f"error: {_excess(result)}", file=sys.stderr)
+        return 0 if result["fits"] and all(d["ok"] for d in result["verify"]) else 1
     except ShardwrightError as error:
-        if _rank() == 0:
+        if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     finally:
-        if made:  # gloo aborts a process that ends with its threads running
-            dist.destroy_process_group()
+        if made:
+            leave_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,30 +72,35 @@ def _parser() -> argparse.ArgumentParser:
 def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything one rank does; the same dictionary on every rank."""
     plan = agree(lambda: load_plan(options.plan))
-    _check_world(plan)
+    Mesh.create(plan.mesh, device)  # of as many ranks as are running, before anything is built
     loaded = rebuild(plan.source)
-    found: dict[str, Any] = {"plan": str(options.plan), "verify": [], "world_size": _world()}
+    limit = plan.memory_limit_bytes
+    found: dict[str, Any] = {
+        "plan": str(options.plan), "verify": [], "world_size": world_size(), "memory_limit_bytes": limit, "fits": True
+    }  # fmt: skip
     if options.verify:
+
         def build(model: Any, args: Any, kwargs: Any, plan: Plan, exact: str) -> ParallelModule:
             return apply(model, args, kwargs, plan, device=device, exact=exact)
 
         differences = verify(loaded.model, loaded.args, loaded.kwargs, plan, build)
         found["verify"] = [d.to_dict() for d in differences]
     if options.steps > 0:
-        pm = apply(
-            loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile
-        )
+        pm = apply(loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile)
         loaded.model.to("meta")  # the plan's own copy is what trains; the original's memory is given back
         found |= _train(pm, plan, batches(loaded, plan, options.data), options)
+        found["fits"] = max(found["peak_bytes"]) <= limit
     return found
 
 
-def _check_world(plan: Plan) -> None:
-    ranks = 1
-    for axis in plan.mesh:
-        ranks *= axis.size
-    if ranks != _world():
-        raise LaunchError(f"the plan is for {ranks} ranks but {_world()} are running: torchrun --nproc-per-node {ranks}")
+def _excess(result: Mapping[str, Any]) -> str:
+    """What a run that took more memory than its plan allows says."""
+    peaks, limit = result["peak_bytes"], result["memory_limit_bytes"]
+    most = max(peaks)
+    return (
+        f"rank {peaks.index(most)} held {most:,} bytes at its peak, the plan's limit is {limit:,} "
+        f"({result['predicted']['peak_bytes']:,} were predicted); plan again with --memory-limit {2 * limit - most}"
+    )
 
 
 def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, Any]]:
@@ -118,7 +124,9 @@ def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, A
         yield loaded.args, {**loaded.kwargs, "input_ids": window, "labels": window.clone()}
 
 
-def _train(pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def _train(
+    pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
     losses: list[float] = []
 
@@ -144,8 +152,8 @@ def _train(pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], opti
     if options.trace is not None:
         _trace(step, options.trace)
     mine = {"seconds": seconds[WARMUP:], "peak_bytes": peak.bytes, "collectives": _traffic(ledger)}
-    ranks: list[Any] = [None] * _world()
-    if _world() > 1:
+    ranks: list[Any] = [None] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(ranks, mine)
     else:
         ranks = [mine]
@@ -172,7 +180,7 @@ def _traffic(ledger: CommLedger) -> list[dict[str, Any]]:
 def _trace(step: Any, path: Path) -> None:
     with torch.profiler.profile() as profile:
         step()
-    if _rank() == 0:
+    if rank() == 0:
         profile.export_chrome_trace(str(path))
 
 
@@ -180,18 +188,8 @@ def _deliver(result: dict[str, Any], path: Path | None) -> None:
     text = json.dumps(result, indent=1)
     if path is None:
         print(text)
-        return
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    else:
+        write_whole(path, text)
 
 
 def _barrier() -> None:

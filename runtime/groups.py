@@ -6,8 +6,9 @@
 
 A whole is chunked on dim 0 by the rule of `torch.chunk`: with n ranks and c = ceil(rows / n), chunk i is rows
 [i c, (i + 1) c), the last ones shorter or empty. Over several axes (`sizes`, major to minor) every chunk is chunked again, as
-DTensors do. The flat buffer of a rank is padded to that of chunk 0, the longest. `positions[g]` is the chunk that rank g of
+DTensors do. All chunks travel padded to chunk 0, the longest. `positions[g]` is the chunk that rank g of
 the process group holds (`Mesh.members`), since a group over two mesh axes may be numbered along either.
+Gathered chunks arrive where the whole is to stand, its padding behind it; only chunks of several axes are copied once more.
 A 0-dim tensor is whole on every rank. Tensors of one group have one dtype.
 
 All three are library ops, composite over autograd functions as in transitions.py.
@@ -70,28 +71,33 @@ class Bucket:
         return sum(b - a for a, b in self.spans(0))
 
 
-def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Tensor:
-    """One flat tensor holding the wholes one after another, gathered from every rank's shards (no autograd)."""
-    mine = [s.reshape(-1).to(dtype) for s in shards]
-    packed = _padded(mine, bucket.longest)
-    everyone = collectives.all_gather(packed, bucket.ranks, group)
-    collectives.release(packed)
-    pieces: list[list[Tensor]] = [[] for _ in shards]
-    for position in range(bucket.ranks):
-        lengths = [b - a for a, b in bucket.spans(position)]
-        used = everyone[bucket.positions.index(position)][: sum(lengths)]
-        for own, part, shape in zip(pieces, used.split(lengths), bucket.shapes, strict=True):
-            if shape or position == 0:
-                own.append(part)
-    wholes = torch.cat([part for own in pieces for part in own])
-    collectives.release(everyone)
-    return wholes
+def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> list[Tensor]:
+    """The wholes, gathered from every rank's shards by one collective, each in memory of its own (no autograd)."""
+    longest = [b - a for a, b in bucket.spans(0)]
+    mine = [_padded(s.reshape(-1).to(dtype), n) for s, n in zip(shards, longest, strict=True)]
+    everyone = collectives.all_gather_each(mine, bucket.ranks, group)
+    spans = [bucket.spans(p) for p in bucket.positions]
+    return [
+        _joined(x, shape, [s[i] for s in spans])
+        for i, (x, shape) in enumerate(zip(everyone, bucket.shapes, strict=True))
+    ]
 
 
-def _padded(parts: list[Tensor], length: int) -> Tensor:
-    """The 1-d parts one after another, zeros up to `length`."""
-    missing = length - sum(p.numel() for p in parts)
-    return torch.cat([*parts, parts[0].new_zeros(missing)] if missing else parts)
+def _joined(received: Tensor, shape: torch.Size, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """A whole from its padded chunks, rank after rank, where `spans` says what each rank's chunk is of it."""
+    length, used = received.numel() // len(spans), shape.numel()
+    if not shape or all(a == min(i * length, used) for i, (a, _) in enumerate(spans)):
+        return received[:used].view(shape)
+    chunks = received.view(len(spans), length)
+    order = sorted(range(len(spans)), key=lambda i: spans[i])
+    whole = torch.cat([chunks[i, : spans[i][1] - spans[i][0]] for i in order]).view(shape)
+    collectives.release(received)
+    return whole
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x with zeros up to `length`; itself where it is as long."""
+    return torch.cat([x, x.new_zeros(length - x.numel())]) if x.numel() < length else x
 
 
 def views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -126,14 +132,14 @@ class _Gather(torch.autograd.Function):
         if wholes is not None:
             return tuple(w.view_as(w) for w in wholes)
         dtype = dtype or shards[0].dtype
-        flat = gather_wholes(shards, bucket, group, dtype)
+        found = gather_wholes(shards, bucket, group, dtype)
         manager = active_regather() if regather else None
         if manager is not None:
             again = [s.detach() for s in shards]
             ctx.recipe = Recipe(lambda: gather_wholes(again, bucket, group, dtype), again, ctx.ledger)
             ctx.manager = manager
-            manager.register(flat, ctx.recipe)
-        return tuple(views(flat, bucket.shapes))
+            manager.register(found, ctx.recipe)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]

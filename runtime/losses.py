@@ -19,4 +19,4 @@ def loss_of(output: Any) -> Tensor:
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.dim() == 0:
             return leaf
-    raise UsageError("the output has no scalar loss: return one as .loss or \"loss\", or pass loss_fn=")
+    raise UsageError('the output has no scalar loss: return one as .loss or "loss", or pass loss_fn=')

@@ -7,6 +7,7 @@ axes have size 1 and nothing ever communicates.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,9 +35,24 @@ def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0) -
     return True
 
 
+def leave_process_group() -> None:
+    """Leave the process group before the process ends, so that no thread of gloo's is in its way.
+
+    A worker thread may still wait for the interpreter lock to free the tensors of the last collective. When the interpreter
+    ends under it, Python unwinds that thread through C++ frames, and the process aborts. Sleeping hands it the lock.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.1)
+
+
 def world_size() -> int:
     """Ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @dataclass

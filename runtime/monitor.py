@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ShardwrightError
+from .allocations import changes
 from .torch_compat import StorageRef, allocation_events
 
 T = TypeVar("T")
@@ -50,9 +51,9 @@ def measure_peak(function: Callable[[], T], device: torch.device | None = None) 
     """
     if device is not None and device.type == "cuda":
         return _measure_cuda(function, device)
-    result, events = allocation_events(function)
+    result, threads = allocation_events(function)
     timeline, alive, top = [], 0, 0
-    for moment, size in events:
+    for moment, size in changes(threads):
         alive += size
         top = max(top, alive)
         timeline.append((moment * 1e-6, alive))

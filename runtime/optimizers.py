@@ -23,6 +23,8 @@ def make_optimizer(name: str, parameters: Iterable[Tensor], **options: Any) -> t
     find_optimizer(name)
     maker = MAKERS.get(name)
     if maker is None:
-        raise UsageError(f"optimizer {name!r} can be planned but torch.optim has none; known: {', '.join(sorted(MAKERS))}")
+        raise UsageError(
+            f"optimizer {name!r} can be planned but torch.optim has none; known: {', '.join(sorted(MAKERS))}"
+        )
     options.setdefault("lr", RATES.get(name, 1e-3))
     return maker([p for p in parameters if p.requires_grad], **options)

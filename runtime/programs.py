@@ -182,7 +182,9 @@ class Programs:
         try:
             assignment = assign(self.plan, outline)
             check_choices(outline, assignment, self.mesh.sizes)
-            if all(outline.tensors[name].dims == self.summary.outline.tensors[name].dims for name in assignment.storage):
+            if all(
+                outline.tensors[name].dims == self.summary.outline.tensors[name].dims for name in assignment.storage
+            ):
                 return assignment
             error: Exception = PlanMismatch("the parameters have other factors")
         except (PlanMismatch, PlanError) as found:

@@ -5,9 +5,9 @@
         loss = forward()       # groups.gather(..., regather=True) inside
     loss.backward()
 
-Inside the block autograd saves, instead of a tensor that lies in a gathered buffer, a handle (recipe, offset, size, stride).
-Backward resolves it by gathering the group again into a small cache, which a group leaves when its gradients are scattered;
-groups without gradient leave it when others need the room, or when the backward pass ends.
+Inside the block autograd saves, instead of a tensor that lies in a gathered one, a handle (recipe, index, offset, size, stride).
+Backward resolves it by gathering the group again into a small cache, which the group leaves when the last handle has been
+resolved, when its gradients are scattered, when others need the room, or when the backward pass ends.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from .torch_compat import StorageRef, when_backward_ends
 
 
 class Recipe:
-    """How to gather one group again: `make()` returns its flat buffer, from shards that must not have changed."""
+    """How to gather one group again: `make()` returns its wholes, from shards that must not have changed."""
 
     def __init__(
-        self, make: Callable[[], Tensor], shards: Sequence[Tensor], ledger: collectives.CommLedger | None
+        self, make: Callable[[], Sequence[Tensor]], shards: Sequence[Tensor], ledger: collectives.CommLedger | None
     ) -> None:
         self._make = make
         self._shards = tuple(shards)
         self._versions = tuple(s._version for s in shards)
         self._ledger = ledger
+        self.handles = 0
+        self.resolved = 0
 
-    def gather(self) -> Tensor:
-        """The group's buffer again; raises UsageError where a parameter was written to since the forward pass."""
+    def gather(self) -> Sequence[Tensor]:
+        """The group's wholes again; raises UsageError where a parameter was written to since the forward pass."""
         if self._versions != tuple(s._version for s in self._shards):
             raise UsageError("a parameter was modified between the forward pass and its backward; step after backward")
         with torch.no_grad(), collectives.backward_phase(self._ledger):
@@ -47,9 +49,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Handle:
-    """A tensor within a gathered buffer."""
+    """A tensor within the gathered one at `index`."""
 
     recipe: Recipe
+    index: int
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -60,8 +63,8 @@ class Regather:
 
     def __init__(self, groups: int = 2) -> None:
         self.groups = groups
-        self._buffers: dict[int, tuple[StorageRef, Recipe]] = {}
-        self._cache: OrderedDict[Recipe, Tensor] = OrderedDict()
+        self._buffers: dict[int, tuple[StorageRef, Recipe, int]] = {}
+        self._cache: OrderedDict[Recipe, Sequence[Tensor]] = OrderedDict()
         self._hooks: list[tuple[torch.autograd.graph.saved_tensors_hooks, contextvars.Token[Regather | None]]] = []
         self._ending = False
 
@@ -78,11 +81,12 @@ class Regather:
         _active.reset(token)
         hooks.__exit__(kind, error, trace)
 
-    def register(self, buffer: Tensor, recipe: Recipe) -> None:
-        """Tensors that lie in `buffer` are saved as handles from now on."""
+    def register(self, wholes: Sequence[Tensor], recipe: Recipe) -> None:
+        """Tensors that lie in one of `wholes` are saved as handles from now on."""
         self._buffers = {key: entry for key, entry in self._buffers.items() if not entry[0].expired()}
-        ref = StorageRef(buffer.untyped_storage())
-        self._buffers[ref.cdata] = ref, recipe
+        for i, whole in enumerate(wholes):
+            ref = StorageRef(whole.untyped_storage())
+            self._buffers[ref.cdata] = ref, recipe, i
 
     def release(self, recipe: Recipe) -> None:
         """Forget the gathered buffer of a group (its gradients are complete)."""
@@ -97,19 +101,24 @@ class Regather:
         entry = self._buffers.get(StorageRef(x.untyped_storage()).cdata) if self._buffers else None
         if entry is None or entry[0].expired():
             return x
-        return _Handle(entry[1], x.storage_offset(), tuple(x.shape), x.stride())
+        entry[1].handles += 1
+        return _Handle(entry[1], entry[2], x.storage_offset(), tuple(x.shape), x.stride())
 
     def _unpack(self, saved: Tensor | _Handle) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        buffer = self._cache.get(saved.recipe)
-        if buffer is None:
+        recipe = saved.recipe
+        wholes = self._cache.get(recipe)
+        if wholes is None:
             while len(self._cache) >= self.groups:
                 self._cache.popitem(last=False)
-            buffer = self._cache[saved.recipe] = saved.recipe.gather()
+            wholes = self._cache[recipe] = recipe.gather()
             self._end_with_backward()
-        self._cache.move_to_end(saved.recipe)
-        return buffer.as_strided(saved.size, saved.stride, saved.offset)
+        self._cache.move_to_end(recipe)
+        recipe.resolved += 1
+        if recipe.resolved % recipe.handles == 0:
+            self.release(recipe)
+        return wholes[saved.index].as_strided(saved.size, saved.stride, saved.offset)
 
     def _end_with_backward(self) -> None:
         if not self._ending:

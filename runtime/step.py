@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
@@ -39,7 +40,9 @@ class Values:
         return self.whole[feed.tensor]
 
 
-def run_once(lowered: Lowered, body: Body, values: Values, regather: contextlib.AbstractContextManager[Any]) -> Sequence[Any]:
+def run_once(
+    lowered: Lowered, body: Body, values: Values, regather: contextlib.AbstractContextManager[Any]
+) -> Sequence[Any]:
     """One pass over the whole local batch; differentiable when grad mode is on. Returns the body's outputs."""
     with regather:
         return body(*[values.of(feed) for feed in lowered.body_feeds])
@@ -63,12 +66,13 @@ def run_microbatches(
         loop = _Loop(lowered, Values(leaves, values.whole, values.seed), microbatches, buckets)
         seed = _loss_gradient(lowered, axis_sizes)
         total = None
-        for i in range(microbatches):
-            with regather():
-                loss = body(*loop.feeds(i))[0]
-                torch.autograd.backward(loss, torch.full_like(loss, seed))
-            total = loss.detach() if total is None else total + loss.detach()
-        loop.finish()
+        with loop:
+            for i in range(microbatches):
+                with regather():
+                    loss = body(*loop.feeds(i))[0]
+                    torch.autograd.backward(loss, torch.full_like(loss, seed))
+                total = loss.detach() if total is None else total + loss.detach()
+            loop.finish()
     assert total is not None
     for target, rest in lowered.loss_steps:
         total = target(total, *rest)
@@ -93,14 +97,31 @@ class _Loop:
         assert lowered.prologue is not None
         self.lowered, self.values, self.m = lowered, values, microbatches
         with torch.no_grad():
-            self.cuts = iter(lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds]))
+            cuts = lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds])
         self.outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
         self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in self.outputs]
         cut_feeds = [f for f in lowered.body_feeds if f.kind == "cut"]
-        self.cut_values = dict(zip([f.node for f in cut_feeds], self.cuts, strict=True))
+        self.cut_values = dict(zip([f.node for f in cut_feeds], cuts, strict=True))
         step_feeds = [f for f in lowered.body_feeds if f.kind == "step"]
         self.step_values = dict(zip([f.node for f in step_feeds], self.leaves, strict=True))
-        self._hook(buckets)
+        self.buckets = buckets
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        """Reduce a ZeRO-2 group as soon as all its gradients of this microbatch have come."""
+        index: dict[str, list[int]] = {}
+        for i, (name, _) in enumerate(self.lowered.entry_outputs):
+            index.setdefault(name, []).append(i)
+        for group in self.buckets.every_microbatch:
+            members = [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
+            hook = _when_all(_Count(members), self._reduce)
+            self.hooks += [self.leaves[i].register_post_accumulate_grad_hook(hook) for i in members]
+
+    def __exit__(self, *error: object) -> None:
+        """The hooks hold the loop, and the loop what they hang on: a cycle that would keep the gathered parameters."""
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks.clear()
 
     def feeds(self, microbatch: int) -> list[Tensor]:
         """Body arguments of one microbatch."""
@@ -114,17 +135,6 @@ class _Loop:
                 found.append(self.values.of(feed, microbatch))
         return found
 
-    def _hook(self, buckets: Buckets) -> None:
-        """Reduce a ZeRO-2 group as soon as all its gradients of this microbatch have come."""
-        index: dict[str, list[int]] = {}
-        for i, (name, _) in enumerate(self.lowered.entry_outputs):
-            index.setdefault(name, []).append(i)
-        for group in buckets.every_microbatch:
-            members = [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
-            count = _Count(members)
-            for i in members:
-                self.leaves[i].register_post_accumulate_grad_hook(_when_all(count, self._reduce))
-
     def _reduce(self, members: Sequence[int]) -> None:
         ready = [i for i in members if self.leaves[i].grad is not None]
         grads = [self.leaves[i].grad for i in ready]
@@ -134,7 +144,8 @@ class _Loop:
             torch.autograd.backward([self.outputs[i] for i in ready], grads, retain_graph=True)
 
     def finish(self) -> None:
-        """Reduce what is reduced once per step, in one backward pass through entry."""
+        """Reduce what is reduced once per step, in one backward pass through entry; the inputs have gone by then."""
+        self.cut_values.clear()
         self._reduce([i for i, leaf in enumerate(self.leaves) if leaf.requires_grad])
 
 

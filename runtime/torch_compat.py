@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
 
 __all__ = [
+    "Event",
     "StorageRef",
     "allocation_events",
     "is_strided",
@@ -25,11 +27,26 @@ __all__ = [
     "like_dtensor",
     "make_dtensor",
     "strided_split",
+    "uses",
     "when_backward_ends",
 ]
 T = TypeVar("T")
 
 # StorageRef: weak reference to a storage; it keeps the address (`cdata`) from being reused, which a data pointer does not.
+
+
+@dataclass(frozen=True)
+class Event:
+    """`kind` is "begin" of the op `name`, "end" of the same `op`, or "memory": `bytes` were allocated (negative: freed).
+
+    The end of what gloo's thread began can be reported on the calling thread, so that ends do not nest.
+    """
+
+    kind: str
+    op: int
+    name: str
+    microseconds: float
+    bytes: int
 
 
 def is_tracing() -> bool:
@@ -39,6 +56,11 @@ def is_tracing() -> bool:
     mode. Both are needed so that tracing a graph does not look like running it.
     """
     return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
+
+
+def uses(x: Tensor) -> int:
+    """Owners of a tensor, in Python or not; no public call counts them."""
+    return x._use_count()
 
 
 def when_backward_ends(callback: Callable[[], None]) -> bool:
@@ -79,8 +101,8 @@ def is_strided(placement: Placement) -> bool:
     return isinstance(placement, _StridedShard)
 
 
-def allocation_events(function: Callable[[], T]) -> tuple[T, list[tuple[float, int]]]:
-    """Run `function`; returns its result and the CPU allocator's events, in order: (microseconds, bytes, negative if freed).
+def allocation_events(function: Callable[[], T]) -> tuple[T, list[list[Event]]]:
+    """Run `function`; returns its result and what the CPU allocator and the ops did meanwhile, in order, by thread.
 
     The legacy profiler reports every allocation of the CPU allocator, compiled code's included, also those of gloo's threads
     (which inherit it), and prints nothing, unlike the kineto one. Memory that was allocated before any profiling is not
@@ -94,5 +116,11 @@ def allocation_events(function: Callable[[], T]) -> tuple[T, list[tuple[float, i
     finally:
         threads = _disable_profiler_legacy()
     start = next(e for thread in threads for e in thread if e.kind() == "push")
-    found = [(start.cpu_elapsed_us(e), e.cpu_memory_usage()) for t in threads for e in t if e.kind() == "memory_alloc"]
-    return result, sorted(found, key=lambda event: event[0])
+    return result, [[_event(start, e) for e in thread if e.kind() in KINDS] for thread in threads]
+
+
+KINDS = {"push": "begin", "pop": "end", "memory_alloc": "memory"}
+
+
+def _event(start: Any, e: Any) -> Event:
+    return Event(KINDS[e.kind()], e.handle(), e.name(), start.cpu_elapsed_us(e), e.cpu_memory_usage())

@@ -95,7 +95,9 @@ def _compare(
 class _Pair:
     """The reference (on rank 0) and the planned module, stepped together."""
 
-    def __init__(self, reference: nn.Module, planned: ParallelModule, args: Any, kwargs: Any, optimizer: str, loss_fn: Any) -> None:
+    def __init__(
+        self, reference: nn.Module, planned: ParallelModule, args: Any, kwargs: Any, optimizer: str, loss_fn: Any
+    ) -> None:
         self.reference, self.planned, self.loss_fn = reference, planned, loss_fn
         self.exact = next(planned.parameters()).dtype == torch.float64
         device = planned.device_of_run

@@ -41,3 +41,9 @@ def ranks2() -> Iterator[Pool]:
 def ranks4() -> Iterator[Pool]:
     """Four gloo ranks."""
     yield from _pool(4)
+
+
+@pytest.fixture
+def pools(ranks2: Pool, ranks4: Pool) -> dict[int, Pool]:
+    """Both, by their number."""
+    return {2: ranks2, 4: ranks4}

@@ -82,7 +82,9 @@ class Builder:
         self.ops.append(Op(name, target, kind, side(uses), side(results), found, **more))
 
 
-def transformer(layers: int = 2, batch: int = 8, seq: int = 16, hidden: int = 32, heads: int = 4, vocab: int = 64) -> Outline:
+def transformer(
+    layers: int = 2, batch: int = 8, seq: int = 16, hidden: int = 32, heads: int = 4, vocab: int = 64
+) -> Outline:
     """Embedding, `layers` pre-norm blocks (attention, mlp), tied head and a summed loss divided by a count."""
     b, s, h = batch, seq, hidden
     e = h // heads
@@ -118,7 +120,15 @@ def transformer(layers: int = 2, batch: int = 8, seq: int = 16, hidden: int = 32
     make.tensor("count", [], grad=False)
     make.op("count", "reduction", [("mask", ["b", "s"])], [("count", [])], rows, linear=((0,),))
     make.tensor("mean", [])
-    make.op("div", "elementwise", [("total", []), ("count", [])], [("mean", [])], {}, linear=((0,),), saved=(Saved("operand", 1),))
+    make.op(
+        "div",
+        "elementwise",
+        [("total", []), ("count", [])],
+        [("mean", [])],
+        {},
+        linear=((0,),),
+        saved=(Saved("operand", 1),),
+    )
     regions = (
         Region("r0", (("embed",),), (("wte",),)),
         Region("r1", tuple(instances), tuple(parameters)),
@@ -126,7 +136,9 @@ def transformer(layers: int = 2, batch: int = 8, seq: int = 16, hidden: int = 32
     )
     names = [n for n, t in make.tensors.items() if t.role == "parameter"]
     found = tuple(Parameter((n,), n, True) for n in names)
-    return Outline(make.tensors, tuple(make.ops), regions, found, ("ids", "labels"), "mean", (), b, b * s, f"t{layers}{b}{s}{h}")
+    return Outline(
+        make.tensors, tuple(make.ops), regions, found, ("ids", "labels"), "mean", (), b, b * s, f"t{layers}{b}{s}{h}"
+    )
 
 
 def _layer(make: Builder, k: int, x: str, sample, token, b: int, s: int, heads: int, e: int) -> str:

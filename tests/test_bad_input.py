@@ -35,7 +35,10 @@ CASES = [
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "dp=4"], "needs 8 devices, the cluster has 4"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=3"], "tp=3 does not divide the 4 devices"),
     ([BUILD, "--cluster", "cpu:4", "--batch", "7", "--pin", "dp=4"], "a batch of 7 does not divide over dp=4"),
-    ([BUILD, "--cluster", "cpu:4", "--batch", "8", "--pin", "dp=4", "--pin", "micro_batch=3"], "micro_batch=3 does not divide"),
+    (
+        [BUILD, "--cluster", "cpu:4", "--batch", "8", "--pin", "dp=4", "--pin", "micro_batch=3"],
+        "micro_batch=3 does not divide",
+    ),
 ]
 
 
@@ -72,7 +75,9 @@ def test_all_problems_of_a_capture_together() -> None:
 
 
 def test_what_does_not_fit_names_what_would(here: Path) -> None:
-    done = CliRunner().invoke(main, ["plan", BUILD, "--cluster", "cpu:2", "--batch", "8", "--memory-limit", "1KiB", "-o", "p.json"])
+    done = CliRunner().invoke(
+        main, ["plan", BUILD, "--cluster", "cpu:2", "--batch", "8", "--memory-limit", "1KiB", "-o", "p.json"]
+    )
     assert done.exit_code == 1
     assert "nearest settings that fit:" in done.stderr
     assert "--memory-limit" in done.stderr

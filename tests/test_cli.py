@@ -52,7 +52,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     asked: list[dict[str, Any]] = []
 
-    def plan_model(spec: str, cluster: str, *, say: Callable[[str], None], show: Callable[..., None], **rest: Any) -> Any:
+    def plan_model(
+        spec: str, cluster: str, *, say: Callable[[str], None], show: Callable[..., None], **rest: Any
+    ) -> Any:
         asked.append({"spec": spec, "cluster": cluster, **rest})
         show(ESTIMATE)
         say("solve")
@@ -102,9 +104,20 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_plan_prints_tables_and_progress_apart(planned: list[dict[str, Any]]) -> None:
-    done = shardwright("plan", "hf:tiny", "--cluster", "toy:2x2", "--pin", "dp=2", "--pin", "zero!=3", "--batch", "auto")
+    done = shardwright(
+        "plan", "hf:tiny", "--cluster", "toy:2x2", "--pin", "dp=2", "--pin", "zero!=3", "--batch", "auto"
+    )
     assert done.exit_code == 0, done.stderr
-    for fact in ("dp", "column, row", "saved activations", "3.73 GiB", "125 ms", "within 0.40 %", "S(1) on tp", "all_reduce"):
+    for fact in (
+        "dp",
+        "column, row",
+        "saved activations",
+        "3.73 GiB",
+        "125 ms",
+        "within 0.40 %",
+        "S(1) on tp",
+        "all_reduce",
+    ):
         assert fact in done.stdout, fact
     assert "estimate: 100 M parameters; unsharded: parameters 381 MiB" in done.stderr
     assert "... solve" in done.stderr

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 from shardwright.cli.main import main
-from shardwright.planner.planfile import load_plan
+from shardwright.planner.planfile import load_plan, save_plan
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -40,7 +41,9 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A folder with a plan of the toy model for two ranks."""
     made = Shell(tmp_path_factory.mktemp("road"))
     (made.folder / "toy.py").write_text(TOY.read_text())
-    planned = made("plan", "toy.py:build", "--cluster", "cpu:2", "--batch", "8", "--pin", "tp=2", "-o", "plan.json", "--json")
+    planned = made(
+        "plan", "toy.py:build", "--cluster", "cpu:2", "--batch", "8", "--pin", "tp=2", "-o", "plan.json", "--json"
+    )
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["mesh"][0]["size"] == 2
     return made
@@ -50,6 +53,18 @@ def test_planning_again_gives_the_same_bytes(shell: Shell) -> None:
     arguments = ("plan", "toy.py:build", "--cluster", "cpu:2", "--batch", "8", "--pin", "tp=2", "-o", "again.json")
     assert shell(*arguments, PYTHONHASHSEED="7").returncode == 0
     assert (shell.folder / "again.json").read_bytes() == (shell.folder / "plan.json").read_bytes()
+
+
+def test_a_run_above_the_limit_says_so(shell: Shell) -> None:
+    """A limit below what the plan needs cannot be planned; this plan is signed with one, as if the prediction were wrong."""
+    plan = load_plan(shell.folder / "plan.json")
+    save_plan(replace(plan, memory_limit_bytes=10_000), shell.folder / "tight.json")
+    done = shell("run", "tight.json", "--steps", "1", "--json")
+    assert done.returncode == 1
+    assert "the plan's limit is 10,000" in done.stderr
+    result = json.loads(done.stdout)
+    assert result["fits"] is False
+    assert min(result["peak_bytes"]) > 10_000
 
 
 def test_run_verifies_measures_and_reports(shell: Shell) -> None:

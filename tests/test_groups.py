@@ -161,23 +161,23 @@ def test_alone_nothing_is_copied() -> None:
 
 
 class Watch:
-    """Counts gathered buffers that are alive, by weak references to their storages, whenever one is made."""
+    """Counts gathered groups of which something is alive, by weak references to storages, whenever one is made."""
 
     def __init__(self) -> None:
-        self.refs: list[StorageRef] = []
+        self.refs: list[list[StorageRef]] = []
         self.most = 0
 
     def alive(self) -> int:
-        return sum(not r.expired() for r in self.refs)
+        return sum(any(not r.expired() for r in group) for group in self.refs)
 
     def __enter__(self) -> Watch:
         self.original = groups.gather_wholes
 
-        def watched(*args: object) -> Tensor:
-            flat = self.original(*args)
-            self.refs.append(StorageRef(flat.untyped_storage()))
+        def watched(*args: object) -> list[Tensor]:
+            found = self.original(*args)
+            self.refs.append([StorageRef(x.untyped_storage()) for x in found])
             self.most = max(self.most, self.alive())
-            return flat
+            return found
 
         groups.gather_wholes = watched
         return self

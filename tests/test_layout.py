@@ -128,7 +128,9 @@ def test_every_folder_is_in_the_wheel() -> None:
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    listed = {name.removeprefix("shardwright").removeprefix(".").replace(".", "/") or "." for name in settings["packages"]}
+    listed = {
+        name.removeprefix("shardwright").removeprefix(".").replace(".", "/") or "." for name in settings["packages"]
+    }
     found = {str(path.parent.relative_to(ROOT)) for path in FILES}
     assert listed == found
     data = [p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".toml", ".json", ".html", ".css", ".js")]
@@ -142,11 +144,15 @@ def test_constraints_pin_every_direct_dependency() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     assert {re.split(r"[<>=!~ ]", d)[0].lower() for d in asked} == pinned
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["clusters"], ["clusters", "h100-sxm"], ["diff", "a", "b"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["clusters"], ["clusters", "h100-sxm"], ["diff", "a", "b"], ["--version"]]
+)
 def test_light_commands_import_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys\n"

@@ -71,7 +71,9 @@ def test_rows_equal_the_concrete_count_on_random_graphs() -> None:
 def test_rows_equal_the_concrete_count_on_layers(microbatches: int, loss: bool) -> None:
     outline = transformer(3)
     if not loss:
-        outline = Outline(**{f: getattr(outline, f) for f in outline.__dataclass_fields__} | {"loss": "", "outputs": ("logits",)})
+        outline = Outline(
+            **{f: getattr(outline, f) for f in outline.__dataclass_fields__} | {"loss": "", "outputs": ("logits",)}
+        )
     axes = (MeshAxis("dp", 2, "data", "link"), MeshAxis("tp", 2, "model", "link"))
     candidate = Candidate(problem_for(0, None, outline), Shape(axes), microbatches if loss else 1)
     assert check(candidate, 1, 4) > 100
@@ -99,10 +101,14 @@ def test_views_share_their_storage() -> None:
 @pytest.mark.parametrize(
     ("zero", "stored", "expected"),
     [
-        (0, 100, {"stored": 400, "moments": 800, "copy": 0, "gathered": 0, "whole": 400, "final": 400}),
-        (1, 25, {"stored": 100, "moments": 200, "copy": 400, "gathered": 0, "whole": 400, "final": 100}),
-        (2, 25, {"stored": 100, "moments": 200, "copy": 400, "gathered": 0, "whole": 400, "final": 100}),
-        (3, 25, {"stored": 100, "moments": 200, "copy": 0, "gathered": 400, "whole": 400, "final": 100}),
+        (0, 100, {"stored": 400, "moments": 800, "copy": 0, "gathered": 0, "arrival": 0, "whole": 400, "final": 400}),
+        (1, 25, {"stored": 100, "moments": 200, "copy": 400, "gathered": 0, "arrival": 0, "whole": 400, "final": 100}),
+        (2, 25, {"stored": 100, "moments": 200, "copy": 400, "gathered": 0, "arrival": 0, "whole": 400, "final": 100}),
+        (
+            3,
+            25,
+            {"stored": 100, "moments": 200, "copy": 0, "gathered": 400, "arrival": 100, "whole": 400, "final": 100},
+        ),
     ],
 )
 def test_bytes_of_a_parameter_by_level(zero: int, stored: int, expected: dict[str, int]) -> None:

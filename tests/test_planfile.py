@@ -118,7 +118,10 @@ REFUSED = [
     (_set("source", "config", value=None), "embeds its configuration"),
     (_set("predicted", "mfu", value="high"), "mfu: expected `float`, got `str`"),
     (_set("predicted", "memory", "reserve", value="x"), r"predicted\.memory\.reserve: expected `int`, got `str`"),
-    (_set("regions", 1, "parameters", 2, "home", 1, value=3), r"regions\[1\]\.parameters\[2\]\.home\[1\]: expected `str`"),
+    (
+        _set("regions", 1, "parameters", 2, "home", 1, value=3),
+        r"regions\[1\]\.parameters\[2\]\.home\[1\]: expected `str`",
+    ),
     (_set("memory_limit_bytes", value=-1), "expected a positive number of bytes"),
     (_set("memory_limit_bytes", value=1.5), "expected `int`, got `float`"),
 ]

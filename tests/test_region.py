@@ -55,7 +55,11 @@ def test_tensor_parallel_is_megatrons() -> None:
 
 def test_sequence_parallel_is_megatrons() -> None:
     found = per_layer(("tp=2", "sequence_parallel=on"), "tp")
-    assert found == {"all_gather": 4, "reduce_scatter": 4, "all_reduce": 1}  # one for the bucket of the norms' gradients
+    assert found == {
+        "all_gather": 4,
+        "reduce_scatter": 4,
+        "all_reduce": 1,
+    }  # one for the bucket of the norms' gradients
 
 
 @pytest.mark.parametrize("micro_batch", [8, 2])
@@ -152,7 +156,16 @@ def test_infeasible_names_cause_and_settings_that_fit() -> None:
         plan_of(2, limit=150_000)
     error = caught.value
     assert error.exit_status == 1
-    assert error.cause in ("parameters", "gradients", "optimizer", "saved", "temporaries", "gathered", "buffers", "reserve")
+    assert error.cause in (
+        "parameters",
+        "gradients",
+        "optimizer",
+        "saved",
+        "temporaries",
+        "gathered",
+        "buffers",
+        "reserve",
+    )
     assert error.nearest
     devices = next(n for n in error.nearest if n.endswith(" devices"))
     plan = plan_of(int(devices.split()[0]), limit=150_000)

@@ -95,7 +95,9 @@ def test_readable_on_a_phone_in_print_and_in_the_dark() -> None:
 
 
 def test_bars_have_the_plans_shares(page: Page) -> None:
-    widths = [float(re.findall(r"width:([\d.]+)%", a["style"] or "")[0]) for t, a in page.tags if t == "i" and a.get("style")]
+    widths = [
+        float(re.findall(r"width:([\d.]+)%", a["style"] or "")[0]) for t, a in page.tags if t == "i" and a.get("style")
+    ]
     memory, time = widths[:5], widths[5:]
     plan = plans.plan()
     assert sum(memory) == pytest.approx(100 * plan.predicted.peak_bytes_per_device / plan.memory_limit_bytes, abs=0.01)

@@ -182,7 +182,9 @@ def check(seed: int, make: Callable[[int], Outline] = random_outline, microbatch
         best_of(candidate)
         assert candidate.solution is not None
         if not fitting:
-            assert candidate.solution.choice is None, f"seed {seed}, limit {limit}: a plan where exhaustive search has none"
+            assert candidate.solution.choice is None, (
+                f"seed {seed}, limit {limit}: a plan where exhaustive search has none"
+            )
             infeasible += 1
             continue
         assert candidate.solution.choice is not None, f"seed {seed}, limit {limit}: no plan"

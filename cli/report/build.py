@@ -145,7 +145,13 @@ def _counted(things: Sequence[object], name: str) -> str:
 def _memory(plan: Plan) -> list[Bar]:
     scale = max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
     return [
-        Bar(memory_text(cause), bytes_text(size), percent_text(size / plan.memory_limit_bytes), 100 * size / scale, i % _COLOURS)
+        Bar(
+            memory_text(cause),
+            bytes_text(size),
+            percent_text(size / plan.memory_limit_bytes),
+            100 * size / scale,
+            i % _COLOURS,
+        )
         for i, (cause, size) in enumerate(_large_first(plan.predicted.memory))
     ]
 

@@ -15,7 +15,9 @@ from ..options import json_option, output_option
 @click.command("report")
 @click.argument("plan", type=click.Path(path_type=Path))
 @output_option("-o", "--output", required=True, help="HTML page to write.")
-@click.option("--measured", type=click.Path(path_type=Path), metavar="FILE", help="What `run --json` printed, to compare.")
+@click.option(
+    "--measured", type=click.Path(path_type=Path), metavar="FILE", help="What `run --json` printed, to compare."
+)
 @json_option
 def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> None:
     """Write a plan as one HTML page that needs no network."""

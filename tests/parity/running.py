@@ -6,25 +6,31 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from models import Case, build
 from shardwright.api import make_plan
 from shardwright.planner.plan import Plan
+from shardwright.runtime import parameters
 from shardwright.runtime.apply import apply
 from shardwright.runtime.collectives import CommLedger
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.verify import verify
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+TIGHT = {"atol": 1e-11, "rtol": 1e-11}
 
 
 @functools.cache
-def plan_of(name: str, pins: str, world: int, batch: int = 8, **options: Any) -> Plan:
+def plan_of(name: str, pins: str, world: int, batch: int = 8, device: str = "h100-sxm", **options: Any) -> Plan:
     """The plan of a case under pins written with spaces between them; computes in float64 unless a dtype is pinned."""
     case = build(name, batch)
     texts = pins.split()
     if not any(p.startswith("dtype=") for p in texts):
         texts.append("dtype=fp64")
     inputs = dict(case.kwargs) or case.args
-    return make_plan(case.model, inputs, f"h100-sxm:{world}", pins=texts, loss_fn=case.loss_fn, **options)
+    return make_plan(case.model, inputs, f"{device}:{world}", pins=texts, loss_fn=case.loss_fn, **options)
 
 
 def differences(name: str, plan: Plan, batch: int = 8) -> list[dict[str, Any]]:
@@ -64,3 +70,28 @@ def traffic(found: Sequence[tuple[str, str, int, str]]) -> dict[tuple[str, str],
         count, bytes_ = total.get((collective, axis), (0, 0))
         total[collective, axis] = count + 1, bytes_ + size
     return total
+
+
+def eager(name: str, batch: int = 8) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The original in float64, with its inputs."""
+    case = build(name, batch)
+
+    def exact(v: Any) -> Any:
+        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    args, kwargs = tree_map(exact, (case.args, case.kwargs))
+    return case.model.double(), args, dict(kwargs)
+
+
+def whole_gradients(pm: ParallelModule) -> dict[str, Tensor | None]:
+    """Every gradient as one tensor, by parameter name."""
+    return {n: None if p.grad is None else parameters.full(p.grad) for n, p in pm.named_parameters()}
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Equal keys, None in the same places, and close values."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(found[name], value, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")

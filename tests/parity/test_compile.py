@@ -38,8 +38,15 @@ def compared(name: str, plan: Plan) -> tuple[Counter[str], Counter[str]]:
     wanted, eager, plain = step(name, plan, False)
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
     for key, value in eager.items():
-        torch.testing.assert_close(gradients[key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            gradients[key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
     return seen, plain
+
+
+def count(seen: Counter[str], kind: str) -> int:
+    """Calls of a collective, however it is written: in place, into given memory, or of several tensors at once."""
+    return sum(seen[kind + form] for form in ("", "_", "_out", "_coalesced"))
 
 
 def test_one_process() -> None:
@@ -50,7 +57,7 @@ def test_one_process() -> None:
 def test_two_ranks(name: str, pins: str, ranks2: Pool) -> None:
     wanted = "all_gather_into_tensor" if "zero=3" in pins else "all_reduce"
     for compiled, eager in ranks2.run(compared, name, plan_of(name, f"{pins} dtype=fp32", 2)):
-        assert eager[wanted] > 0
+        assert count(eager, wanted) > 0
         # The gathers of ZeRO-3 run again in backward, compiled as eager.
         for kind in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
-            assert compiled[kind] + compiled[kind + "_"] + compiled[kind + "_out"] == eager[kind], (kind, compiled, eager)
+            assert count(compiled, kind) == count(eager, kind), (kind, compiled, eager)

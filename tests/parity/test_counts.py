@@ -32,7 +32,10 @@ def per_layer(name: str, pins: str, pool: Pool, layers: tuple[int, int] = (2, 4)
 
 
 def test_tensor_parallel_is_four_all_reduces_a_layer(ranks2: Pool) -> None:
-    assert per_layer("llama", "tp=2", ranks2) == {("all_reduce", "tp", "forward"): 2, ("all_reduce", "tp", "backward"): 2}
+    assert per_layer("llama", "tp=2", ranks2) == {
+        ("all_reduce", "tp", "forward"): 2,
+        ("all_reduce", "tp", "backward"): 2,
+    }
 
 
 def test_sequence_parallel_is_four_gathers_and_four_scatters_a_layer(ranks2: Pool) -> None:

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import unittest.mock
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import build
 from pool import Pool
-from running import differences, parallel, plan_of
-from shardwright.errors import LaunchError, PlanMismatch, UsageError
-from shardwright.planner import rules
-from shardwright.planner.placement import R, split
+from running import TIGHT, eager, parallel, plan_of, same, whole_gradients
+from shardwright.errors import UsageError
 from shardwright.planner.plan import Plan
 from shardwright.runtime import parameters
 from shardwright.runtime.losses import loss_of
-from shardwright.runtime.module import ParallelModule
-from shardwright.runtime.programs import same_split
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
-
-TIGHT = {"atol": 1e-11, "rtol": 1e-11}
-
-
-def eager(name: str, batch: int = 8) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The original in float64, with its inputs."""
-    case = build(name, batch)
-    floating = lambda v: isinstance(v, Tensor) and v.is_floating_point()  # noqa: E731
-    args, kwargs = tree_map(lambda v: v.double() if floating(v) else v, (case.args, case.kwargs))
-    return case.model.double(), args, dict(kwargs)
-
-
-def whole_gradients(pm: ParallelModule) -> dict[str, Tensor | None]:
-    return {n: None if p.grad is None else parameters.full(p.grad) for n, p in pm.named_parameters()}
-
-
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Equal keys, None in the same places, and close values."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name] is None) == (value is None), name
-        if value is not None:
-            torch.testing.assert_close(found[name], value, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
-
 
 # -- the loop
 
@@ -228,7 +193,9 @@ def scaled_and_accumulated(name: str, plan: Plan) -> None:
     same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("pins", ["dp=2 zero=3 micro_batch=1", "dp=2 zero=2 micro_batch=2", "dp=2 zero=0 micro_batch=1", "tp=2"])
+@pytest.mark.parametrize(
+    "pins", ["dp=2 zero=3 micro_batch=1", "dp=2 zero=2 micro_batch=2", "dp=2 zero=0 micro_batch=1", "tp=2"]
+)
 def test_scaled_losses_and_accumulation(pins: str, ranks2: Pool) -> None:
     ranks2.run(scaled_and_accumulated, "tied", plan_of("tied", pins, 2))
 
@@ -275,7 +242,9 @@ def state(plan: Plan) -> None:
     reference = case.model.double()
     reference.load_state_dict(other)
     with torch.no_grad():
-        torch.testing.assert_close(pm.eval()(**case.kwargs).loss, reference.eval()(**case.kwargs).loss, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            pm.eval()(**case.kwargs).loss, reference.eval()(**case.kwargs).loss, atol=1e-6, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("pins", ["dp=2 tp=2 zero=3", "tp=4"])
@@ -295,7 +264,9 @@ def frozen_parts(plan: Plan) -> None:
     wanted = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, p in pm.named_parameters() if p.grad is not None} == wanted
     assert len(optimizer.state) == 4
-    kept = sum(s.to_local().numel() for v in optimizer.state.values() for s in v.values() if isinstance(s, DTensor) and s.dim())
+    kept = sum(
+        s.to_local().numel() for v in optimizer.state.values() for s in v.values() if isinstance(s, DTensor) and s.dim()
+    )
     assert kept == 2 * sum(p.to_local().numel() for p in trained)
     assert pm.embed.weight is pm.head.weight
     before = dict(model.named_parameters())
@@ -426,90 +397,3 @@ def test_hugging_face_trainer_on_one_process(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
-
-
-# -- disagreement
-
-
-@contextlib.contextmanager
-def broken_rule() -> Iterator[None]:
-    """Softmax as if each element along its dim stood alone."""
-    known = rules.RULES
-    wrong = replace(known["aten.softmax"], line="*b @d -> *b @d")
-    with unittest.mock.patch.object(rules, "RULES", {**known, "aten.softmax": wrong}):
-        yield
-
-
-def verified_with_a_broken_rule(plan: Plan) -> list[dict[str, Any]]:
-    with broken_rule():
-        return differences("softmax", plan)
-
-
-def test_a_broken_rule_fails_verification(ranks2: Pool) -> None:
-    right = plan_of("softmax", "tp=2", 2)
-    assert all(d["ok"] for d in ranks2.run(differences, "softmax", right)[0])
-    with broken_rule():
-        wrong = plan_of.__wrapped__("softmax", "tp=2", 2)
-    assert wrong.regions != right.regions
-    found = ranks2.run(verified_with_a_broken_rule, wrong)
-    assert found[0] == found[1]
-    assert [d["kind"] for d in found[0] if not d["ok"]] == ["loss", "gradient", "parameter after 3 steps"]
-
-
-def different_models(plan: Plan) -> None:
-    name = "tied" if dist.get_rank() == 0 else "adapter"
-    with pytest.raises(PlanMismatch):
-        parallel(name, plan)
-
-
-def test_ranks_with_different_models_are_refused(ranks2: Pool) -> None:
-    ranks2.run(different_models, plan_of("tied", "dp=2", 2))
-
-
-def wrong_world(plan: Plan) -> None:
-    with pytest.raises(LaunchError, match=r"4 ranks .* 2 are running"):
-        parallel("mlp", plan)
-
-
-def test_a_plan_for_another_number_of_ranks_is_refused(ranks2: Pool) -> None:
-    ranks2.run(wrong_world, plan_of("mlp", "dp=4", 4))
-
-
-def test_one_process_without_a_process_group() -> None:
-    assert not dist.is_initialized()
-    model, _, batch = eager("tied")
-    _, pm = parallel("tied", plan_of("tied", "", 1))
-    for module in (model, pm):
-        module(**batch)["loss"].backward()
-    same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
-    same(pm.full_state_dict(), model.state_dict())
-    torch.testing.assert_close(
-        torch.nn.utils.clip_grad_norm_(pm.parameters(), 1.0), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), **TIGHT
-    )
-
-
-def test_one_process_with_microbatches() -> None:
-    model, _, batch = eager("tied")
-    _, pm = parallel("tied", plan_of("tied", "micro_batch=2", 1))
-    for module in (model, pm):
-        module(**batch)["loss"].backward()
-    same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
-
-
-def unused_in_eval(plan: Plan) -> None:
-    model, args, _ = eager("teacher")
-    _, pm = parallel("teacher", plan)
-    with torch.no_grad():
-        torch.testing.assert_close(pm.eval()(*args), model.eval()(*args), **TIGHT)
-
-
-def test_parameters_no_graph_uses_do_not_stand_in_the_way(ranks2: Pool) -> None:
-    ranks2.run(unused_in_eval, plan_of("teacher", "dp=2 zero=3", 2))
-
-
-def test_a_home_split_is_found_again_among_other_factors() -> None:
-    minor = (split(0, 1),)
-    assert same_split(minor, ((3, 24),), ((3, 4, 6),), (2,)) == minor
-    assert same_split(minor, ((3, 24),), ((72,),), (2,)) is None
-    assert same_split(minor, ((3, 24),), ((3, 3, 8),), (2,)) is None
-    assert same_split((split(0), R), ((8, 3),), ((24,),), (2, 4)) == (split(0), R)

@@ -38,12 +38,18 @@ def ranks_of(pins: str) -> int:
     return math.prod(sizes) if sizes else 2
 
 
+def pinned(pins: str, batch: int, microbatches: int) -> str:
+    """The pins with `micro_batch` such that a step has so many microbatches."""
+    if microbatches == 1:
+        return pins
+    data = next((int(p[3:]) for p in pins.split() if p.startswith("dp=")), 1 if "tp=" in pins else ranks_of(pins))
+    return f"{pins} micro_batch={batch // data // microbatches}"
+
+
 def check(name: str, pins: str, microbatches: int, pools: dict[int, Pool], **options: Any) -> None:
     world = ranks_of(pins)
     batch = 16 if world == 4 else 8
-    if microbatches > 1:
-        data = next((int(p[3:]) for p in pins.split() if p.startswith("dp=")), 1 if "tp=" in pins else world)
-        pins = f"{pins} micro_batch={batch // data // microbatches}"
+    pins = pinned(pins, batch, microbatches)
     plan = plan_of(name, pins, world, batch, **options)
     found = pools[world].run(differences, name, plan, batch)
     assert all(answer == found[0] for answer in found)
@@ -53,11 +59,6 @@ def check(name: str, pins: str, microbatches: int, pools: dict[int, Pool], **opt
     if "dtype=fp32" in pins:
         expected |= {("float32", "loss"), ("float32", "gradient")}
     assert {(d["dtype"], d["kind"]) for d in found[0]} == expected
-
-
-@pytest.fixture
-def pools(ranks2: Pool, ranks4: Pool) -> dict[int, Pool]:
-    return {2: ranks2, 4: ranks4}
 
 
 @pytest.mark.parametrize(("name", "pins", "microbatches"), SAMPLE)
