@@ -1,4 +1,4 @@
-"""Modes for exact comparisons: float32 casts lifted to float64, dropout off.
+"""Modes for exact comparisons: float32 casts lifted to float64, dropout off, all other random numbers one constant.
 
 Models cast to float32 inside (norms, losses, rotary tables); in float64 those casts alone differ by 1e-7 between two
 evaluation orders. One torch-function mode, active around both the reference and the capture, turns them into float64.
@@ -18,12 +18,21 @@ _DROPOUTS = {
     torch.dropout: 1, torch.dropout_: 1,
 }  # fmt: skip
 """Dropout functions and the position of their probability."""
+_DRAWS = frozenset({
+    torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.bernoulli, torch.Tensor.bernoulli,
+    torch.Tensor.bernoulli_, torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.exponential_,
+})  # fmt: skip
+"""Functions that draw numbers (stochastic depth, noise); both sides of a comparison take `DRAWN` instead."""
+DRAWN = 0.5
 _ATTENTION = F.scaled_dot_product_attention
 _ATTENTION_P = 4
 
 
 class Lift(TorchFunctionMode):
-    """While active: `casts` turns float32 into float64 wherever a call names it, `dropout=False` sets dropout to zero."""
+    """While active: `casts` turns float32 into float64 wherever a call names it, `dropout=False` makes nothing random.
+
+    Dropout then has probability zero, and drawn numbers are `DRAWN`.
+    """
 
     def __init__(self, *, casts: bool = False, dropout: bool = True) -> None:
         super().__init__()
@@ -45,7 +54,8 @@ class Lift(TorchFunctionMode):
                 return args[0].double()
             args = tuple(_lifted(a) for a in args)
             kwargs = {k: _lifted(v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result.fill_(DRAWN) if not self.dropout and func in _DRAWS else result
 
 
 def lift_casts() -> Lift:
@@ -57,7 +67,7 @@ def lift_casts() -> Lift:
 
 
 def without_dropout() -> Lift:
-    """Context manager: dropout and attention dropout have probability zero while it is active."""
+    """Context manager: nothing is random while it is active (see `Lift`)."""
     return Lift(dropout=False)
 
 

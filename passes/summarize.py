@@ -21,6 +21,7 @@ from ..errors import UnsupportedOp
 from ..planner.factors import Classes, LetteredOp, Refined, classes, refine
 from ..planner.microbatch import BatchCut, cut_batch
 from ..planner.outline import Op, Outline, Parameter, Saved, Tensor, Use
+from ..planner.placement import shape_of
 from ..planner.regions import Node, find_regions
 from ..planner.rule_types import Operand, RuleInstance
 from ..planner.rules import instantiate
@@ -50,7 +51,6 @@ class Summary:
     discovered: Mapping[str, str]
 
 
-FLOATS = re.compile(r"b?float(16|32|64)")
 Discover = Callable[[fx.Node], RuleInstance | None]
 
 
@@ -61,15 +61,17 @@ def summarize(captured: Captured, *, batch: int | None = None, discover: Discove
     """
     values = _values(captured)
     calls, found = _calls(captured, values, discover)
-    calls = _order(calls, values)
+    calls = _order(calls)
     shapes = {name: tuple(v.shape) for name, v in values.items()}
     refined = refine(shapes, [_lettered(c) for c in calls.values()])
     observer = Observer()
     seen = {name: observer.observe(call.node) for name, call in calls.items()}
     size = batch if batch is not None else _batch_size(captured, values)
     ops, tensors = _assemble(captured, values, calls, refined, seen, size)
-    inputs = {e.node: _batch_place(tensors[e.node], size) for e in captured.entries if e.node in tensors}
-    inputs = {n: p if _role(captured)[n] == "input" else None for n, p in inputs.items()}
+    inputs = {
+        e.node: _batch_place(tensors[e.node], size) if e.role == "input" else None
+        for e in captured.entries if e.node in tensors
+    }  # fmt: skip
     cut = cut_batch(ops, tensors, inputs)
     outline = _outline(captured, ops, tensors, calls, size, cut)
     return Summary(captured, outline, calls, cut, inputs, found)
@@ -151,7 +153,7 @@ def operands_of(node: fx.Node) -> tuple[tuple[str, ...], tuple[Any, ...], dict[s
     return tuple(names), tuple(args), dict(kwargs)  # type: ignore[arg-type]
 
 
-def _order(calls: dict[str, Call], values: Mapping[str, torch.Tensor]) -> dict[str, Call]:
+def _order(calls: dict[str, Call]) -> dict[str, Call]:
     """Ops no gradient flows through first, so that what layers share stands before the first layer."""
     late: set[str] = set()
     early: dict[str, Call] = {}
@@ -170,10 +172,6 @@ def _lettered(call: Call) -> LetteredOp:
     rule = call.rule
     uses = [*zip(call.operands, rule.operands, strict=True), *zip(call.results, rule.results, strict=True)]
     return LetteredOp(call.node.name, tuple(uses), rule.sizes, rule.never, rule.implementation)
-
-
-def _role(captured: Captured) -> dict[str, str]:
-    return {e.node: e.role for e in captured.entries}
 
 
 def _batch_size(captured: Captured, values: Mapping[str, torch.Tensor]) -> int:
@@ -308,11 +306,11 @@ def _outline(captured, ops, tensors, calls, batch, cut: BatchCut) -> Outline:  #
     regions = find_regions(nodes, [e.node for e in parameters])
     text = "\n".join(f"{n.name} {n.signature} {n.operands} {n.results}" for n in nodes)
     # One plan serves float32, float64 (verification) and mixed precision: floating dtypes do not tell graphs apart.
-    text = FLOATS.sub("float", text)
+    text = re.sub(r"b?float(16|32|64)", "float", text)
     names = "\n".join(f"{e.node} {e.role} {e.fqn} {tensors[e.node].dims}" for e in captured.entries)
     tokens = batch
     for entry in captured.entries:
-        shape = tuple(captured_shape(tensors[entry.node]))
+        shape = shape_of(tensors[entry.node].dims)
         if entry.role == "input" and len(shape) == 2 and tensors[entry.node].dtype.startswith("int"):
             tokens = shape[0] * shape[1]
             break
@@ -323,17 +321,6 @@ def _outline(captured, ops, tensors, calls, batch, cut: BatchCut) -> Outline:  #
         captured.loss, tuple(o for o in _outputs(captured) if o != captured.loss), batch, tokens,
         hashlib.sha256(f"{names}\n{text}".encode()).hexdigest()[:16], cut.blockers, tuple(captured.notes),
     )  # fmt: skip
-
-
-def captured_shape(tensor: Tensor) -> list[int]:
-    """The plain shape of an outline tensor."""
-    shape = []
-    for members in tensor.dims:
-        size = 1
-        for m in members:
-            size *= m
-        shape.append(size)
-    return shape
 
 
 def _outputs(captured: Captured) -> list[str]:

@@ -60,7 +60,7 @@ class _Analysis:
         for dim, letters in enumerate(dims):
             inner = self.shapes[tensor][dim]
             for letter in letters:
-                inner //= op.sizes[letter]
+                inner //= max(op.sizes[letter], 1)  # an empty dim is never split
                 self.slots[op.name, letter].append(Slot(tensor, dim, inner))
                 self.of_dim[tensor, dim].append((op.name, letter, inner))
 
@@ -193,7 +193,7 @@ def _members(
     inner = math.prod(sizes)
     at = 0
     for letter in letters:
-        low = inner // op.sizes[letter]
+        low = inner // max(op.sizes[letter], 1)
         if letter in parts:
             for index in parts[letter]:
                 assert sizes[at] == found[index].size, (op.name, letter, sizes, at)

@@ -19,21 +19,40 @@ class Node:
 
 
 def find_regions(nodes: Sequence[Node], parameters: Sequence[str]) -> tuple[Region, ...]:
-    """Cut `nodes` (in order) into regions; `parameters` are tensors that belong to the region of their first use."""
+    """Cut `nodes` (in order) into regions; `parameters` are tensors that belong to the region of their first use.
+
+    Instances of one region own parameters at the same places: where layers share theirs, the first one is a region of its own.
+    """
     spans = _spans(nodes, 0, len(nodes), frozenset(parameters))
     owned: set[str] = set()
     known = set(parameters)
     regions: list[Region] = []
     for start, period, count in spans:
-        instances, params = [], []
+        instances: list[tuple[str, ...]] = []
+        params: list[tuple[str, ...]] = []
+        places: tuple[tuple[int, int], ...] | None = None
         for k in range(count):
             ops = nodes[start + k * period : start + (k + 1) * period]
-            first_used = list(dict.fromkeys(t for op in ops for t in op.operands if t in known and t not in owned))
-            owned.update(first_used)
+            first = _first_uses(ops, known - owned)
+            if places not in (None, tuple(first.values())):
+                regions.append(Region(f"r{len(regions)}", tuple(instances), tuple(params)))
+                instances, params = [], []
+            places = tuple(first.values())
+            owned.update(first)
             instances.append(tuple(op.name for op in ops))
-            params.append(tuple(first_used))
+            params.append(tuple(first))
         regions.append(Region(f"r{len(regions)}", tuple(instances), tuple(params)))
     return tuple(regions)
+
+
+def _first_uses(ops: Sequence[Node], wanted: set[str]) -> dict[str, tuple[int, int]]:
+    """(op, operand) where each of the `wanted` tensors is used first."""
+    found: dict[str, tuple[int, int]] = {}
+    for i, op in enumerate(ops):
+        for j, tensor in enumerate(op.operands):
+            if tensor in wanted:
+                found.setdefault(tensor, (i, j))
+    return found
 
 
 def _spans(nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str]) -> list[tuple[int, int, int]]:

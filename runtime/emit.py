@@ -16,7 +16,7 @@ from ..planner.plan import Plan
 from . import groups, transitions
 from .kernels import vocab
 from .mesh import Mesh
-from .random import seeded_call
+from .random import drawn, seeded_call
 from .regather import Regather
 
 
@@ -66,11 +66,14 @@ class RankEmit:
         return make(form, self.mesh.group_name(axis_name), self.mesh.coordinate[axis], self.mesh.sizes[axis])
 
     def random(self, form: CallForm, salt: int) -> Callable[[fx.Node], CallForm] | None:
-        """The op under a seed, if it draws random numbers; with `dropout` off, the op with probability zero."""
+        """The op under a seed, if it draws random numbers; with `dropout` off, with probability zero or drawing a constant."""
         seeded = seeded_call(form, salt, self.device)
         if seeded is None or self.dropout:
             return seeded
-        return None if _probability(form) is None else lambda _: _at_zero(form)
+        if _packet(form) in DROPOUT:
+            return lambda _: _at_zero(form)
+        target, args, kwargs = form
+        return (lambda _: (drawn, (target, *args), kwargs)) if _packet(form) in DRAWS else seeded
 
     def shard_index(self, axes: Sequence[int]) -> int:
         """This rank's index among the shards made by `axes`."""
@@ -81,12 +84,20 @@ class RankEmit:
         return Regather()
 
 
-DROPOUT = {"aten.dropout": (1, "p"), "aten.scaled_dot_product_attention": (4, "dropout_p")}
+DROPOUT = {
+    **dict.fromkeys(
+        ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")
+    ),
+    "aten.scaled_dot_product_attention": (4, "dropout_p"),
+}
 """Position and name of the probability of ops that drop."""
+DRAWS = {f"aten.{name}" for name in ("rand", "rand_like", "randn", "randn_like", "bernoulli", "uniform", "exponential")}
+DRAWS |= {"aten.normal_functional"}
+"""Ops that make a tensor of drawn numbers."""
 
 
-def _probability(form: CallForm) -> tuple[int, str] | None:
-    return DROPOUT.get(str(getattr(form[0], "overloadpacket", form[0])))
+def _packet(form: CallForm) -> str:
+    return str(getattr(form[0], "overloadpacket", form[0]))
 
 
 def _at_zero(form: CallForm) -> CallForm:

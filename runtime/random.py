@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..passes.lift import DRAWN
 from .torch_compat import is_tracing
 
 CallForm = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -128,6 +129,11 @@ def seeded_op(
     """Any random op under the seed (eagerly; a compiler breaks the graph here)."""
     with seeded(device, seed, salt):
         return target(*args, **kwargs)
+
+
+def drawn(target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What verification takes for the numbers that an op draws."""
+    return torch.full_like(target(*args, **kwargs), DRAWN)
 
 
 def seeded_call(form: CallForm, salt: int, device: torch.device | None = None) -> Callable[[fx.Node], CallForm] | None:

@@ -58,10 +58,23 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connec
                 continue
             try:
                 answer = pickle.dumps(("ok", function(*args)))
+                _leave_groups()
             except BaseException:
                 answer = pickle.dumps(("error", traceback.format_exc()))
             pipe.send_bytes(answer)
     os._exit(0)  # taking the process groups down in order costs seconds and tests nothing
+
+
+def _leave_groups() -> None:
+    """Leave every process group but the default one: each has three threads, and they add up over hundreds of meshes.
+
+    torch has no public list of groups.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group in [g for g in _world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 class Pool:

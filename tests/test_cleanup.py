@@ -384,3 +384,13 @@ def test_random_programs_of_views_and_writes(seed: int) -> None:
         return total + sum(t.sum() for t in tensors)
 
     same(body)
+
+
+def test_empty_parts_leave_a_concatenation() -> None:
+    """Rotary models write the unrotated share of a head even where a head is rotated whole."""
+
+    def rotated(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((h[..., :6] * 2, h[..., 6:], x, x[..., 6:]), -1)
+
+    found = same(rotated)
+    assert not [t for t in targets(found) if "slice" in t]

@@ -174,10 +174,14 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
     return fake(a).dtype == fake(b).dtype and fake(a).shape == fake(b).shape
 
 
-def _single(node: fx.Node) -> fx.Node | None:
-    """A concatenation of one tensor."""
-    parts = node.args[0]
-    return parts[0] if len(parts) == 1 and _alike(node, parts[0]) else None  # type: ignore[arg-type, index, return-value]
+def _joined(node: fx.Node) -> fx.Node | None:
+    """A concatenation without its empty parts (the unrotated share of a head that is rotated whole); of one tensor, that one."""
+    parts: list[fx.Node] = [p for p in node.args[0] if fake(p).numel()]  # type: ignore[union-attr, arg-type, misc]
+    if len(parts) == 1 and _alike(node, parts[0]):
+        return parts[0]
+    if not parts or len(parts) == len(node.args[0]) or any(fake(p).dtype != fake(node).dtype for p in parts):  # type: ignore[arg-type]
+        return None
+    return emit(node.graph, aten.cat.default, (parts, *node.args[1:]), dict(node.kwargs), like=node)
 
 
 def _pad(node: fx.Node) -> fx.Node | None:
@@ -232,7 +236,7 @@ _RULES: dict[str, Callable[[fx.Node], fx.Node | None]] = {
     "detach": _detach,
     "slice": _slice,
     "narrow": _narrow,
-    "cat": _single,
+    "cat": _joined,
     "pad": _pad,
     "full": _full,
     "full_like": _fill(None, 1),

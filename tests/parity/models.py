@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +111,67 @@ def ignored(batch: int) -> Case:
     case = llama(batch)
     case.kwargs["labels"][: batch // 2] = -100
     return case
+
+
+LAYERS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
+GROUPED = {**LAYERS, "num_key_value_heads": 2, "use_cache": False}
+FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("T5Config", "T5ForConditionalGeneration", {
+        "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 4, "d_kv": 8, "vocab_size": 96, "use_cache": False,
+        "decoder_start_token_id": 0, "pad_token_id": 0,
+    }),
+    "bart": ("BartConfig", "BartForConditionalGeneration", {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 96, "use_cache": False, "pad_token_id": 1,
+        "decoder_start_token_id": 2,
+    }),
+    "opt": ("OPTConfig", "OPTForCausalLM", {
+        "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 32, "use_cache": False,
+    }),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 6}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "rotary_dim": 4, "use_cache": False,
+    }),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "use_cache": False,
+    }),
+    "albert": ("AlbertConfig", "AlbertForMaskedLM", {**LAYERS, "embedding_size": 16}),
+    "deberta": ("DebertaV2Config", "DebertaV2ForMaskedLM", LAYERS),
+    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", {
+        "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96,
+    }),
+    "swin": ("SwinConfig", "SwinForImageClassification", {
+        "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+        "num_labels": 10,
+    }),
+    "convnext": ("ConvNextConfig", "ConvNextForImageClassification", {
+        "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 10,
+    }),
+}  # fmt: skip
+"""Further Hugging Face families: configuration class, model class, configuration."""
+
+
+def further(name: str, batch: int) -> Case:
+    """One of `FURTHER` on random tokens or images."""
+    import transformers
+
+    config, model, options = FURTHER[name]
+    made = getattr(transformers, model)(getattr(transformers, config)(**options)).train()
+    if made.main_input_name == "pixel_values":
+        return Case(
+            made, kwargs={"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.randint(0, 10, (batch,))}
+        )
+    return Case(made, kwargs=tokens(batch, 96))
 
 
 # -- models that are nobody's library
@@ -298,4 +360,5 @@ CASES: dict[str, Callable[[int], Case]] = {
     "adapter": adapter,
     "teacher": teacher,
     "dropout": dropout,
+    **{name: functools.partial(further, name) for name in FURTHER},
 }

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from models import FAMILIES
+from models import FAMILIES, FURTHER
 from pool import Pool
 from running import differences, plan_of
 from shardwright.errors import PinError
@@ -28,6 +28,7 @@ SAMPLE = [
     ("llama-3kv", "tp=2", 1), ("gpt2-6heads", "tp=4", 1), ("llama-ignored", "dp=2", 4),
     ("bert-classify", "dp=2 zero=3", 1), ("mlp", "tp=2", 4), ("loss-fn", "dp=2 zero=2", 4), ("tied", "dp=2 tp=2 zero=1", 1),
     ("adapter", "dp=2 zero=3", 4), ("adapter", "tp=2", 1), ("teacher", "dp=2 zero=2", 1),
+    ("t5", "tp=2", 1), ("albert", "dp=2 zero=3", 2), ("phi3", "tp=2", 1), ("swin", "dp=2", 1),
 ]  # fmt: skip
 """(case, pins, microbatches) run every time."""
 
@@ -76,6 +77,13 @@ def test_matrix(name: str, pins: str, microbatches: int, pools: dict[int, Pool])
             check(name, f"{pins} dtype=fp32", microbatches, pools)
         return
     check(name, f"{pins} dtype=fp32", microbatches, pools)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pins", ["tp=2", "dp=2 zero=3 micro_batch=2", "dp=2 tp=2 zero=1", ""])
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_families(name: str, pins: str, pools: dict[int, Pool]) -> None:
+    check(name, f"{pins} dtype=fp32", 1, pools)
 
 
 def test_sequence_parallel_refuses_an_odd_number_of_patches() -> None:
