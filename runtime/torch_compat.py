@@ -59,8 +59,9 @@ def is_tracing() -> bool:
 
 
 def uses(x: Tensor) -> int:
-    """Owners of a tensor, in Python or not; no public call counts them."""
-    return x._use_count()
+    """Owners of a tensor, in Python or not; no public call counts them. 0 where torch does not tell (tried: 2.13 does)."""
+    count = getattr(x, "_use_count", None)
+    return count() if count is not None else 0
 
 
 def when_backward_ends(callback: Callable[[], None]) -> bool:

@@ -26,6 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+CALLS = 250
+"""After so many calls the ranks are started afresh: every mesh leaves process groups with three threads each, which DTensor's
+caches keep, and in a long sweep hundreds of them slow everything down."""
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to answer after one has failed (they may hang in a collective)."""
 
@@ -58,23 +61,10 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connec
                 continue
             try:
                 answer = pickle.dumps(("ok", function(*args)))
-                _leave_groups()
             except BaseException:
                 answer = pickle.dumps(("error", traceback.format_exc()))
             pipe.send_bytes(answer)
     os._exit(0)  # taking the process groups down in order costs seconds and tests nothing
-
-
-def _leave_groups() -> None:
-    """Leave every process group but the default one: each has three threads, and they add up over hundreds of meshes.
-
-    torch has no public list of groups.
-    """
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _world
-
-    for group in [g for g in _world.pg_map if g is not dist.group.WORLD]:
-        dist.destroy_process_group(group)
 
 
 class Pool:
@@ -85,11 +75,15 @@ class Pool:
         self.timeout = timeout
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = ""
+        self._calls = 0
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call `function(*args)` on every rank and return the results by rank; raises RankError."""
+        if self._calls == CALLS:
+            self.close()
         if not self._workers:
             self._start()
+        self._calls += 1
         request = pickle.dumps((function, args))
         for _, pipe in self._workers:
             pipe.send_bytes(request)
@@ -104,7 +98,7 @@ class Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._workers = []
+        self._workers, self._calls = [], 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
