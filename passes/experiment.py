@@ -51,8 +51,8 @@ def strip(args: Any, found: list[torch.Tensor]) -> Any:
     return args
 
 
-def fill(args: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Inverse of `strip`."""
+def fill(args: Any, tensors: Sequence[Any]) -> Any:
+    """Inverse of `strip`: `args` with tensors (or what stands for them) in the places of `Operand` marks."""
     if isinstance(args, Operand):
         return tensors[args.index]
     if isinstance(args, list | tuple):

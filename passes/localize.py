@@ -8,14 +8,16 @@ numbers of groups get them from the rule instance and the local size of each let
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..planner.outline import Op
 from ..planner.rule_types import Letters, RuleInstance
 from ..planner.rules import packet
+from .summarize import Call, operands_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Emitted = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -54,6 +56,17 @@ class Local:
         """A number of elements of a dim, in units of what its split leaves."""
         whole = math.prod(self.rule.sizes[c] for c in dims[dim])
         return elements * self.size(dims[dim]) // whole if whole else elements
+
+
+def local_form(op: Op, call: Call, sizes: Sequence[int]) -> Emitted:
+    """(target, args, kwargs) of an op of the outline where its factors have these local sizes."""
+    cut: dict[str, int] = {}
+    for factor, size in zip(op.factors, sizes, strict=True):
+        if "~" not in factor.name:
+            letter = factor.name.split(".")[0]
+            cut[letter] = cut.get(letter, 1) * size
+    _, args, kwargs = operands_of(call.node)
+    return localize(call.node.target, args, kwargs, call.rule, {**call.rule.sizes, **cut})
 
 
 def localize(

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..planner.cluster import Cluster
 from ..planner.fit import Sample, fitted, samples
-from ..planner.outline import Op
 from ..planner.prices import OpKey, OpRow, Prices
 from ..profiles.jobs import run_ranks
 from ..profiles.local import is_local_cpu, local_collectives, machine_key, threads_per_rank, versions
 from ..profiles.ops import OpRequest, argument_text, encode_request, parse_key
 from ..profiles.store import Store
-from .localize import localize
-from .summarize import Call, Summary, operands_of, target_name
+from .localize import local_form
+from .summarize import Summary, operands_of, target_name
 
 BUDGET_SECONDS = 12.0
 MOST_SAMPLES = 250
@@ -72,18 +70,7 @@ def _request(summary: Summary, sample: Sample, prices: Prices) -> OpRequest | No
     call = summary.calls[sample.op.name]
     key = prices.op_key(sample.op, sample.sizes, summary.outline.tensors)
     try:
-        target, args, kwargs = _local_form(sample.op, call, sample.sizes)
+        target, args, kwargs = local_form(sample.op, call, sample.sizes)
     except (ValueError, TypeError, KeyError, ZeroDivisionError):
         return None
     return OpRequest(target_name(target), key.operands, tuple(args), dict(kwargs), key.arguments)
-
-
-def _local_form(op: Op, call: Call, sizes: Sequence[int]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    cut: dict[str, int] = {}
-    for factor, size in zip(op.factors, sizes, strict=True):
-        if "~" not in factor.name:
-            letter = factor.name.split(".")[0]
-            cut[letter] = cut.get(letter, 1) * size
-    _, args, kwargs = operands_of(call.node)
-    target, args, kwargs = localize(call.node.target, args, kwargs, call.rule, {**call.rule.sizes, **cut})
-    return target, args, kwargs

@@ -25,12 +25,12 @@ from ..planner.assign import Assignment
 from ..planner.choices import states
 from ..planner.outline import Op
 from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
-from ..planner.rule_types import Operand
+from .experiment import fill
 from .factories import on_device
 from .fuse_bias import fuse_bias
-from .localize import localize
+from .localize import local_form
 from .lowered import CallForm, Emit, Emitted, Feed, Lowered
-from .summarize import Call, Summary, operands_of
+from .summarize import Call, Summary
 
 
 def lower(
@@ -302,7 +302,7 @@ class _Graph:
             if tensor.role == "parameter" and len(tensor.dims) == 1:
                 operand.meta["bias"] = True
         target, args, kwargs = self._special(op, self._local_form(op, call))
-        node = self.graph.call_function(target, _fill(args, operands), _fill(kwargs, operands))
+        node = self.graph.call_function(target, fill(args, operands), fill(kwargs, operands))
         node.meta["comment"] = f"{op.source}"
         for use, placement in zip(op.results, produced, strict=True):
             self.produced[use.tensor] = placement
@@ -326,14 +326,7 @@ class _Graph:
         sizes = [f.size for f in op.factors]
         for axis, factor in self._splits(op):
             sizes[factor] //= self._cut_sizes[axis]
-        letters = dict(call.rule.sizes)
-        cut: dict[str, int] = {}
-        for factor, size in zip(op.factors, sizes, strict=True):
-            if "~" not in factor.name:
-                letter = factor.name.split(".")[0]
-                cut[letter] = cut.get(letter, 1) * size
-        _, args, kwargs = operands_of(call.node)
-        return localize(call.node.target, args, kwargs, call.rule, letters | cut)
+        return local_form(op, call, sizes)
 
     def _special(self, op: Op, form: CallForm) -> CallForm:
         """Implementations of their own, seeded random ops, and factories on the device that runs."""
@@ -360,17 +353,6 @@ class _Graph:
         self.graph.eliminate_dead_code()
         fuse_bias(self.graph)
         return fx.GraphModule(torch.nn.Module(), self.graph)
-
-
-def _fill(value: Any, operands: Sequence[fx.Node]) -> Any:
-    """`value` with the nodes in the places of `Operand` marks."""
-    if isinstance(value, Operand):
-        return operands[value.index]
-    if isinstance(value, list | tuple):
-        return type(value)(_fill(v, operands) for v in value)
-    if isinstance(value, dict):
-        return {k: _fill(v, operands) for k, v in value.items()}
-    return value
 
 
 def _plain(name: str) -> str:
