@@ -46,7 +46,7 @@ class Evaluator:
 
     def __init__(self, template: Template, found: Facts, costs: Costs, setting: Setting) -> None:
         cut = template.cut
-        self.class_of, self.regathered = template.class_of, template.regathered
+        self.class_of = template.class_of
         self.representatives = tuple(item.op for item in template.ops)
         self.cut, self.facts, self.costs, self.setting = cut, found, costs, setting
         self.outline, self.m, self.sizes = cut.outline, cut.microbatches, costs.shape.sizes
@@ -54,6 +54,8 @@ class Evaluator:
         self.training = bool(self.outline.loss)
         self.parameters = {p.tensor: p for p in self.outline.parameters}
         self.region_of = {t: r for r, region in enumerate(self.outline.regions) for ts in region.parameters for t in ts}
+        # Parameters whose group ZeRO-3 gathers again in backward.
+        self.again = frozenset(t for t, r in self.region_of.items() if r in template.regathered)
         self.references = [0.0] * len(self.outline.regions)
         for r, region in enumerate(self.outline.regions):
             self.references[r] = (
@@ -67,8 +69,7 @@ class Evaluator:
         ledger.transitions()
         ledger.parameters()
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
-        again = frozenset(t for t, r in self.region_of.items() if r in self.regathered)
-        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), again)
+        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), self.again)
         points, causes = walked.points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
@@ -175,7 +176,7 @@ class _Ledger:
 
     def _times(self, name: str) -> Times:
         owner = self.owner
-        again = owner.region_of[name] in owner.regathered
+        again = name in owner.again
         return times(
             self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again
         )
@@ -193,13 +194,13 @@ class _Ledger:
 
     def _reduce(self, group: tuple[str, ...], used: Mapping[str, float], axis: int) -> None:
         owner = self.owner
-        members = [t for t in group for want in self.wants[t] if self._needs(t, want, axis)]
+        members = [(t, want) for t in group for want in self.wants[t] if self._needs(t, want, axis)]
         if not members:
             return
-        for name in group:
-            self.reduced[name].update(want for want in self.wants[name] if self._needs(name, want, axis))
+        for name, want in members:
+            self.reduced[name].add(want)
         bucket = owner.costs.bucket("all_reduce", (axis,), owner.references[owner.region_of[group[0]]])
-        total = sum(used[t] for t in members)
+        total = sum(used[t] for t, _ in members)
         self._bucket("all_reduce", (axis,), self._times(group[0]).backward, bucket.fixed + bucket.slope * total, total)
 
     def _needs(self, name: str, want: Placement, axis: int) -> bool:

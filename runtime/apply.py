@@ -23,7 +23,7 @@ from ..planner.plan import Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
-from .mesh import Mesh
+from .mesh import Mesh, rank, world_size
 from .module import ParallelModule
 from .programs import Programs, signature
 
@@ -112,10 +112,10 @@ def default_device() -> torch.device:
 
 def agree(decide: Callable[[], Plan]) -> Plan:
     """The plan that rank 0 decides on, on every rank; an error there is raised on all."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return decide()
     box: list[Any] = [None]
-    if dist.get_rank() == 0:
+    if rank() == 0:
         try:
             box = [dump_plan(decide())]
         except Exception as error:
@@ -134,14 +134,12 @@ def together(action: Callable[[], T]) -> T:
         result, failure = action(), None
     except Exception as error:
         failure = error
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        failures: list[Any] = [None] * dist.get_world_size()
+    if world_size() > 1:
+        failures: list[Any] = [None] * world_size()
         dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
         first = next((r for r, text in enumerate(failures) if text is not None), None)
         if failure is None and first is not None:
-            raise PlanMismatch(
-                f"rank {first} could not apply the plan, though rank {dist.get_rank()} could: {failures[first]}"
-            )
+            raise PlanMismatch(f"rank {first} could not apply the plan, though rank {rank()} could: {failures[first]}")
     if failure is not None:
         raise failure
     return result

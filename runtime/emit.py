@@ -11,6 +11,7 @@ from torch import fx
 
 from ..errors import UnsupportedOp
 from ..passes.lowered import CallForm, Emitted
+from ..passes.summarize import target_name
 from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
 from . import groups, transitions
@@ -70,10 +71,10 @@ class RankEmit:
         seeded = seeded_call(form, salt, self.device)
         if seeded is None or self.dropout:
             return seeded
-        if _packet(form) in DROPOUT:
+        if target_name(form[0]) in DROPOUT:
             return lambda _: _at_zero(form)
         target, args, kwargs = form
-        return (lambda _: (drawn, (target, *args), kwargs)) if _packet(form) in DRAWS else seeded
+        return (lambda _: (drawn, (target, *args), kwargs)) if target_name(form[0]) in DRAWS else seeded
 
     def shard_index(self, axes: Sequence[int]) -> int:
         """This rank's index among the shards made by `axes`."""
@@ -96,13 +97,9 @@ DRAWS |= {"aten.normal_functional"}
 """Ops that make a tensor of drawn numbers."""
 
 
-def _packet(form: CallForm) -> str:
-    return str(getattr(form[0], "overloadpacket", form[0]))
-
-
 def _at_zero(form: CallForm) -> CallForm:
     target, args, kwargs = form
-    position, name = DROPOUT[str(target.overloadpacket)]
+    position, name = DROPOUT[target_name(target)]
     if len(args) > position:
         return target, (*args[:position], 0.0, *args[position + 1 :]), kwargs
     return target, args, {**kwargs, name: 0.0}

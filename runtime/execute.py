@@ -25,7 +25,7 @@ from ..planner.planfile import load_plan, write_whole
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
 from .losses import loss_of
-from .mesh import Mesh, ensure_process_group, leave_process_group, rank, world_size
+from .mesh import check_world, ensure_process_group, leave_process_group, rank, world_size
 from .module import ParallelModule
 from .monitor import measure_step
 from .optimizers import make_optimizer
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything one rank does; the same dictionary on every rank."""
     plan = agree(lambda: load_plan(options.plan))
-    Mesh.create(plan.mesh, device)  # of as many ranks as are running, before anything is built
+    check_world(plan.mesh)
     loaded = rebuild(plan.source)
     limit = plan.memory_limit_bytes
     found: dict[str, Any] = {

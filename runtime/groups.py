@@ -1,4 +1,4 @@
-"""Bucketed collectives of parameter groups: one flat buffer and one collective for all tensors of a group.
+"""Bucketed collectives of parameter groups: one collective for all tensors of a group.
 
     gather    shards -> wholes: one all_gather forward, one reduce_scatter of the gradients backward (ZeRO-1 and 3)
     attach    (shards, cached wholes) -> wholes: nothing forward, one reduce_scatter backward (ZeRO-2 with microbatches)

@@ -55,6 +55,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def check_world(axes: Sequence[MeshAxis]) -> int:
+    """The number of running ranks; raises LaunchError where it is not that of a mesh of `axes`."""
+    wanted, found = prod(a.size for a in axes), world_size()
+    if wanted != found:
+        shape = " x ".join(f"{a.name}={a.size}" for a in axes) or "one device"
+        raise LaunchError(
+            f"the plan is for {wanted} ranks ({shape}) but {found} are running; "
+            f"start it with: torchrun --nproc-per-node {wanted} ... or plan again for {found}"
+        )
+    return found
+
+
 @dataclass
 class Mesh:
     """Where this process stands in a plan's mesh.
@@ -73,14 +85,7 @@ class Mesh:
     @classmethod
     def create(cls, axes: Sequence[MeshAxis], device: torch.device) -> Mesh:
         """The mesh of `axes` on the running ranks; raises LaunchError where their number differs from the plan's."""
-        axes = tuple(axes)
-        wanted, found = prod(a.size for a in axes), world_size()
-        if wanted != found:
-            shape = " x ".join(f"{a.name}={a.size}" for a in axes) or "one device"
-            raise LaunchError(
-                f"the plan is for {wanted} ranks ({shape}) but {found} are running; "
-                f"start it with: torchrun --nproc-per-node {wanted} ... or plan again for {found}"
-            )
+        axes, found = tuple(axes), check_world(axes)
         if not dist.is_initialized():
             return cls(axes, device, (0,) * len(axes))
         ranks = torch.arange(found).reshape([a.size for a in axes] or [1])

@@ -21,6 +21,7 @@ from ..passes.lift import Lift
 from ..planner.plan import Plan
 from . import parameters
 from .losses import loss_of
+from .mesh import rank
 from .module import ParallelModule
 from .optimizers import make_optimizer
 
@@ -75,10 +76,10 @@ def _compare(
     reference = copy.deepcopy(model).to(dtype)
     args, kwargs = tree_map(lambda v: v.to(dtype) if _floating(v) else v, (args, kwargs))
     device = planned.device_of_run
-    if _rank() != 0:
+    if rank() != 0:
         reference = reference.to("meta")
     steps = STEPS if name == "float64" else 1
-    pair = _Pair(reference.to(device) if _rank() == 0 else reference, planned, args, kwargs, plan.optimizer, loss_fn)
+    pair = _Pair(reference.to(device) if rank() == 0 else reference, planned, args, kwargs, plan.optimizer, loss_fn)
     limits = LIMITS[name]
     found = []
     for step in range(steps):
@@ -102,7 +103,7 @@ class _Pair:
         self.exact = next(planned.parameters()).dtype == torch.float64
         device = planned.device_of_run
         self.args, self.kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (args, kwargs))
-        self.leads = _rank() == 0
+        self.leads = rank() == 0
         self.of_planned = make_optimizer(optimizer, planned.parameters())
         self.of_reference = make_optimizer(optimizer, reference.parameters()) if self.leads else None
 
@@ -169,10 +170,6 @@ def _distance(a: Tensor, b: Tensor, floor: float) -> float:
     if a.numel() == 0 or torch.equal(a, b):
         return 0.0
     return float((a - b).abs().max() / max(float(b.abs().max()), floor, torch.finfo(a.dtype).tiny))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _from_first(value: Tensor) -> Tensor:
