@@ -34,8 +34,12 @@ def make_plan(
     model: nn.Module, example_inputs: Any, cluster: Cluster | str, *, optimizer: str = "adamw",
     memory_limit: int | str | None = None, pins: Sequence[str] = (), objective: str = "throughput",
     loss_fn: Callable[..., Any] | None = None, seed: int = 0, store: Path | None = None, say: Say | None = None,
+    runnable: bool = True,
 ) -> Plan:  # fmt: skip
     """Plan a live module (its parameters may be on meta) for a cluster; no device and no process group are needed.
+
+    With `runnable` (the default) the plan is one that `apply_plan` executes; without, the whole space is searched: pipelines,
+    recompute, offload, context and expert parallelism too.
 
     `example_inputs`: a dict of keyword inputs, a tuple of positional ones, or one tensor, at the global batch. `store` is
     the profile store that measurements of this machine are kept in. Raises CaptureError, PinError, ClusterError, or
@@ -51,7 +55,7 @@ def make_plan(
     source = Source("module", type(model).__name__, _leading(args, kwargs), seed=seed)
     job = Job.create(
         model, args, kwargs, where, parsed, precision, source, optimizer=optimizer, objective=objective, loss_fn=loss_fn,
-        store=store, clock=Clock(say),
+        store=store, clock=Clock(say), runnable=runnable,
     )  # fmt: skip
     return job.solve()
 
@@ -64,19 +68,21 @@ def plan_model(
 ) -> PlanResult:  # fmt: skip
     """Plan a model named on the command line (`hf:NAME`, `hf:config.json`, `file.py:function`).
 
+    For this machine (`local`, `local-cpu`) the plan is one that it can run; for any other cluster the whole space is searched.
     `batch` "auto" takes the batch with the best throughput that fits. `show` receives the estimate before the search.
     """
     from .passes.models import load_model
 
     clock, parsed, where = Clock(say), parse_pins(pins), cluster_of(cluster, memory_limit, store)
     precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
+    runnable = where.spec.startswith("local")
 
     def job_at(size: int) -> Job:
         with clock.phase("load"):
             loaded = load_model(spec, batch=size, seq=seq, seed=seed, device="meta")
         return Job.create(
             loaded.model, loaded.args, loaded.kwargs, where, parsed, precision, loaded.source, optimizer=optimizer,
-            objective=objective, loss_fn=None, store=store, clock=clock,
+            objective=objective, loss_fn=None, store=store, clock=clock, runnable=runnable,
         )  # fmt: skip
 
     default = data_ranks(parsed, where)
@@ -96,9 +102,11 @@ def data_ranks(pins: Pins, cluster: Cluster) -> int:
     """Number of data-parallel ranks the pins leave: the default batch."""
     if pins.dp is not None:
         return pins.dp
-    if pins.tp is not None and cluster.devices % pins.tp:
-        raise PinError(f"tp={pins.tp} does not divide the {cluster.devices} devices")
-    return cluster.devices // (pins.tp or 1)
+    inner = (pins.tp or 1) * (pins.pp or 1) * (pins.cp or 1)
+    if cluster.devices % inner:
+        told = " ".join(f"{k}={getattr(pins, k)}" for k in ("tp", "pp", "cp") if getattr(pins, k) is not None)
+        raise PinError(f"{told} does not divide the {cluster.devices} devices")
+    return cluster.devices // inner
 
 
 def apply_plan(

@@ -71,8 +71,13 @@ class Job:
     def create(
         cls, model: nn.Module, args: Any, kwargs: Any, cluster: Cluster, pins: Pins, precision: Precision, source: Source,
         *, optimizer: str, objective: str, loss_fn: Callable[..., Any] | None, store: Path | None, clock: Clock,
+        runnable: bool = False,
     ) -> Job:  # fmt: skip
-        """Capture, outline and price `model`; its parameters and inputs are only looked at."""
+        """Capture, outline and price `model`; its parameters and inputs are only looked at.
+
+        `runnable` keeps the plan to what the runtime executes.
+        """
+        from .passes.kernels import dropping_attention
         from .passes.prepare import prepare
 
         with clock.phase("capture"):
@@ -85,8 +90,9 @@ class Job:
 
             prices = measured_prices(summary, cluster, precision.compute, store=store)
         request = Request(
-            source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event
-        )
+            source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,
+            frozenset(dropping_attention(summary.calls)),
+        )  # fmt: skip
         return cls(summary.outline, cluster, prices, request, clock)
 
     def solve(self) -> Plan:

@@ -37,11 +37,13 @@ def command(
     MODEL is hf:NAME (gpt2, llama3-8b, ...), hf:config.json, or file.py:function. No GPU and no weights are needed.
     """
     from ..api import plan_model
+    from ..garbage import held_back, leave_unswept
     from ..planner.planfile import save_plan
     from ..profiles.store import default_path
     from . import tables
 
-    with tables.progress() as tell:
+    leave_unswept()
+    with held_back(), tables.progress() as tell:
 
         def estimated(estimate: Mapping[str, float]) -> None:
             tell.note(f"estimate: {tables.estimate_line(estimate)}")

@@ -30,12 +30,13 @@ class Lazy:
 
     def __init__(self, known: Known) -> None:
         self.known = known
+        self._repeated: dict[fx.Node, tuple[bool, ...]] = {}
 
     def at(self, node: fx.Node, grid: Grid) -> torch.Tensor:
         """`node[grid]`; raises Unknown."""
         whole = self.known.value(node)
         if whole is not None:
-            return whole[tuple(grid)] if grid else whole
+            return whole[tuple(self._first(node, whole, grid))] if grid else whole
         if not self.known.independent(node) or node.op != "call_function":
             raise Unknown(str(node))
         walk = _WALKS.get(name_of(node))
@@ -44,6 +45,15 @@ class Lazy:
         if torch.Tag.pointwise in node.target.tags or name_of(node) in _POINTWISE:  # type: ignore[union-attr]
             return self._pointwise(node, grid)
         raise Unknown(str(node.target))
+
+    def _first(self, node: fx.Node, whole: torch.Tensor, grid: Grid) -> Grid:
+        """The grid without the dims along which a value repeats itself (the same positions in every sample, say)."""
+        if node not in self._repeated:
+            self._repeated[node] = tuple(
+                size > 0 and bool((whole == whole.narrow(dim, 0, 1)).all()) for dim, size in enumerate(whole.shape)
+            )
+        zero = torch.zeros((), dtype=torch.long)
+        return [zero if same else index for same, index in zip(self._repeated[node], grid, strict=True)]
 
     def _pointwise(self, node: fx.Node, grid: Grid) -> torch.Tensor:
         def element(arg: fx.Node) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch import nn
 
 from .. import profiles
 from ..errors import PlanMismatch, UsageError
+from ..garbage import held_back
 from ..planner.plan import Source
 from .diagnose import user_line
 
@@ -70,13 +71,15 @@ def load_model(
         raise UsageError(f"batch and seq must be positive, not {batch} and {seq}")
     if name.startswith("hf:"):
         config = _read_config(name.removeprefix("hf:"))
-        return _hugging_face(name, config, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
+        with held_back():
+            return _hugging_face(name, config, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
     file, separator, function = name.rpartition(":")
     if not separator or not file.endswith(".py"):
         raise UsageError(
             f"{name!r} is not a model; write hf:NAME (one of {', '.join(shipped())}), hf:config.json or file.py:function"
         )
-    return _from_function(name, file, function, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
+    with held_back():
+        return _from_function(name, file, function, batch=batch, seq=seq, device=device, seed=seed, dtype=dtype)
 
 
 def rebuild(
@@ -132,8 +135,9 @@ def _hugging_face(
         import transformers
     except ImportError as error:
         raise UsageError("hf: models need transformers: pip install 'shardwright[hf]'") from error
-    config = _config(transformers, name, document)
-    cls = _model_class(transformers, name, config)
+    with _listed_once(transformers):
+        config = _config(transformers, name, document)
+        cls = _model_class(transformers, name, config)
     with _seeded(seed, device, dtype), _clear(f"building {name}"):
         model = cls(config)
     if getattr(config, "_experts_implementation", None) == "eager" and hasattr(model, "set_experts_implementation"):
@@ -143,6 +147,29 @@ def _hugging_face(
     kwargs, seq, kind = _inputs(model, config, name, batch, seq, device, seed, dtype)
     source = Source("hf", name, batch, seq, config=document, seed=seed)
     return Loaded(model, (), kwargs, source, batch, seq, kind)
+
+
+@contextlib.contextmanager
+def _listed_once(transformers: Any) -> Iterator[None]:
+    """Transformers reads the sources of all its models when imported, and again for the first model: give it the first list.
+
+    Its own cache keeps one folder under two names (tried: 5.23). Where it does not work that way, nothing changes.
+    """
+    module = transformers.utils.import_utils
+    read = getattr(module, "create_import_structure_from_path", None)
+    if read is None:
+        yield
+        return
+
+    def listed(path: str | Path) -> Any:
+        folder = Path(path)
+        return read(folder.parent if folder.name == "__init__.py" else path)
+
+    module.create_import_structure_from_path = listed
+    try:
+        yield
+    finally:
+        module.create_import_structure_from_path = read
 
 
 def _config(transformers: Any, name: str, document: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..garbage import held_back
 from .capture import capture
 from .discover import discover_node
 from .skeleton import skeleton, to_meta
@@ -33,8 +34,9 @@ def prepare_bare(
 
     Ops without a rule are tried out (passes/discover.py); `cache` is a file that keeps what was found.
     """
-    captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, train=train, lift_float64=lift)
-    return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance)
+    with held_back():
+        captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, train=train, lift_float64=lift)
+        return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance)
 
 
 def other_dtypes(model: nn.Module, compute: str) -> frozenset[torch.dtype]:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedOp
+from ..planner import rule_experts
 from ..planner.factors import Classes, LetteredOp, Refined, classes, refine
 from ..planner.microbatch import BatchCut, cut_batch
 from ..planner.outline import Op, Outline, Parameter, Saved, Tensor, Use
@@ -250,7 +251,7 @@ def _weighted(calls: Mapping[str, Call], tensors: Mapping[str, Tensor], groups: 
     """Classes of factors that stand in the weight of a projection or in an embedding table."""
     found: set[tuple[str, int, int]] = set()
     for call in calls.values():
-        if call.rule.kind not in ("matmul", "conv", "embedding"):
+        if call.rule.kind not in ("matmul", "conv", "embedding", "experts"):
             continue
         for operand in call.operands:
             root = tensors[tensors[operand].storage]
@@ -274,19 +275,26 @@ def _op(call, refined, tensors, seen, groups, batches, weighted) -> Op:  # type:
     if rule.kind == "matmul" and backward:
         # Each matmul's backward is one matmul of the same size per operand that takes a gradient.
         backward = rule.flops * sum(tensors[o].differentiable for o in call.operands[:2])
+    if rule.kind == "experts" and backward:
+        shapes = [shape_of(tensors[o].dims) for o in call.operands]
+        backward = rule_experts.backward_flops(shapes, [tensors[o].differentiable for o in call.operands])
     return Op(
         name, target_name(call.node.target), rule.kind, operands, results, tuple(factors), rule.linear,
-        rule.flops, backward, _saved(seen, refined.factors[name], results),
-        projection=rule.kind in ("matmul", "conv") and len(weights) == 1, source=str(call.node.meta.get("source", "")),
+        rule.flops, backward, _saved(seen, refined.factors[name], results, rule.kind),
+        projection=(rule.kind in ("matmul", "conv") and len(weights) == 1) or (rule.kind == "experts" and bool(weights)),
+        source=str(call.node.meta.get("source", "")),
     )  # fmt: skip
 
 
-def _saved(seen: Observation, factors, results: tuple[Use, ...]) -> tuple[Saved, ...]:  # type: ignore[no-untyped-def]
+def _saved(seen: Observation, factors, results: tuple[Use, ...], kind: str) -> tuple[Saved, ...]:  # type: ignore[no-untyped-def]
     """Observed tensors as operand, result or new; a new one scales with the result's factors it can be matched to."""
     found = [Saved("operand", i) for i in seen.operands] + [Saved("result", i) for i in seen.results]
     order = [f for use in results[:1] for members in use.factors for f in members]
     order += [i for i in range(len(factors)) if i not in order]
     for shape, bytes_ in seen.new:
+        if kind == "experts":
+            found.append(Saved("new", 0, rule_experts.saved_factors(factors, len(shape)), bytes_))
+            continue
         left, scales = 1, []
         for size in shape:
             left *= size
@@ -300,10 +308,13 @@ def _saved(seen: Observation, factors, results: tuple[Use, ...]) -> tuple[Saved,
 
 def _outline(captured, ops, tensors, calls, batch, cut: BatchCut) -> Outline:  # type: ignore[no-untyped-def]
     parameters = [e for e in captured.entries if e.role == "parameter"]
-    nodes = [
-        Node(op.name, signature(calls[op.name], tensors), calls[op.name].operands, calls[op.name].results) for op in ops
-    ]
-    regions = find_regions(nodes, [e.node for e in parameters])
+    nodes = []
+    for op in ops:
+        call = calls[op.name]
+        sizes = tuple(tensors[r].elements for r in call.results)
+        nodes.append(Node(op.name, signature(call, tensors), call.operands, call.results, sizes))
+    given = [e.node for e in captured.entries if e.role in ("buffer", "constant")]
+    regions = find_regions(nodes, [e.node for e in parameters], given)
     text = "\n".join(f"{n.name} {n.signature} {n.operands} {n.results}" for n in nodes)
     # One plan serves float32, float64 (verification) and mixed precision: floating dtypes do not tell graphs apart.
     text = re.sub(r"b?float(16|32|64)", "float", text)

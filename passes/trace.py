@@ -16,9 +16,19 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import CaptureError
-from .diagnose import explain
+from .diagnose import explain, in_torch
+from .experts.interface import lifted_experts
 from .lift import lift_casts
-from .torch_compat import FakeTensorMode, fake_mode, is_plain, lazy_graphs, pytree, quiet, watch_autograd_functions
+from .torch_compat import (
+    FakeTensorMode,
+    fake_mode,
+    is_plain,
+    lazy_graphs,
+    pytree,
+    quiet,
+    short_stacks,
+    watch_autograd_functions,
+)
 
 WRAPPED = "model."
 """Prefix of names when a loss function is wrapped around the model."""
@@ -68,8 +78,9 @@ def trace(
         stack.enter_context(torch.enable_grad())
         if lift_float64:
             stack.enter_context(lift_casts())
+        notes += stack.enter_context(lifted_experts(model))
         try:
-            with quiet(), watch_autograd_functions(functions.append), lazy_graphs():
+            with quiet(), watch_autograd_functions(functions.append), lazy_graphs(), short_stacks(in_torch):
                 program = torch.export.export(called, args, kwargs, strict=False)
         except Exception as error:
             problems = explain(called, args, kwargs, error)
@@ -86,7 +97,7 @@ def _functions(seen: list[type]) -> list[str]:
             problems.append(
                 "reentrant activation checkpointing runs without gradients when traced; pass use_reentrant=False"
             )
-        elif not cls.__module__.startswith("torch."):
+        elif not cls.__module__.startswith(("torch.", f"{__package__.partition('.')[0]}.")):
             problems.append(
                 f"custom autograd function {cls.__module__}.{cls.__qualname__}: its backward would be lost; "
                 "register it with torch.library.custom_op and register_autograd"

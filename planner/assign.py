@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from ..errors import PlanError, PlanMismatch
 from .choices import states
-from .outline import Op, Outline
+from .outline import Op, Outline, Region
 from .placement import Placement, parse_state
-from .plan import ParameterPlan, Plan
+from .plan import ParameterPlan, Plan, RegionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +37,76 @@ class Assignment:
 
 def assign(plan: Plan, outline: Outline) -> Assignment:
     """Spread `plan` over `outline`; raises PlanMismatch where regions, ops or parameters differ, PlanError for bad states."""
-    if len(plan.regions) != len(outline.regions):
-        raise PlanMismatch(f"the plan has {len(plan.regions)} regions, the model has {len(outline.regions)}")
+    ways = _ways(plan, outline)
     choices: dict[str, tuple[str, ...]] = {}
     storage: dict[str, Storage] = {}
     by_name = outline.by_name
     names = {p.tensor: p.names for p in outline.parameters}
-    for wanted, found in zip(plan.regions, outline.regions, strict=True):
-        where = f"region {wanted.name}"
-        if wanted.repeats != found.repeats or len(wanted.ops) != len(found.instances[0]):
-            raise PlanMismatch(
-                f"{where}: the plan has {wanted.repeats} x {len(wanted.ops)} ops, "
-                f"the model has {found.repeats} x {len(found.instances[0])}"
-            )
-        for i, op in enumerate(wanted.ops):
-            target = by_name[found.instances[0][i]].target
-            if op.target != target:
-                raise PlanMismatch(f"{where}, op {op.op}: the plan has {op.target}, the model has {target}")
-            for instance in found.instances:
-                choices[instance[i]] = op.choice
-        if len(wanted.parameters) != len(found.parameters[0]):
-            raise PlanMismatch(
-                f"{where}: the plan has {len(wanted.parameters)} parameters, the model has {len(found.parameters[0])}"
-            )
-        for i, parameter in enumerate(wanted.parameters):
-            if parameter.names != names[found.parameters[0][i]]:
-                raise PlanMismatch(
-                    f"{where}: the plan has {parameter.names}, the model has {names[found.parameters[0][i]]}"
-                )
-            for instance in found.parameters:
-                storage[instance[i]] = _storage(plan, parameter)
+    for found, entries in zip(outline.regions, ways, strict=True):
+        for wanted in {entry.name: entry for entry in entries}.values():
+            _check_region(wanted, found, by_name, names)
+        for instance, wanted in zip(found.instances, entries, strict=True):
+            choices.update(zip(instance, (op.choice for op in wanted.ops), strict=True))
+        for instance, wanted in zip(found.parameters, entries, strict=True):
+            storage.update(zip(instance, (_storage(plan, p) for p in wanted.parameters), strict=True))
     data_axes = tuple(i for i, axis in enumerate(plan.mesh) if axis.role == "data")
     return Assignment(choices, storage, parameter_groups(outline, storage), data_axes)
+
+
+def _ways(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
+    """The plan's entry for every instance of every region."""
+    known: dict[str, list[RegionPlan]] = {}
+    for entry in plan.regions:
+        known.setdefault(entry.region or entry.name, []).append(entry)
+    if len(known) != len(outline.regions):
+        raise PlanMismatch(f"the plan has {len(known)} regions, the model has {len(outline.regions)}")
+    runs = sorted(
+        (run.first, run.use, run.count) for stage in plan.stages for run in stage.runs
+    )  # fmt: skip
+    found = []
+    for (name, entries), region in zip(known.items(), outline.regions, strict=True):
+        total = sum(entry.repeats for entry in entries)
+        if total != region.repeats:
+            told, mine = (len(entries[0].ops), len(region.instances[0]))
+            raise PlanMismatch(
+                f"region {name}: the plan has {total} x {told} ops, the model has {region.repeats} x {mine}"
+            )
+        if len(entries) == 1:
+            found.append(entries * total)
+            continue
+        by_name = {entry.name: entry for entry in entries}
+        placed: list[RegionPlan | None] = [None] * total
+        for first, use, count in runs:
+            if use in by_name:
+                for k in range(first, min(first + count, total)):
+                    placed[k] = by_name[use]
+        missing = [k for k, entry in enumerate(placed) if entry is None]
+        if missing:
+            raise PlanError(f"region {name}: no stage holds instance {missing[0]}")
+        found.append([entry for entry in placed if entry is not None])
+    return found
+
+
+def _check_region(
+    wanted: RegionPlan, found: Region, by_name: Mapping[str, Op], names: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise PlanMismatch where an entry's ops or parameters are not those of the region."""
+    where = f"region {wanted.name}"
+    if len(wanted.ops) != len(found.instances[0]):
+        raise PlanMismatch(
+            f"{where}: the plan has {wanted.repeats} x {len(wanted.ops)} ops, "
+            f"the model has {found.repeats} x {len(found.instances[0])}"
+        )
+    for op, name in zip(wanted.ops, found.instances[0], strict=True):
+        if op.target != by_name[name].target:
+            raise PlanMismatch(f"{where}, op {op.op}: the plan has {op.target}, the model has {by_name[name].target}")
+    if len(wanted.parameters) != len(found.parameters[0]):
+        raise PlanMismatch(
+            f"{where}: the plan has {len(wanted.parameters)} parameters, the model has {len(found.parameters[0])}"
+        )
+    for parameter, name in zip(wanted.parameters, found.parameters[0], strict=True):
+        if parameter.names != names[name]:
+            raise PlanMismatch(f"{where}: the plan has {parameter.names}, the model has {names[name]}")
 
 
 def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assignment:

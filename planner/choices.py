@@ -1,13 +1,15 @@
 """How one op may run along one mesh axis, and the states that makes of its operands and results (docs/placements.md).
 
 Along an axis an op splits one factor, or splits none and runs on whole values (all R, or all V), or lets a partial sum pass.
-The spelling of a choice, as it stands in a plan, is the factor's name, "R", "V", or "P" + the index of the op's linear entry.
+The spelling of a choice, as it stands in a plan, is the factor's name, "R", "V", "P" + the index of the op's linear entry, or
+"ring": attention with queries and keys both split along their positions (planner/ring.py).
 """
 
 from __future__ import annotations
 
 from .outline import Op, Tensor, Use
 from .placement import P, R, State, V, split
+from .ring import RING, ring_of
 
 Tensors = dict[str, Tensor]
 
@@ -33,6 +35,8 @@ def states(op: Op, tensors: Tensors, choice: str) -> tuple[tuple[State, ...], tu
         group = op.linear[int(choice[1:])]
         operands = tuple(P if i in group else _plain(tensors, use, V) for i, use in enumerate(op.operands))
         return operands, tuple(P for _ in op.results)
+    if choice == RING:
+        return _ring(op, tensors)
     names = [f.name for f in op.factors]
     if choice not in names:
         raise ValueError(f"{op.name} ({op.target}) has no factor {choice!r}; it has {', '.join(names) or 'none'}")
@@ -42,6 +46,16 @@ def states(op: Op, tensors: Tensors, choice: str) -> tuple[tuple[State, ...], tu
     # An implementation closes its own sums (vocabulary-parallel loss): a result lacking the factor is whole.
     missing = R if lacking in CLOSED else P
     return operands, tuple(_side(tensors, use, index, missing) for use in op.results)
+
+
+def _ring(op: Op, tensors: Tensors) -> tuple[tuple[State, ...], tuple[State, ...]]:
+    """Queries, masks and results split along the queries' positions, keys and values along theirs."""
+    ring = ring_of(op)
+    if ring is None:
+        raise ValueError(f"{op.name} ({op.target}) cannot run as a ring")
+    positions = [ring.key if i in (1, 2) else ring.query for i in range(len(op.operands))]
+    operands = tuple(_side(tensors, use, f, V) for use, f in zip(op.operands, positions, strict=True))
+    return operands, tuple(_side(tensors, use, ring.query, R) for use in op.results)
 
 
 CLOSED = frozenset({"vocab_loss"})

@@ -4,14 +4,18 @@ Ranks are numbered so that neighbours are close: a level of span `ranks` joins b
 of a mesh axis is `size` ranks that stand `stride` apart. What it crosses on its way is its `Route`: one `Hop` per level, with
 the group's members below that level and within one block of it. All groups of one axis run at once, so a link that several
 of them cross is divided: `Level.bytes_per_second` is one rank's share of it while every rank sends.
+
+A cluster of unlike devices is a row of `Pool`s of consecutive ranks, each with levels of its own, joined by the outermost
+level. `Cluster.sub` gives one pool as a cluster of equal devices, which is what everything below a pipeline stage sees.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import ClusterError
@@ -29,6 +33,8 @@ class Device:
     `kernel_overhead_seconds` is added to every kernel; no kernel takes less than `issue_seconds`, what the host needs to start
     one. `compute_units` (0: not modelled) and `contraction_half` describe how small matmuls fall short (planner/prices.py).
     `context_bytes` is what the driver and the communication library take. `sources` says where each figure comes from.
+    `overlap_fraction` of a collective's seconds may hide under compute that does not wait for it; while both run, both take
+    `overlap_slowdown` times as long.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Device:
     reserve_fraction: float = 0.08
     kind: str = "gpu"
     sources: Mapping[str, str] = field(default_factory=dict)
+    overlap_fraction: float = 0.0
+    overlap_slowdown: float = 1.0
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s for `dtype`; raises ClusterError naming the dtypes the device has."""
@@ -60,6 +68,78 @@ class Device:
     def source(self, datum: str) -> str:
         """Where a figure comes from; "" when nothing is noted."""
         return self.sources.get(datum, self.sources.get(datum.partition(".")[0], ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The tiers behind the devices of one node: host memory and disk. What is not said to be a rank's is the node's.
+
+    `ranks` devices share the node. `copy_bytes_per_second` between host and device is one direction of one rank's share while
+    all ranks copy, `duplex_fraction` what is left of it while the other direction is busy too, `copy_latency_seconds` the fixed
+    cost of one copy. `host_update_seconds_per_element` is one rank's Adam step on its share of the cores, all ranks at it.
+    `disk_bytes` is 0 without a disk; `cost_per_hour` is in US dollars, None where no list price is known.
+    """
+
+    ranks: int
+    host_bytes: int
+    copy_bytes_per_second: float
+    host_memory_bytes_per_second: float
+    host_update_seconds_per_element: float
+    copy_latency_seconds: float = 0.0
+    duplex_fraction: float = 1.0
+    disk_bytes: int = 0
+    disk_read_bytes_per_second: float = 0.0
+    disk_write_bytes_per_second: float = 0.0
+    cost_per_hour: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rank_host_bytes(self) -> int:
+        """Host memory of one rank."""
+        return self.host_bytes // self.ranks
+
+    @property
+    def rank_disk_bytes(self) -> int:
+        """Disk of one rank."""
+        return self.disk_bytes // self.ranks
+
+    @property
+    def rank_disk_read_bytes_per_second(self) -> float:
+        """What one rank reads from disk while all ranks of the node do."""
+        return self.disk_read_bytes_per_second / self.ranks
+
+    @property
+    def rank_disk_write_bytes_per_second(self) -> float:
+        """What one rank writes to disk while all ranks of the node do."""
+        return self.disk_write_bytes_per_second / self.ranks
+
+    @property
+    def rank_host_memory_bytes_per_second(self) -> float:
+        """One rank's share of the host's memory bandwidth."""
+        return self.host_memory_bytes_per_second / self.ranks
+
+    @property
+    def rank_cost_per_hour(self) -> float | None:
+        """US dollars an hour for one rank's share of the node."""
+        return None if self.cost_per_hour is None else self.cost_per_hour / self.ranks
+
+    def scaled(self, ranks: int) -> Host:
+        """A node of `ranks` such devices: a slice (or a multiple) of this one, every rank's share unchanged."""
+        part = ranks / self.ranks
+        return replace(
+            self,
+            ranks=ranks,
+            host_bytes=int(self.host_bytes * part),
+            host_memory_bytes_per_second=self.host_memory_bytes_per_second * part,
+            disk_bytes=int(self.disk_bytes * part),
+            disk_read_bytes_per_second=self.disk_read_bytes_per_second * part,
+            disk_write_bytes_per_second=self.disk_write_bytes_per_second * part,
+            cost_per_hour=None if self.cost_per_hour is None else self.cost_per_hour * part,
+        )
+
+    def source(self, datum: str) -> str:
+        """Where a figure comes from; "" when nothing is noted."""
+        return self.sources.get(datum, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +192,24 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """Equal devices inside a cluster: consecutive ranks with nodes, links and tiers of their own."""
+
+    device: Device
+    devices: int
+    per_node: int
+    levels: tuple[Level, ...]
+    host: Host | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """`devices` equal devices, `per_node` to a node, joined by `levels` (innermost first). `spec` is the string it came from.
 
-    `limit_bytes` is a memory limit per device that replaces the default one.
+    `limit_bytes` is a memory limit per device that replaces the default one. `host` are the tiers behind each node, None where
+    nothing can be offloaded. With `pools`, `devices` is the sum over them, `device`, `per_node` and `host` are the first pool's,
+    and `levels` are the slowest of all, with the level that joins the pools outermost: `join_pools` makes such a cluster.
     """
 
     name: str
@@ -125,6 +219,26 @@ class Cluster:
     levels: tuple[Level, ...]
     spec: str = ""
     limit_bytes: int | None = None
+    host: Host | None = None
+    pools: tuple[Pool, ...] = ()
+
+    def pool_list(self) -> tuple[Pool, ...]:
+        """The pools in rank order; the whole cluster as one pool when its devices are equal."""
+        whole = Pool(self.device, self.devices, self.per_node, self.levels, self.host, self.name)
+        return self.pools or (whole,)
+
+    def sub(self, pool: Pool) -> Cluster:
+        """One pool as a cluster of equal devices."""
+        return Cluster(
+            pool.name, pool.device, pool.devices, pool.per_node, pool.levels, pool.name, self.limit_bytes, pool.host
+        )
+
+    @property
+    def cost_per_hour(self) -> float | None:
+        """US dollars an hour for all devices; None where a pool has no list price."""
+        costs = [(p.host.rank_cost_per_hour if p.host is not None else None, p.devices) for p in self.pool_list()]
+        known = [cost * devices for cost, devices in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
 
     def level_of(self, stride: int, size: int) -> Level:
         """The outermost level that a group of `size` ranks `stride` apart crosses (the innermost one for a group of one)."""
@@ -156,6 +270,8 @@ class Cluster:
             parts = dict(data)
             parts["device"] = Device(**parts["device"])
             parts["levels"] = tuple(Level(**level) for level in parts["levels"])
+            parts["host"] = _host(parts.get("host"))
+            parts["pools"] = tuple(_pool(pool) for pool in parts.get("pools", ()))
             return cls(**parts)
         except (KeyError, TypeError, AttributeError) as error:
             raise ClusterError(f"cluster description: {str(error).replace('__init__() ', '')}") from None
@@ -170,7 +286,26 @@ def default_limit_bytes(cluster: Cluster) -> int:
     """The memory a plan may use per device: the limit given, else the device's memory less its reserve (8 %)."""
     if cluster.limit_bytes is not None:
         return cluster.limit_bytes
-    return int(cluster.device.memory_bytes * (1.0 - cluster.device.reserve_fraction))
+    devices = [pool.device for pool in cluster.pool_list()]
+    return min(int(device.memory_bytes * (1.0 - device.reserve_fraction)) for device in devices)
+
+
+def join_pools(name: str, pools: Sequence[Pool], outer: Level, spec: str = "") -> Cluster:
+    """One cluster of several pools in rank order, joined by `outer` (its span is set to all ranks).
+
+    Its own `levels` serve groups that span pools: the slowest innermost links as far as they reach in every pool, then `outer`.
+    """
+    if not pools:
+        raise ClusterError(f"cluster {name}: expected at least one pool of devices")
+    devices = sum(pool.devices for pool in pools)
+    inner = [pool.levels[0] for pool in pools]
+    slowest = min(inner, key=lambda level: level.bytes_per_second * level.efficiency)
+    reach = math.gcd(*(level.ranks for level in inner))
+    levels: tuple[Level, ...] = (replace(outer, ranks=devices),)
+    if 1 < reach < devices:
+        levels = (replace(slowest, ranks=reach), *levels)
+    first = pools[0]
+    return Cluster(name, first.device, devices, first.per_node, levels, spec, host=first.host, pools=tuple(pools))
 
 
 def _members(stride: int, size: int, ranks: int, below: int) -> int:
@@ -181,14 +316,47 @@ def _members(stride: int, size: int, ranks: int, below: int) -> int:
     return below
 
 
+def _host(data: Mapping[str, Any] | None) -> Host | None:
+    return Host(**data) if data is not None else None
+
+
+def _pool(data: Mapping[str, Any]) -> Pool:
+    parts = dict(data)
+    parts["device"] = Device(**parts["device"])
+    parts["levels"] = tuple(Level(**level) for level in parts["levels"])
+    parts["host"] = _host(parts.get("host"))
+    return Pool(**parts)
+
+
 def _described(cluster: Cluster) -> dict[str, Any]:
-    device = cluster.device
+    parts = {
+        "device": _device_figures(cluster.device),
+        "devices": cluster.devices,
+        "per_node": cluster.per_node,
+        "levels": _level_figures(cluster.levels),
+    }
+    if cluster.host is not None:
+        parts["host"] = _host_figures(cluster.host)
+    if cluster.pools:
+        parts["pools"] = [_described(cluster.sub(pool)) for pool in cluster.pools]
+    return parts
+
+
+def _device_figures(device: Device) -> dict[str, Any]:
     figures = {k: v for k, v in asdict(device).items() if k not in ("sources", "efficiencies")}
-    kept = {k: v for k, v in figures.items() if not device.source(k).startswith(MEASURED)}
-    levels = []
-    for level in cluster.levels:
+    return {k: v for k, v in figures.items() if not device.source(k).startswith(MEASURED)}
+
+
+def _host_figures(host: Host) -> dict[str, Any]:
+    figures = {k: v for k, v in asdict(host).items() if k != "sources"}
+    return {k: v for k, v in figures.items() if not host.source(k).startswith(MEASURED)}
+
+
+def _level_figures(levels: Sequence[Level]) -> list[dict[str, Any]]:
+    figures = []
+    for level in levels:
         one = asdict(level)
         if level.source.startswith(MEASURED):
             one = {"name": level.name, "ranks": level.ranks}
-        levels.append({k: v for k, v in one.items() if k != "source"})
-    return {"device": kept, "devices": cluster.devices, "per_node": cluster.per_node, "levels": levels}
+        figures.append({k: v for k, v in one.items() if k != "source"})
+    return figures

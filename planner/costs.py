@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from .choices import states
 from .outline import DTYPE_BYTES, Op, Tensor
+from .overlap import NONE, Overlap
 from .placement import COLLECTIVES, Dims, Placement, State, Step, local_dims, local_elements, row, steps
 from .placement import R as WHOLE
 from .plan import MeshAxis, Precision
+from .ring import RING, block_bytes, split_by
 
 
 class Price(Protocol):
@@ -115,6 +118,17 @@ NOTHING = Chain(0.0, 0.0, 0.0, 0.0, (), False)
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds of one op: forward and backward compute, what collectives inside it add in each direction, and those calls."""
+
+    forward: float
+    backward: float
+    inside: float
+    calls: tuple[Call, ...]
+    inside_backward: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """The affine price of one bucketed collective: `fixed` seconds per call and `slope` seconds per byte."""
 
@@ -125,10 +139,15 @@ class Bucket:
 class Costs:
     """Prices on one mesh, remembered. Frozen inputs, no side effects besides the memory."""
 
-    def __init__(self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True) -> None:
+    def __init__(
+        self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True, *,
+        overlap: Overlap = NONE, repeated: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        """`overlap` is what a ring's sends may hide, `repeated` the distinct share of keys and values by op (planner/ring.py)."""
         self.prices, self.shape, self.training = prices, shape, loss_is_differentiated
+        self.overlap, self.repeated = overlap, repeated
         self._sizes = shape.sizes
-        self._ops: dict[tuple[object, ...], tuple[float, float, tuple[Call, ...]] | None] = {}
+        self._ops: dict[tuple[object, ...], Run] = {}
         self._chains: dict[tuple[object, ...], Chain | None] = {}
         self._collectives: dict[tuple[str, float, int], float] = {}
         self.sources: dict[str, dict[str, float]] = {"compute": {}, "communication": {}}
@@ -136,10 +155,8 @@ class Costs:
     def local_sizes(self, op: Op, choice: Sequence[str]) -> tuple[int, ...] | None:
         """Factor sizes of `op` under one choice per axis; None where they do not divide."""
         sizes = [f.size for f in op.factors]
-        names = [f.name for f in op.factors]
         for name, n in zip(choice, self._sizes, strict=True):
-            if name in names:
-                index = names.index(name)
+            for index in split_by(op, name):
                 if sizes[index] % n:
                     return None
                 sizes[index] //= n
@@ -154,24 +171,56 @@ class Costs:
         results = tuple(tuple(side[1][i] for side in per_axis) for i in range(len(op.results)))
         return operands, results
 
-    def op(
-        self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]
-    ) -> tuple[float, float, tuple[Call, ...]] | None:
-        """(compute seconds forward + backward, seconds of collectives inside, those calls); None where sizes do not divide."""
+    def run(self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]) -> Run | None:
+        """What one run of `op` under `choice` (one per axis) takes; None where sizes do not divide."""
         sizes = self.local_sizes(op, choice)
         if sizes is None:
             return None
         operands = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.operands)
         results = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.results)
         inside = self._inside(op, tensors, choice, sizes)
-        key = (op.target, op.kind, op.factors, sizes, operands, results, op.flops, op.backward_flops, inside)
+        key = (
+            op.target,
+            op.kind,
+            op.factors,
+            sizes,
+            operands,
+            results,
+            op.flops,
+            op.backward_flops,
+            inside,
+            len(op.saved),
+        )
         if key not in self._ops:
+            rounds = self._rounds(choice)
             forward, backward = self.prices.op(op, sizes, tensors)
-            seconds = forward.seconds + (backward.seconds if self.training else 0.0)
-            if seconds:
+            there = rounds * forward.seconds
+            back = rounds * backward.seconds if self.training else 0.0
+            if there + back:
                 self.sources["compute"].setdefault(forward.source, forward.error)
-            self._ops[key] = (seconds, sum(self.collective(c) for c in inside), inside)
+            self._ops[key] = self._added(there, back, inside, rounds)
         return self._ops[key]
+
+    def _rounds(self, choice: Sequence[str]) -> int:
+        """In how many blocks of keys an op runs: as many as its ring has ranks."""
+        return math.prod(n for name, n in zip(choice, self._sizes, strict=True) if name == RING)
+
+    def _added(self, forward: float, backward: float, inside: tuple[Call, ...], rounds: int) -> Run:
+        """A run with the calls inside it; those of a ring hide under all of its rounds but the last."""
+        talk = sum(self.collective(c) for c in inside if not c.backward)
+        talk_back = sum(self.collective(c) for c in inside if c.backward)
+        if rounds > 1:
+            share = (rounds - 1) / rounds
+            talk = self.overlap.exposed(share * forward, talk)
+            talk_back = self.overlap.exposed(share * backward, talk_back)
+        return Run(forward, backward, talk, inside, talk_back)
+
+    def op(
+        self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]
+    ) -> tuple[float, float, tuple[Call, ...]] | None:
+        """(compute seconds forward + backward, seconds of collectives inside, those calls); None where sizes do not divide."""
+        run = self.run(op, tensors, choice)
+        return None if run is None else (run.forward + run.backward, run.inside, run.calls)
 
     def _inside(
         self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: tuple[int, ...]
@@ -181,11 +230,24 @@ class Costs:
         by_name = {f.name: f for f in op.factors}
         for axis, name in enumerate(choice):
             factor = by_name.get(name)
+            if name == RING:
+                calls += self._passes(op, tensors, axis, sizes)
             if factor is not None and factor.split == "vocab_loss" and self.shape.sizes[axis] > 1:
                 rows = math.prod(s for s, f in zip(sizes, op.factors, strict=True) if f.split != "vocab_loss")
                 width = max(DTYPE_BYTES[tensors[op.operands[0].tensor].dtype], 4)
                 calls += [Call("all_reduce", axis, float(rows * width * n), False) for n in VOCAB_LOSS_REDUCTIONS]
         return tuple(calls)
+
+    def _passes(self, op: Op, tensors: Mapping[str, Tensor], axis: int, sizes: tuple[int, ...]) -> list[Call]:
+        """What a ring sends, as the ring algorithm of an all-gather (keys and values) and a reduce-scatter (their gradients)."""
+        n = self.shape.sizes[axis]
+        if n == 1:
+            return []
+        full = n * block_bytes(op, tensors, sizes, self.repeated.get(op.name, 1.0))
+        calls = [Call("all_gather", axis, full, False)]
+        if self.training and any(tensors[u.tensor].differentiable for u in op.operands[1:3]):
+            calls += [Call("all_gather", axis, full, True), Call("reduce_scatter", axis, full, True)]
+        return calls
 
     def collective(self, call: Call) -> float:
         """Seconds of one collective call."""

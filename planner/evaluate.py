@@ -51,7 +51,7 @@ class Evaluator:
         self.cut, self.facts, self.costs, self.setting = cut, found, costs, setting
         self.outline, self.m, self.sizes = cut.outline, cut.microbatches, costs.shape.sizes
         self.tensors = dict(self.outline.tensors)
-        self.training = bool(self.outline.loss)
+        self.training = self.outline.training
         self.parameters = {p.tensor: p for p in self.outline.parameters}
         self.region_of = {t: r for r, region in enumerate(self.outline.regions) for ts in region.parameters for t in ts}
         # Parameters whose group ZeRO-3 gathers again in backward.

@@ -24,6 +24,7 @@ from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor
 from .placement import Placement, R, State, local_elements, split
 from .plan import Precision
 from .precision import OPTIMIZERS, StateBytes
+from .ring import split_by
 
 PASSING = frozenset({"aten.add", "aten.sub", "aten.clone", "aten.contiguous"})
 """Ops whose operand gradient is the incoming one: no new memory where shapes agree."""
@@ -119,9 +120,9 @@ def facts(outline: Outline) -> Facts:
         for item in op.saved:
             if item.source == "operand" and aliases[op.operands[item.index].tensor].root in uses:
                 saved.setdefault(aliases[op.operands[item.index].tensor].root, i)
-    if not outline.loss:
+    if not outline.training:
         end |= {aliases[name].root: len(order) for name in outline.outputs}
-    kept = [r for r in start if outline.tensors[r].role == "activation" and (flows[r] or not outline.loss)]
+    kept = [r for r in start if outline.tensors[r].role == "activation" and (flows[r] or not outline.training)]
     where = {
         name: (r, k)
         for r, region in enumerate(outline.regions)
@@ -202,7 +203,7 @@ def new_bytes(op: Op, item: Saved, choice: tuple[str, ...], sizes: tuple[int, ..
     """Local bytes of a new tensor that `op` saves under `choice`."""
     share = float(item.bytes)
     for name, n in zip(choice, sizes, strict=True):
-        if any(op.factors[i].name == name for i in item.factors):
+        if any(i in item.factors for i in split_by(op, name)):
             share /= n
     return share
 

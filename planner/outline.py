@@ -91,7 +91,8 @@ class Op:
 
     `linear` lists the ways a partial sum may pass: each entry is the set of operands that are P together while every
     other differentiable operand is V. `kind` selects efficiency and pins: "matmul", "attention", "elementwise", "view",
-    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "other". `projection` marks a matmul with a parameter.
+    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "experts", "other". `projection` marks a matmul with a
+    parameter (or experts with theirs).
     `flops` are global forward FLOPs, `backward_flops` those of the whole backward (input and weight gradients).
     """
 
@@ -140,7 +141,8 @@ class Outline:
     """A model on one page.
 
     `loss` names the scalar loss tensor ("" for an inference graph); `outputs` are the other returned tensors.
-    `microbatch_blockers` names what couples samples, so that the batch cannot be cut into microbatches.
+    `microbatch_blockers` names what couples samples, so that the batch cannot be cut into microbatches. `trains` is set for
+    a part of a model, whose loss may be elsewhere.
     """
 
     tensors: Mapping[str, Tensor]
@@ -155,6 +157,12 @@ class Outline:
     fingerprint: str
     microbatch_blockers: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    trains: bool | None = None
+
+    @property
+    def training(self) -> bool:
+        """Whether a backward pass runs: there is a loss, here or (for a part of a model) elsewhere."""
+        return bool(self.loss) if self.trains is None else self.trains
 
     def op(self, name: str) -> Op:
         return self.by_name[name]

@@ -31,6 +31,13 @@ class Pins:
     optimizer: str | None = None
     attention: str | None = None
     kernels: str | None = None
+    pp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    vpp: int | None = None
+    recompute: str | None = None
+    schedule: str | None = None
+    offload: str | None = None
     forbidden: tuple[tuple[str, Value], ...] = ()
     texts: tuple[str, ...] = ()
 
@@ -88,26 +95,32 @@ KEYS: Mapping[str, Key] = MappingProxyType(
     {
         "tp": Key(_count),
         "dp": Key(_count),
-        "pp": Key(_count, (1,)),
-        "cp": Key(_count, (1,)),
-        "ep": Key(_count, (1,)),
-        "vpp": Key(_count, (1,)),
+        "pp": Key(_count),
+        "cp": Key(_count),
+        "ep": Key(_count),
+        "vpp": Key(_count),
         "zero": Key(_level),
         "micro_batch": Key(_count),
-        "recompute": Key(_one_of("none", "selective", "full"), ("none",)),
+        "recompute": Key(_one_of("none", "selective", "full")),
         "sequence_parallel": Key(_switch),
-        "schedule": Key(
-            _one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"), ("none", "gpipe", "1f1b")
-        ),
-        "offload": Key(_one_of("none", "optimizer", "params", "activations"), ("none",)),
+        "schedule": Key(_one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")),
+        "offload": Key(_one_of("none", "optimizer", "params", "activations")),
         "dtype": Key(_one_of(*DTYPES)),
         "precision": Key(_one_of(*RECIPES)),
         "optimizer": Key(_optimizer),
-        "attention": Key(_one_of("flash", "math"), ("flash",)),
+        "attention": Key(_one_of("flash", "math")),
         "kernels": Key(_one_of("fused", "eager")),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
+
+EXECUTED: Mapping[str, tuple[Value, ...]] = MappingProxyType(
+    {
+        "pp": (1,), "cp": (1,), "ep": (1,), "vpp": (1,), "recompute": ("none",), "offload": ("none",),
+        "attention": ("flash",), "schedule": ("none", "gpipe", "1f1b"),
+    }
+)  # fmt: skip
+"""The capability mask of the runtime: values it executes, where it does not execute all."""
 
 _FIELDS = (
     "tp",
@@ -120,6 +133,13 @@ _FIELDS = (
     "optimizer",
     "attention",
     "kernels",
+    "pp",
+    "cp",
+    "ep",
+    "vpp",
+    "recompute",
+    "schedule",
+    "offload",
 )
 
 
@@ -165,6 +185,17 @@ def _read(reading: _Reading, text: str, key: str, value: str, *, forbid: bool) -
     if key in reading.values and reading.values[key] != read:
         raise PinError(f"pins contradict each other: {reading.said[key]} and {text}")
     reading.values[key], reading.said[key] = read, text
+
+
+def check_executed(pins: Pins) -> None:
+    """Raise PinError for a pinned value that the runtime does not execute."""
+    for key, values in EXECUTED.items():
+        wanted = getattr(pins, key)
+        if wanted is not None and wanted not in values:
+            raise PinError(
+                f"{key}={_spelled(wanted)} is not supported yet where a plan is to run here; {key}={_spelled(values[0])} "
+                "is the only value executed (plan for a named cluster, such as h100-sxm:8x1, to price it)"
+            )
 
 
 def _spelled(value: Value) -> str:

@@ -41,7 +41,13 @@ class ParameterPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A region: one template, `repeats` instances in order. `recompute` and `offload` name saved tensors ("keep" otherwise)."""
+    """A region: one template for `repeats` instances that run alike.
+
+    Where instances of one region run in several ways there is an entry for each, and `region` says whose they are; the runs
+    of the stages say which instances take which. `recompute` names ops that run again in the backward pass, and copies
+    gathered again ("op -> R"); `offload` what lives in the host. `entry` and `exit` are the layouts of what crosses its
+    borders: "R" whole on the model axis, "S" split by positions. `policy` and `style` say where the option came from.
+    """
 
     name: str
     repeats: int
@@ -49,16 +55,47 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: tuple[ParameterPlan, ...]
     recompute: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
+    region: str = ""
+    entry: str = "R"
+    exit: str = "R"
+    policy: str = ""
+    style: str = ""
+
+
+class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`count` instances of a region, from instance `first` on, under the entry `use` of the plan's regions."""
+
+    use: str
+    first: int
+    count: int
+
+
+class StagePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A virtual stage: the pipeline rank it is on, what it holds, its seconds per microbatch and bytes at its rank's peak."""
+
+    rank: int
+    runs: tuple[RunPlan, ...]
+    forward_seconds: float
+    backward_seconds: float
+    finish_seconds: float
+    peak_bytes: int
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Stages, schedule and microbatches. `micro_batch` is samples per data-parallel rank and microbatch."""
+    """Stages, schedule and microbatches. `micro_batch` is samples per data-parallel rank and microbatch.
+
+    `ranks` pipeline ranks, each a whole mesh, hold `chunks` stages each. `order` names all axes outermost first;
+    `experts` data ranks share the experts of a layer.
+    """
 
     stages: int = 1
     schedule: str = "none"
     chunks: int = 1
     microbatches: int = 1
     micro_batch: int = 1
+    ranks: int = 1
+    order: tuple[str, ...] = ()
+    experts: int = 1
 
 
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +156,9 @@ class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_seconds: float | None = None
     peak_bytes: int | None = None
     reason: str = ""
+    schedule: str = "none"
+    chunks: int = 1
+    micro_batch: int = 0
 
 
 class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,5 +193,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pins: tuple[str, ...] = ()
     runners_up: tuple[ShapeRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    stages: tuple[StagePlan, ...] = ()
     edited: bool = False
     digest: str = ""

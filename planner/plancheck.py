@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from .placement import parse_state
 from .plan import OpPlan, ParameterPlan, Plan, RegionPlan
 
-ROLES = ("data", "model")
+ROLES = ("data", "context", "model")
 SEMANTICS = ("EXACT", "STALE", "LOSSY", "ARCH")
 SOURCES = ("hf", "function", "module")
 
@@ -57,7 +57,8 @@ def _mesh(plan: Plan) -> Iterator[str]:
         if axis.role not in ROLES:
             yield f"mesh[{i}].role: {axis.role!r}; expected one of {', '.join(ROLES)}"
     yield from _twice("mesh", "name", [axis.name for axis in plan.mesh])
-    devices, ranks = plan.cluster.get("devices"), math.prod(axis.size for axis in plan.mesh)
+    devices = plan.cluster.get("devices")
+    ranks = plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
     if isinstance(devices, int) and devices != ranks:
         sizes = " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh)
         yield f"mesh: {sizes} is {ranks} ranks; expected the cluster's {devices}"
@@ -65,11 +66,16 @@ def _mesh(plan: Plan) -> Iterator[str]:
 
 def _pipeline(plan: Plan) -> Iterator[str]:
     pipeline = plan.pipeline
-    for field in ("stages", "chunks", "microbatches", "micro_batch"):
+    for field in ("stages", "chunks", "microbatches", "micro_batch", "ranks"):
         if getattr(pipeline, field) < 1:
             yield f"pipeline.{field}: {getattr(pipeline, field)}; expected at least 1"
-    if pipeline.stages != 1 or pipeline.chunks != 1 or pipeline.schedule != "none":
-        yield f'pipeline: {pipeline.stages} stages ({pipeline.schedule}); expected 1 stage, 1 chunk and schedule "none"'
+    if pipeline.stages != pipeline.ranks * pipeline.chunks:
+        yield f"pipeline.stages: {pipeline.stages}; expected ranks x chunks, {pipeline.ranks * pipeline.chunks}"
+    if (pipeline.ranks == 1) != (pipeline.schedule == "none"):
+        yield f'pipeline.schedule: {pipeline.schedule!r}; expected "none" on one rank, a schedule on several'
+    if plan.stages and len(plan.stages) != pipeline.stages:
+        yield f"stages: {len(plan.stages)} of them; expected the pipeline's {pipeline.stages}"
+    yield from _runs(plan)
     data = math.prod(axis.size for axis in plan.mesh if axis.role == "data")
     samples = pipeline.micro_batch * pipeline.microbatches * data
     if samples != plan.source.batch:
@@ -79,10 +85,29 @@ def _pipeline(plan: Plan) -> Iterator[str]:
         )
 
 
+def _runs(plan: Plan) -> Iterator[str]:
+    """Every instance of a region is held once, by entries that exist."""
+    known = {region.name: region for region in plan.regions}
+    held: dict[str, int] = {}
+    for s, stage in enumerate(plan.stages):
+        if not 0 <= stage.rank < plan.pipeline.ranks:
+            yield f"stages[{s}].rank: {stage.rank}; expected 0 to {plan.pipeline.ranks - 1}"
+        for r, run in enumerate(stage.runs):
+            if run.use not in known:
+                yield f"stages[{s}].runs[{r}].use: {run.use!r}; expected one of {', '.join(known)}"
+            elif run.count < 1 or run.first < 0:
+                yield f"stages[{s}].runs[{r}]: {run.count} instances from {run.first}; expected at least 1, from 0 on"
+            held[run.use] = held.get(run.use, 0) + run.count
+    for name, region in known.items() if plan.stages else ():
+        if held.get(name, 0) != region.repeats:
+            yield f"stages: {held.get(name, 0)} instances of {name}; expected its {region.repeats} repeats"
+
+
 def _regions(plan: Plan) -> Iterator[str]:
     axes = [axis.name for axis in plan.mesh]
     yield from _twice("regions", "name", [region.name for region in plan.regions])
-    owned = [name for region in plan.regions for parameter in region.parameters for name in parameter.names]
+    first = {region.region or region.name: region for region in reversed(plan.regions)}
+    owned = [name for region in first.values() for parameter in region.parameters for name in parameter.names]
     yield from _twice("regions", "parameter", owned)
     for i, region in enumerate(plan.regions):
         yield from _region(f"regions[{i}]", region, axes)

@@ -17,13 +17,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from . import rule_experts
+from .attention import MATH, MATH_KIND, moved, price_kind
 from .cluster import Cluster
 from .collectives import Table, collective_seconds, measured_seconds
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
 from .plan import Precision
 from .precision import find_optimizer, state_bytes
 
-FLOPS_KINDS = frozenset({"matmul", "attention", "conv"})
+FLOPS_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
 """Kinds priced by FLOP/s; all others move bytes."""
 
 FREE_KINDS = frozenset({"view"})
@@ -190,12 +192,16 @@ class Prices:
             peak = device.peak(self.compute)
             done, undone = work.flops(sizes)
             shape = work.shape(sizes)
-            best = peak * device.efficiency(work.kind)
-            best_back = peak * device.efficiency(f"{work.kind}_backward" if work.kind != "matmul" else work.kind)
+            kind = "matmul" if work.kind == "experts" else work.kind
+            best = peak * device.efficiency(kind)
+            best_back = peak * device.efficiency(f"{kind}_backward" if kind != "matmul" else kind)
             seconds = max(seconds, done / (best * self._shape_factor(shape, 0)))
             parts = work.gradients if shape is not None else (1,)
             rates = [best_back * self._shape_factor(shape, part) for part in parts]
             back = max(back, sum(undone / len(parts) / rate for rate in rates))
+        beside = device.memory_bytes_per_second * device.efficiency("elementwise")
+        seconds += sum(term.at(sizes) for term in work.beside[0]) / beside
+        back += sum(term.at(sizes) for term in work.beside[1]) / beside
         launch = device.kernel_overhead_seconds
         forward = Price(max(device.issue_seconds, launch + seconds), "datasheet", DATASHEET_ERROR)
         if not work.differentiable or back == 0.0:
@@ -249,7 +255,10 @@ class _Term:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """An op made ready to be priced at any local sizes."""
+    """An op made ready to be priced at any local sizes.
+
+    `rows_shared` are the groups that share the rows of a grouped product; `beside` what a composite op moves besides.
+    """
 
     target: str
     kind: str
@@ -263,6 +272,8 @@ class _Work:
     gradients: tuple[int, ...]
     shapes: tuple[tuple[tuple[tuple[int, ...], ...], str, bool], ...]
     arguments: str
+    rows_shared: int = 1
+    beside: tuple[tuple[_Term, ...], tuple[_Term, ...]] = ((), ())
 
     def forward_bytes(self, sizes: tuple[float, ...]) -> float:
         return sum(term.at(sizes) for term in self.forward)
@@ -274,6 +285,8 @@ class _Work:
         share = 1.0
         for local, whole in zip(sizes, self.global_sizes, strict=True):
             share *= local / whole
+        if self.kind == "experts":
+            share *= rule_experts.imbalance(math.prod(sizes[f] for f in self.matmul[0]), self.rows_shared)
         return self.flops_global[0] * share, self.flops_global[1] * share
 
     def amounts(self, sizes: tuple[float, ...]) -> tuple[float, float]:
@@ -283,11 +296,11 @@ class _Work:
         return self.forward_bytes(sizes), self.backward_bytes(sizes)
 
     def shape(self, sizes: tuple[float, ...]) -> tuple[float, float, float, float] | None:
-        """(batch, m, n, k) of a matmul, else None."""
+        """(batch, m, n, k) of a matmul (of the experts' first one), else None."""
         if not self.matmul:
             return None
         batch, m, n, k = (math.prod(sizes[f] for f in group) for group in self.matmul)
-        return batch, m, n, k
+        return batch, m / self.rows_shared, n, k
 
     def key(self, sizes: tuple[float, ...]) -> OpKey:
         operands = tuple(
@@ -318,10 +331,12 @@ def _work(op: Op, tensors: Mapping[str, Tensor], compute: str, arguments: str) -
     shapes = tuple(
         (use.factors, _dtype(t.dtype, compute), t.differentiable) for use, t in zip(op.operands, sides, strict=True)
     )
+    experts = op.kind == "experts"
+    gradients = tuple(i + 1 for i, grad in enumerate(grads[:2]) if grad) if not experts else (1, 2)
     return _Work(
-        op.target, op.kind, tuple(forward), tuple(backward), differentiable, kernels, (op.flops, op.backward_flops),
-        tuple(f.size for f in op.factors), _matmul(op) if op.kind == "matmul" else (),
-        tuple(i + 1 for i, grad in enumerate(grads[:2]) if grad), shapes, arguments,
+        op.target, price_kind(op), tuple(forward), tuple(backward), differentiable, kernels, (op.flops, op.backward_flops),
+        tuple(f.size for f in op.factors), _matmul(op), gradients, shapes, arguments,
+        rule_experts.experts_of(op.factors) if experts else 1, _beside(op, compute),
     )  # fmt: skip
 
 
@@ -337,7 +352,7 @@ def _backward(op: Op, reads: list[_Term], writes: list[_Term], grads: tuple[bool
     if op.kind == "embedding":
         # Zeros for the whole table, then rows of the gradient read and added.
         return [*wanted, *(_twice(w) for w in writes)]
-    saved = [_saved(item, op, reads, writes, compute) for item in op.saved]
+    saved = [_saved(s, op, reads, writes, compute) for s in op.saved if op.target != MATH or s.source != "new"]
     return [*writes, *saved, *wanted]
 
 
@@ -354,6 +369,13 @@ def _bytes(use: Use, dtype: str, compute: str) -> _Term:
     return _Term(float(DTYPE_BYTES[_dtype(dtype, compute)]), tuple(f for dim in use.factors for f in dim))
 
 
+def _beside(op: Op, compute: str) -> tuple[tuple[_Term, ...], tuple[_Term, ...]]:
+    """Bytes a composite op moves besides its products, forward and backward."""
+    sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute)
+    forward, backward = (tuple(_Term(n * DTYPE_BYTES[compute], f) for n, f in side) for side in sides)
+    return forward, backward
+
+
 def _twice(term: _Term) -> _Term:
     return _Term(2 * term.scale, term.factors)
 
@@ -364,7 +386,11 @@ def _dtype(dtype: str, compute: str) -> str:
 
 
 def _matmul(op: Op) -> tuple[tuple[int, ...], ...]:
-    """Factor groups (batch, m, n, k) of a product of the two operands with the most factors."""
+    """Factor groups (batch, m, n, k) of a product of the two operands with the most factors; () for other kinds."""
+    if op.kind == "experts":
+        return rule_experts.product_groups(op)
+    if op.kind != "matmul":
+        return ()
     uses = sorted(op.operands, key=lambda use: -sum(map(len, use.factors)))[:2]
     if len(uses) < 2 or not op.results:
         return ()

@@ -15,16 +15,13 @@ relaxation nearly integral. Edges of one (producer, consumer) pair are shared by
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ShardwrightError
 from .placement import Placement, R
+from .program import quiet
 from .space import Space
 
 Key = tuple[Any, ...]
@@ -302,7 +299,7 @@ class RegionProgram:
         parameters = mathopt.SolveParameters(
             relative_gap_tolerance=self.gap, absolute_gap_tolerance=1e-9, enable_output=False
         )
-        with _quiet():
+        with quiet():
             result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
         if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
@@ -316,25 +313,3 @@ class RegionProgram:
         bound = min(result.termination.objective_bounds.dual_bound, result.objective_value())
         choice = Choice(tuple(picked[0]), tuple(picked[1]))
         return Solution(choice, result.objective_value() / self._scale, bound / self._scale)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what the solver prints (a library of its own, to file descriptor 1) out of the result of a command."""
-    flush = ctypes.CDLL(None).fflush
-    sys.stdout.flush()
-    flush(None)
-    try:
-        kept = os.dup(1)
-    except OSError:  # no standard output to protect
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)

@@ -1,7 +1,13 @@
-"""Repeated regions of a graph, found by structure: runs of ops that follow each other with equal signatures and equal wiring."""
+"""Regions of a graph, found by structure: runs of ops that follow each other with equal signatures and equal wiring.
+
+What does not repeat (a U-Net, the stem of a ResNet) is cut at its narrow points into pieces of a layer's size, for stages of
+a pipeline end where regions do.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,20 +16,24 @@ from .outline import Region
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What region finding sees of an op: a signature, operands and results by tensor name."""
+    """What region finding sees of an op: a signature, operands and results by tensor name, elements of the results (or none)."""
 
     name: str
     signature: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    elements: tuple[int, ...] = ()
 
 
-def find_regions(nodes: Sequence[Node], parameters: Sequence[str]) -> tuple[Region, ...]:
+def find_regions(nodes: Sequence[Node], parameters: Sequence[str], given: Sequence[str] = ()) -> tuple[Region, ...]:
     """Cut `nodes` (in order) into regions; `parameters` are tensors that belong to the region of their first use.
 
-    Instances of one region own parameters at the same places: where layers share theirs, the first one is a region of its own.
+    `given` are buffers and constants: every instance may have its own (running statistics, routing biases). Instances of one
+    region own parameters at the same places: where layers share theirs, the first one is a region of its own.
     """
-    spans = _spans(nodes, 0, len(nodes), frozenset(parameters))
+    gaps = _gaps(nodes)
+    repeats = _spans(nodes, 0, len(nodes), frozenset((*parameters, *given)), gaps)
+    spans = [piece for span in repeats for piece in _pieces(gaps, *span)]
     owned: set[str] = set()
     known = set(parameters)
     regions: list[Region] = []
@@ -55,16 +65,52 @@ def _first_uses(ops: Sequence[Node], wanted: set[str]) -> dict[str, tuple[int, i
     return found
 
 
-def _spans(nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str]) -> list[tuple[int, int, int]]:
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """The place before an op: tensors and elements made before it and used from it on; whether it is within a chain of ops."""
+
+    tensors: int
+    elements: int
+    chained: bool
+
+    @property
+    def width(self) -> tuple[int, bool]:
+        """What makes a gap a worse border than another."""
+        return self.tensors, self.chained
+
+
+def _gaps(nodes: Sequence[Node]) -> list[_Gap]:
+    """The gap before each op. Parameters and inputs do not count: they are where they are needed."""
+    last: dict[str, int] = {}
+    uses: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        for tensor in dict.fromkeys(node.operands):
+            last[tensor] = i
+            uses[tensor] = uses.get(tensor, 0) + 1
+    tensors, elements = [0] * (len(nodes) + 1), [0] * (len(nodes) + 1)
+    for made, node in enumerate(nodes):
+        sizes = node.elements or (1,) * len(node.results)
+        for tensor, size in zip(node.results, sizes, strict=True):
+            for steps, amount in ((tensors, 1), (elements, size)):
+                steps[made + 1] += amount
+                steps[last.get(tensor, made) + 1] -= amount
+    handed = [True, *(any(uses.get(r, 0) > 1 for r in node.results) for node in nodes)]
+    counts = zip(itertools.accumulate(tensors), itertools.accumulate(elements), handed, strict=True)
+    return [_Gap(wide, large, not several) for wide, large, several in itertools.islice(counts, len(nodes))]
+
+
+def _spans(
+    nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str], gaps: Sequence[_Gap]
+) -> list[tuple[int, int, int]]:
     """(start, period, count) covering [low, high) in order; count 1 where nothing repeats."""
     if low >= high:
         return []
-    best = _best_repeat(nodes, low, high, parameters)
+    best = _best_repeat(nodes, low, high, parameters, gaps)
     if best is None:
         return [(low, high - low, 1)]
     start, period, count = best
-    before = _spans(nodes, low, start, parameters)
-    after = _spans(nodes, start + period * count, high, parameters)
+    before = _spans(nodes, low, start, parameters, gaps)
+    after = _spans(nodes, start + period * count, high, parameters, gaps)
     return [*before, (start, period, count), *after]
 
 
@@ -72,7 +118,9 @@ MIN_REPEAT_OPS = 6
 """Shorter repeats (a few casts in a row) are not layers and would only cut the graph into crumbs."""
 
 
-def _best_repeat(nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str]) -> tuple[int, int, int] | None:
+def _best_repeat(
+    nodes: Sequence[Node], low: int, high: int, parameters: frozenset[str], gaps: Sequence[_Gap]
+) -> tuple[int, int, int] | None:
     signatures = [nodes[i].signature for i in range(low, high)]
     candidates: list[tuple[int, int, int, int]] = []
     for period in _periods(signatures):
@@ -83,13 +131,34 @@ def _best_repeat(nodes: Sequence[Node], low: int, high: int, parameters: frozens
                 continue
             count = run // period + 1
             if count >= 2 and period >= MIN_REPEAT_OPS:
-                candidates.append((-count * period, period, low + i + 1, count))
+                candidates.append((-count * period, period, low + i + 1, run))
             run = 0
-    for _, period, start, count in sorted(candidates):
-        found = _wired(nodes, start, period, count, parameters)
+    for _, period, start, run in sorted(candidates):
+        found = _longest(nodes, start, period, run, parameters, gaps)
         if found is not None:
             return found
     return None
+
+
+def _longest(
+    nodes: Sequence[Node], start: int, period: int, run: int, parameters: frozenset[str], gaps: Sequence[_Gap]
+) -> tuple[int, int, int] | None:
+    """The repeat with most instances in a run of equal signatures, of those the one that starts at the narrowest gap.
+
+    A run may start before the first whole layer: the ops before it are often like the end of a layer but wired otherwise
+    (the first block of each stage of a ResNet).
+    """
+    best = _wired(nodes, start, period, run // period + 1, parameters)
+    for shift in range(1, period):
+        at, count = start + shift, (run - shift) // period + 1
+        if count < (2 if best is None else best[2]):
+            break
+        if best is not None and count == best[2] and gaps[at].width >= gaps[best[0]].width:
+            continue
+        found = _wired(nodes, at, period, count, parameters)
+        if found is not None:
+            best = min((r for r in (best, found) if r is not None), key=lambda r: (-r[2], gaps[r[0]].width))
+    return best
 
 
 def _periods(signatures: Sequence[str]) -> list[int]:
@@ -151,3 +220,51 @@ def _same(a: tuple[tuple[object, ...], ...], b: tuple[tuple[object, ...], ...]) 
             continue
         return False
     return True
+
+
+WHOLE_OPS = 40
+"""A span of at most this many ops that does not repeat (an embedding, a head) is one region."""
+PIECE_OPS, LEAST_OPS, MOST_OPS = 20, 12, 120
+"""Ops of a piece of a longer one: wanted (about a block of a convolutional network), at least, at most."""
+WIDER = 4.0
+"""Cost of every tensor that crosses a cut beyond the fewest nearby: a block of three pieces' length stays whole for it."""
+LARGER = 0.25
+"""Cost of a cut per doubling of the elements that cross it."""
+WITHIN = 0.25
+"""Cost of a cut in a chain of ops, where no tensor is handed to several ops as at the end of a block."""
+
+
+def _pieces(gaps: Sequence[_Gap], start: int, period: int, count: int) -> list[tuple[int, int, int]]:
+    """A span as (start, period, count), cut where it is long and does not repeat.
+
+    The cuts are those of least cost, by dynamic programming over their positions: the squared relative difference of each
+    piece from `PIECE_OPS`, and what each cut costs (`_cut_costs`).
+    """
+    if count > 1 or period <= WHOLE_OPS:
+        return [(start, period, count)]
+    costs = [*_cut_costs(gaps[start : start + period]), 0.0]
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, period + 1):
+        lengths = range(LEAST_OPS, min(end, MOST_OPS) + 1)
+        reached = [(best[end - n][0] + (n / PIECE_OPS - 1) ** 2, end - n) for n in lengths]
+        cost, before = min(reached, default=(math.inf, 0))
+        best.append((cost + costs[end], before))
+    cuts = [period]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    cuts.reverse()
+    return [(start + a, b - a, 1) for a, b in itertools.pairwise(cuts)]
+
+
+def _cut_costs(gaps: Sequence[_Gap]) -> list[float]:
+    """Cost of a cut at each gap of a span: tensors and elements beyond the least nearby, and its place in a chain.
+
+    The long skips of a U-Net cross all gaps between their ends, so a gap is compared with those within `LEAST_OPS` ops.
+    """
+    costs = []
+    for at, gap in enumerate(gaps):
+        near = gaps[max(1, at - LEAST_OPS) : at + LEAST_OPS + 1]
+        wider = gap.tensors - min(g.tensors for g in near)
+        larger = math.log2(max(gap.elements, 1) / max(min(g.elements for g in near), 1))
+        costs.append(WIDER * wider + LARGER * larger + WITHIN * gap.chained)
+    return costs

@@ -25,6 +25,7 @@ from .memory import (
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
+from .rule_experts import scratch_bytes
 from .space import Space
 from .template import Template
 
@@ -288,6 +289,9 @@ class Rows:
     def _operands(self, total: dict[Key, float], at: int) -> None:
         op = self.ops[at]
         v = self.template.class_of[op.name]
+        for s, strategy in enumerate(self.space.strategies[v]):
+            if amount := scratch_bytes(op, self.tensors, strategy.choice, self.sizes, training=True):
+                total["x", v, s] += amount
         for j in operand_gradients(op, self.tensors):
             for s, strategy in enumerate(self.space.strategies[v]):
                 amount = local_bytes(self.tensors[op.operands[j].tensor], strategy.operands[j], self.sizes)

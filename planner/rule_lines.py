@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from . import rule_experts
 from . import rule_variants as variants
 from .rule_types import Linear, Rule
 
@@ -167,6 +168,6 @@ LOSSES: Mapping[str, Rule] = {
 }  # fmt: skip
 
 LINES: Mapping[str, Rule] = {
-    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES,
+    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, rule_experts.TARGET: rule_experts.RULE,
 }  # fmt: skip
 """Every op with a line, by overload packet."""

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..errors import Infeasible, PlanError
+from .appraise import appraise
+from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
+from .attention import byte_masks, fused_attention, math_attention
 from .cluster import Cluster
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
+from .joint import JointSearch, Task, Workbench
 from .legal import check_choices
 from .memory import Setting, facts
 from .outline import Outline
-from .pins import Pins, mesh_shapes
+from .pins import Pins, check_executed, mesh_shapes, parse_pins
 from .plan import (
     VERSION,
     MeshAxis,
@@ -33,10 +37,14 @@ from .plan import (
 )  # fmt: skip
 from .prices import FLOPS_KINDS
 from .progress import Progress, silent
+from .relax import explain_joint
 from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
+from .shapes import Arrangement, Room, arrangements
+from .spell import plan_of, shape_in, units_in
 from .template import build, retyped
+from .unitexperts import expert_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +59,67 @@ class Request:
     objective: str = "throughput"
     seed: int = 0
     progress: Progress = silent
+    runnable: bool = False
+    dropping: frozenset[str] = frozenset()
 
 
 def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan:
-    """The fastest plan that fits. Raises Infeasible with the nearest settings that fit, PinError for impossible pins."""
+    """The best plan that fits. Raises Infeasible with the nearest settings that fit, PinError for impossible pins.
+
+    The whole space is searched (planner/joint.py), or what the runtime executes of it where the plan is to be run.
+    """
+    if not request.runnable:
+        return solve_joint(outline, cluster, prices, request)
+    check_executed(request.pins)
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
         raise explain(problem, shapes, request.progress)
     return _plan(outline, cluster, request, found, found.best)
+
+
+def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan:
+    """The best plan of the whole space; a second search offers host memory and disk where the first finds nothing."""
+    for tiers in _tiers(cluster, request.pins):
+        bench, shapes = make_bench(outline, cluster, prices, request, tiers=tiers)
+        found = JointSearch(bench, shapes, request.progress).run()
+        if found.best is not None:
+            return plan_of(
+                bench, found, found.best, source=request.source, objective=request.objective,
+                fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts,
+                notes=outline.notes,
+            )  # fmt: skip
+    raise explain_joint(outline, cluster, prices, request)
+
+
+def make_bench(
+    outline: Outline, cluster: Cluster, prices: PriceBook, request: Request, *, tiers: bool
+) -> tuple[Workbench, tuple[Arrangement, ...]]:
+    """The joint search's prices and shapes; `tiers` offers the host memory and disk of the cluster."""
+    bench = Workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
+    experts = expert_sizes(bench.task.outline, cluster.devices)
+    training = outline.training
+    room = Room(len(bench.chain), outline.batch, training, outline.microbatch_blockers, experts, training)
+    return bench, arrangements(cluster, room, request.pins)
+
+
+def _tiers(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
+    """Whether to offer the host: not at first, only where something is pinned there, or never."""
+    if pins.offload not in (None, "none"):
+        return (True,)
+    return (False,) if pins.offload == "none" or cluster.host is None else (False, True)
+
+
+def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Task:
+    """The joint search's task: the outline at its compute dtype, with the attention kernels that are asked for."""
+    ready = retyped(outline, request.precision.compute)
+    if request.pins.attention == "math":
+        ready = byte_masks(math_attention(ready, request.dropping))
+    elif cluster.device.kind == "gpu":
+        ready = byte_masks(fused_attention(ready))
+    setting = _setting(cluster, request.precision, request.optimizer)
+    return Task(ready, cluster, prices, request.pins, setting, request.memory_limit_bytes)
 
 
 def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Problem:
@@ -108,6 +167,8 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
 
     Raises PlanError naming the first illegal choice or placement, Infeasible where it breaks its memory limit.
     """
+    if plan.stages:
+        return reprice_joint(plan, outline, cluster, prices)
     assignment = assign(plan, outline)
     shape = Shape(plan.mesh)
     check_choices(outline, assignment, shape.sizes)
@@ -126,6 +187,26 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
     )
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
+
+
+def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
+    """As `reprice`, for a plan of the joint search."""
+    assign(plan, outline)
+    request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
+    bench = Workbench(make_task(outline, cluster, prices, request), silent, tiers=cluster.host is not None)
+    shape = shape_in(plan)
+    cuts, options = units_in(bench, plan)
+    figures = appraise(bench, shape, cuts, options)
+    if figures.peak_bytes > plan.memory_limit_bytes:
+        cause = max(figures.memory, key=lambda c: figures.memory[c])
+        raise Infeasible(
+            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {plan.memory_limit_bytes} "
+            f"(most of it: {cause})",
+            cause=cause,
+            nearest=(f"--memory-limit {figures.peak_bytes}",),
+        )
+    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
+    return msgspec.structs.replace(plan, predicted=predict_joint(bench, shape, figures), search=search, edited=True)
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

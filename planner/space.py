@@ -88,7 +88,7 @@ class Space:
         self.residual = residual
         self.template, self.costs, self.pins = template, costs, pins
         self.precision, self.optimizer, self.shape = precision, optimizer, costs.shape
-        self.training = bool(template.outline.loss)
+        self.training = template.outline.training
         self.tensors = dict(template.tensors)
         self.strategies = tuple(self._strategies(c) for c in template.ops)
         self.wants = self._parameter_wants()

@@ -145,8 +145,8 @@ def cut_outline(outline: Outline, microbatches: int) -> Cut:
         return Cut(outline, 1, frozenset())
     cut = batch_cut(outline)
     once = hoisted(outline, cut)
-    tensors = {n: _cut_tensor(t, cut, once, microbatches) for n, t in outline.tensors.items()}
-    ops = tuple(_cut_op(op, cut, once, microbatches) for op in outline.ops)
+    tensors = {n: cut_tensor(t, cut, once, microbatches) for n, t in outline.tensors.items()}
+    ops = tuple(cut_op(op, cut, once, microbatches) for op in outline.ops)
     return Cut(replace(outline, tensors=tensors, ops=ops), microbatches, once)
 
 
@@ -187,7 +187,7 @@ def _regathered(
     return frozenset(parameters[w].region for name, w in parameter_of.items() if name in saved)
 
 
-def _cut_tensor(tensor: Tensor, cut: BatchCut, once: frozenset[str], m: int) -> Tensor:
+def cut_tensor(tensor: Tensor, cut: BatchCut, once: frozenset[str], m: int) -> Tensor:
     state = cut.states.get(tensor.name, "R")
     if tensor.name in once or isinstance(state, str):
         return tensor
@@ -202,7 +202,7 @@ def _divided(dims: Dims, place: tuple[int, int], m: int) -> Dims:
     )
 
 
-def _cut_op(op: Op, cut: BatchCut, once: frozenset[str], m: int) -> Op:
+def cut_op(op: Op, cut: BatchCut, once: frozenset[str], m: int) -> Op:
     choice = cut.choice[op.name]
     names = [f.name for f in op.factors]
     if choice not in names or any(u.tensor in once for u in op.results):

@@ -19,6 +19,7 @@ from .memory import (
     operand_gradients,
 )
 from .placement import Placement, R
+from .rule_experts import scratch_bytes
 from .template import Cut
 
 
@@ -47,7 +48,7 @@ class Timeline:
         )
         self.assignment, self.held, self.uses, self.regathered = assignment, held, uses, regathered
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
-        self.training = bool(self.outline.loss)
+        self.training = self.outline.training
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
         self.moment = [0.0] * self.count
@@ -85,6 +86,22 @@ class Timeline:
             return {c: round(x) for c, x in found.items()}
 
         return totals, causes
+
+    def backward(self) -> float:
+        """The most saved and temporary bytes at once, over the backward pass of all ops."""
+        self._saved()
+        self._temporaries()
+        saved, held = (_accumulated(self.lanes[cause]) for cause in ("saved", "temporaries"))
+        return max((saved[v] + held[v] + self.moment[v] for v in range(self.count)), default=0.0)
+
+    def passing(self) -> float:
+        """The most bytes of activations at once in the forward pass, each alive from its op to its last use."""
+        lane = [0.0] * (self.count + 2)
+        for span in self.facts.spans:
+            amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
+            lane[span.start] += amount
+            lane[min(span.end, self.count) + 1] -= amount
+        return max(_accumulated(lane), default=0.0)
 
     # -- lanes
 
@@ -151,7 +168,9 @@ class Timeline:
             amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
             self._over("temporaries", span.start, span.end - 1, amount)
         for i, op in enumerate(self.ops):
-            copies = gradient_copies(op, self.assignment.choices[op.name])
+            choice = self.assignment.choices[op.name]
+            self.moment[i] += scratch_bytes(op, self.tensors, choice, self.sizes, training=True)
+            copies = gradient_copies(op, choice)
             for j in operand_gradients(op, self.tensors):
                 amount = copies * local_bytes(
                     self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes
@@ -164,6 +183,8 @@ class Timeline:
             amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
             self._over("temporaries", span.start, min(span.end, self.count - 1), amount)
         for i, op in enumerate(self.ops):
+            choice = self.assignment.choices[op.name]
+            self.moment[i] += scratch_bytes(op, self.tensors, choice, self.sizes, training=False)
             for use, placement in zip(op.operands, self.uses.wanted[op.name], strict=True):
                 tensor = self.tensors[use.tensor]
                 source = self.uses.produced.get(use.tensor)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedOp
+from ..passes.experts.op import split_experts, split_width
 from ..passes.lowered import CallForm, Emitted
 from ..passes.summarize import target_name
 from ..planner.placement import Dims, Step
@@ -106,5 +107,8 @@ def _at_zero(form: CallForm) -> CallForm:
 
 
 Make = Callable[[CallForm, str, int, int], CallForm]
-IMPLEMENTATIONS: dict[str, Make] = {"vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form}
+IMPLEMENTATIONS: dict[str, Make] = {
+    "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form,
+    "experts": split_experts, "experts_width": split_width,
+}  # fmt: skip
 """Name of an implementation (planner rules) -> how to call it on this rank: form, group, index, size -> form."""

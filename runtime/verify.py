@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..passes.experts.interface import own_loops
 from ..passes.lift import Lift
 from ..planner.plan import Plan
 from . import parameters
@@ -115,7 +116,7 @@ class _Pair:
         theirs = torch.zeros_like(mine)
         if self.leads and self.of_reference is not None:
             self.of_reference.zero_grad()
-            with Lift(casts=self.exact, dropout=False):
+            with Lift(casts=self.exact, dropout=False), own_loops(self.reference):
                 output = self.reference(*self.args, **self.kwargs)
                 loss = self.loss_fn(output) if self.loss_fn is not None else loss_of(output)
             loss.backward()

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,8 @@ def test_malformed_memory_sizes(text: str) -> None:
         parse_bytes(text)
 
 
+POOLED = "h100-sxm:8x2+a100-sxm-80gb:8x4"
+
 FILE = """
 name = "mine"
 devices_per_node = 4
@@ -169,7 +172,7 @@ def test_errors_in_a_cluster_file_name_file_and_field(tmp_path: Path, old: str, 
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", ["h100-sxm:8x4", "gb200:4x32", "rtx-4090:2"])
+@pytest.mark.parametrize("spec", ["h100-sxm:8x4", "gb200:4x32", "rtx-4090:2", "cpu:4", POOLED])
 def test_clusters_round_trip_through_json(spec: str) -> None:
     cluster = parse_cluster(spec, memory_limit="10GiB")
     again = Cluster.from_dict(json.loads(json.dumps(cluster.to_dict())))
@@ -180,8 +183,10 @@ def test_clusters_round_trip_through_json(spec: str) -> None:
 
 
 def test_fingerprints_tell_machines_apart() -> None:
-    specs = ["h100-sxm:8x4", "h100-sxm:8x2", "h100-sxm:4x8", "h100-sxm:8x4@800Gbps", "h200-sxm:8x4"]
-    assert len({parse_cluster(s).fingerprint() for s in specs}) == len(specs)
+    specs = ["h100-sxm:8x4", "h100-sxm:8x2", "h100-sxm:4x8", "h100-sxm:8x4@800Gbps", "h200-sxm:8x4", POOLED]
+    clusters = [parse_cluster(s) for s in specs]
+    clusters += [replace(clusters[0], host=None), replace(clusters[-1], pools=clusters[-1].pools[::-1])]
+    assert len({cluster.fingerprint() for cluster in clusters}) == len(clusters)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from shardwright.passes.verify import verify_rule
 from shardwright.planner.rule_pattern import parse
 from shardwright.planner.rules import RULES, VIEWS, Operand, instantiate
 
-OPS = sorted({*RULES, *VIEWS})
+OPS = sorted(op for op in {*RULES, *VIEWS} if op.startswith("aten."))  # ops of this package have tests of their own
 SAMPLES = rule_samples.read()
 A = torch.ops.aten
 

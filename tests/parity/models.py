@@ -138,6 +138,19 @@ FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 6}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
+    # Experts that only split as a whole (odd width), ones that only split in width (with biases), and shared and routed ones.
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {
+        **GROUPED, "intermediate_size": 25, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }),
+    "gpt-oss": ("GptOssConfig", "GptOssForCausalLM", {
+        **GROUPED, "intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }),
+    "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {
+        **LAYERS, "use_cache": False, "num_key_value_heads": 4, "intermediate_size": 64, "moe_intermediate_size": 24,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    }),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
     "gptj": ("GPTJConfig", "GPTJForCausalLM", {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "rotary_dim": 4, "use_cache": False,

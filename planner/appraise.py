@@ -1,0 +1,162 @@
+"""The figures of a plan: seconds by cause, bytes by cause and stage, collectives, from the options its units take.
+
+The same for a plan that was just solved and for one that was read from a file, so that an edited plan is priced as it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..errors import PlanError
+from .joint import Workbench
+from .options import Option
+from .paths import makespan
+from .plan import Prediction, Traffic
+from .prices import FLOPS_KINDS
+from .shapes import Arrangement
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """One virtual stage: units [start, end), seconds of a microbatch, and bytes by cause at the peak of its rank."""
+
+    start: int
+    end: int
+    rank: int
+    forward: float
+    backward: float
+    weight: float
+    finish: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """A plan's figures. `memory` is by cause at the peak of the fullest rank."""
+
+    step_seconds: float
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    stages: tuple[StageFigures, ...]
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> Appraisal:
+    """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
+    ready, count = bench.ready(shape), shape.pp * shape.chunks
+    change = bench.change(shape)
+    times = [_seconds(options[cuts[s] : cuts[s + 1]], change) for s in range(count)]
+    sends = [
+        bench.send(shape, cuts[s + 1], options[cuts[s + 1] - 1].exit)[0] if s + 1 < count else 0.0 for s in range(count)
+    ]
+    backs = [bench.send(shape, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
+    columns = list(zip(*times, strict=True))
+    step, _ = makespan(ready.compiled, ready.placement, *columns[:3], sends, backs, columns[3])
+    memory = [_memory(bench, shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
+    peaks = [sum(m.values()) for m in memory]
+    fullest = max(range(shape.pp), key=lambda r: (peaks[r], -r))
+    stages = tuple(
+        StageFigures(cuts[s], cuts[s + 1], ready.placement[s], *times[s], math.ceil(peaks[ready.placement[s]]))
+        for s in range(count)
+    )
+    busiest = max(range(shape.pp), key=lambda r: (sum(times[s][0] + times[s][1] for s in ready.local[r]), -r))
+    return Appraisal(
+        step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
+        _traffic(bench, shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]),
+    )  # fmt: skip
+
+
+def _seconds(
+    options: Sequence[Option], change: dict[tuple[str, str], tuple[float, float]] | object
+) -> tuple[float, float, float, float]:
+    forward, backward = math.fsum(o.forward for o in options), math.fsum(o.backward for o in options)
+    for one, two in pairwise(options):
+        if one.exit != two.entry:
+            extra = change[one.exit, two.entry]  # type: ignore[index]
+            forward, backward = forward + extra[0], backward + extra[1]
+    return forward, backward, math.fsum(o.weight for o in options), math.fsum(o.finish for o in options)
+
+
+def _causes(shape: Arrangement, options: Sequence[Option], step: float) -> dict[str, float]:
+    """Seconds of the mean rank by cause; what is left of the step is waiting."""
+    found = dict.fromkeys(
+        ("compute", "activation_communication", "parameter_communication", "recompute", "offload", "optimizer"), 0.0
+    )
+    for option in options:
+        for cause, seconds in option.parts.items():
+            found[cause] = found.get(cause, 0.0) + seconds / shape.pp
+    found["bubble"] = max(0.0, step - math.fsum(found.values()))
+    return found
+
+
+def _memory(
+    bench: Workbench, shape: Arrangement, live: Sequence[tuple[int, ...]], stages: Sequence[int], cuts: Sequence[int],
+    options: Sequence[Option],
+) -> dict[str, float]:  # fmt: skip
+    """Bytes by cause at the fullest moment of one rank: a live vector with its working memory, or the optimizer step."""
+    mine = [options[u] for s in stages for u in range(cuts[s], cuts[s + 1])]
+    per_chunk = [[options[u] for u in range(cuts[s], cuts[s + 1])] for s in stages]
+    total = {c: math.fsum(o.memory[c] for o in mine) for c in ("parameters", "optimizer", "copies")}
+    gradients, work = math.fsum(o.gradient for o in mine), max(o.work for o in mine)
+    training = bench.task.outline.training
+    vectors = live if training else [(1,) * len(stages)]
+    saved = max(
+        (math.fsum(k * o.saved for k, chunk in zip(v, per_chunk, strict=True) for o in chunk) for v in vectors), default=0.0
+    )  # fmt: skip
+    once = bench.data(shape).once
+    held = {
+        "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
+        "buffers": bench.given_bytes(), "reserve": float(bench.task.setting.reserve),
+    }  # fmt: skip
+    running = {**held, "gradients": 0.0 if once else gradients, "saved": saved, "temporaries": work}
+    stepping = {**held, "gradients": gradients, "saved": 0.0, "temporaries": math.fsum(o.step for o in mine)}
+    return max((running, stepping), key=lambda m: sum(m.values()))
+
+
+def _traffic(bench: Workbench, shape: Arrangement, options: Sequence[Option]) -> tuple[Traffic, ...]:
+    """Collectives of the busiest rank inside its stages; hand-overs between stages are counted by the timeline."""
+    total: dict[tuple[str, str], list[float]] = {}
+    names = ("cp", "tp") if shape.cp > 1 else ("tp",)
+    for option in options:
+        for call, times in option.calls:
+            entry = total.setdefault((call.collective, names[call.axis]), [0.0, 0.0, 0.0])
+            costs = bench.fronts.costs(shape.tp, shape.cp)
+            entry[0] += times * shape.microbatches
+            entry[1] += times * shape.microbatches * call.bytes
+            entry[2] += times * shape.microbatches * costs.collective(call)
+    return tuple(
+        Traffic(name, axis, round(count), round(size), seconds)
+        for (name, axis), (count, size, seconds) in sorted(total.items())
+    )
+
+
+def check_fits(bench: Workbench, appraisal: Appraisal) -> None:
+    """Raise PlanError where a plan is above its memory limit."""
+    if appraisal.peak_bytes > bench.task.limit_bytes:
+        raise PlanError(
+            f"the plan needs {appraisal.peak_bytes} bytes per device, the limit is {bench.task.limit_bytes}"
+        )
+
+
+def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Prediction:
+    """The figures a plan reports."""
+    outline, seconds, devices = bench.task.outline, found.step_seconds, shape.devices
+    flops = sum(op.flops + op.backward_flops for op in outline.ops if op.kind in FLOPS_KINDS)
+    costs = bench.fronts.costs(shape.tp, shape.cp)
+    sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
+    errors = [e for known in costs.sources.values() for e in known.values()]
+    peak = bench.task.device.peak(bench.task.setting.precision.compute)
+    return Prediction(
+        step_seconds=seconds,
+        tokens_per_second_per_device=outline.tokens / seconds / devices if seconds else 0.0,
+        mfu=flops / seconds / devices / peak if seconds else 0.0,
+        peak_bytes_per_device=found.peak_bytes, memory=found.memory, seconds=found.seconds, traffic=found.traffic,
+        sources=sources, error=max(errors, default=0.0),
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""What of a unit may lie behind the device, in host memory or on disk: what is offered, and the copies that it asks for.
+
+    optimizer     moments and what they update; their step runs on the CPU, or every k-th part of it on the GPU
+    gradients     follow the optimizer states: as the backward pass makes them, or once a step
+    params        fetched for the forward and for the backward pass of every microbatch, in as many parts as ZeRO shares them
+    activations   all that a unit saves leaves after its forward pass and is back before its backward pass
+
+One unit takes a class as a whole; a share of it follows from units that do and units that do not. (ZeRO-Offload, Ren et al.
+2021; ZeRO-Infinity, Rajbhandari et al. 2021.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from .cluster import Host
+from .costs import PriceBook
+from .hostupdate import MOST_SUBGROUPS, SLOTS, best_stride, update_rates
+from .offload import (
+    ON_HOST,
+    Traffic,
+    activation_traffic,
+    gradient_traffic,
+    lane_seconds,
+    offloaded_state_bytes,
+    parameter_traffic,
+)
+from .pins import Pins
+from .plan import Precision
+from .precision import StateBytes, state_bytes
+from .prices import Prices
+
+SUBGROUP = 1e7
+"""Elements updated at a time: large enough to fill a link, small enough that `SLOTS` of them do not fill a device."""
+
+ADDED = 3
+"""Times the host moves a gradient to add it to those of the microbatches before: both read, the sum written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Which classes lie behind the device: `optimizer` is "", "host" or "disk"; `gradients` leave as they are made."""
+
+    optimizer: str = ""
+    gradients: bool = False
+    parameters: bool = False
+    activations: bool = False
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """Names as the `offload` pin spells them."""
+        named = {"optimizer": bool(self.optimizer), "params": self.parameters, "activations": self.activations}
+        return frozenset(name for name, there in named.items() if there)
+
+    def told(self, stride: float = math.inf) -> str:
+        """The label of an option: classes joined by "+", "" where all is on the device.
+
+        `optimizer/k` updates every k-th part on the GPU (1: all of it), `optimizer` all on the CPU, `@disk` has it on disk.
+        """
+        words = []
+        if self.optimizer:
+            part = "" if math.isinf(stride) else f"/{stride:g}"
+            words.append(f"optimizer{part}" + ("@disk" if self.optimizer == "disk" else ""))
+        words += ["gradients"] if self.gradients else []
+        words += ["params"] if self.parameters else []
+        return "+".join([*words, "activations"] if self.activations else words)
+
+
+HERE = Away()
+"""All on the device."""
+
+
+def offload_classes(label: str) -> frozenset[str]:
+    """The classes (optimizer, params, activations) in the label of an option."""
+    words = {word.partition("@")[0].partition("/")[0] for word in label.split("+")}
+    return frozenset(words & {"optimizer", "params", "activations"})
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What decides which offloads a unit is offered. `shares`: ranks that share its parameters; `saves`: it keeps something."""
+
+    level: int
+    shares: int
+    microbatches: int
+    trains: bool
+    parameters: bool
+    saves: bool
+    policy: str
+
+
+def offers(host: Host | None, pins: Pins, case: Case) -> Iterator[Away]:
+    """The offloads of a unit that the pins leave; a class that is pinned is away wherever the unit has it.
+
+    Few, because units are mixed: parameters, which travel every microbatch, go after the states, which travel once a step, and
+    where ZeRO shares them or nobody else has them; activations leave designs that keep everything or their border alone; the
+    disk is for named designs. A pin of a class offers it with every design and level.
+    """
+    if host is None:
+        yield HERE
+        return
+    pinned = pins.offload
+    apart = case.level == 3 or case.shares == 1
+    tiers = ["", "host"] if case.trains else [""]
+    if case.trains and host.disk_bytes and apart and case.policy:
+        tiers.append("disk")
+    alone = not case.trains or pinned == "params" or pins.forbids("offload", "optimizer")
+    fetched = case.parameters and (apart or pinned == "params")
+    leave = case.saves and (case.policy in ("none", "full") or pinned == "activations")
+    had = {"optimizer": case.trains, "params": case.parameters, "activations": case.saves}
+    for tier in tiers:
+        ways = _gradients(tier, case)
+        for gradients in ways if case.policy else ways[-1:]:
+            follow = fetched and (gradients == ways[-1] if tier else alone)
+            for parameters in (False, True) if follow else (False,):
+                for activations in (False, True) if leave and tier != "disk" else (False,):
+                    found = Away(tier, gradients, parameters, activations)
+                    if _allowed(found, pins, had):
+                        yield found
+
+
+def _gradients(tier: str, case: Case) -> tuple[bool, ...]:
+    """Whether gradients may leave as they are made: reduced ones only, and where nothing is added to them it is no worse."""
+    if not tier:
+        return (False,)
+    if case.microbatches == 1 or (tier == "disk" and (case.level >= 2 or case.shares == 1)):
+        return (True,)
+    return (False, True) if case.level >= 2 or case.shares == 1 else (False,)
+
+
+def _allowed(away: Away, pins: Pins, had: dict[str, bool]) -> bool:
+    classes = away.classes
+    if any(pins.forbids("offload", name) for name in classes or {"none"}):
+        return False
+    if pins.offload == "none":
+        return not classes
+    return pins.offload is None or pins.offload in classes or not had[pins.offload]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What one unit copies: elements on this rank (`trained` of them the optimizer's), ranks they are shared by at its level."""
+
+    elements: float
+    trained: float
+    level: int
+    ranks: int
+
+    @property
+    def share(self) -> int:
+        """Ranks that the optimizer's elements are shared by."""
+        return self.ranks if self.level else 1
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Seconds and bytes of offloads with one recipe and optimizer; rates of the update are worked out when first asked for."""
+
+    host: Host
+    prices: PriceBook
+    precision: Precision
+    optimizer: str
+    _rates: dict[tuple[str, bool], tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def state(self) -> StateBytes:
+        """Bytes per element by cause."""
+        return state_bytes(self.precision, self.optimizer)
+
+    def update(self, away: Away) -> tuple[float, float]:
+        """(stride, seconds per element) of the best step over states on the tier of `away`.
+
+        Units of a rank follow each other in one stream, so a long one sets the rate. Parameters that lie on the host need not
+        be brought back. Raises TypeError for prices that know no cluster.
+        """
+        key = (away.optimizer, away.parameters)
+        if key not in self._rates:
+            if not isinstance(self.prices, Prices):
+                raise TypeError(f"the optimizer step of the host is priced by Prices, not {type(self.prices).__name__}")
+            prices = replace(self.prices, cluster=replace(self.prices.cluster, host=self.host))
+            rates = update_rates(prices, self.precision, self.optimizer, away.optimizer)
+            if away.parameters:
+                rates = replace(rates, parameters_in=0.0)
+            elements = MOST_SUBGROUPS * SUBGROUP
+            stride, seconds = best_stride(elements, rates, SUBGROUP)
+            self._rates[key] = stride, seconds / elements
+        return self._rates[key]
+
+    def slots(self, away: Away, elements: float) -> float:
+        """Device bytes of the states that pass through while the step runs."""
+        if not away.optimizer or math.isinf(self.update(away)[0]):
+            return 0.0
+        return SLOTS * min(SUBGROUP, elements) * offloaded_state_bytes(self.state)
+
+    def fetched(self, moved: Moved) -> Traffic:
+        """Parameters brought in for one pass of one microbatch."""
+        return parameter_traffic(moved.elements, self.state, ON_HOST, moved.ranks if moved.level == 3 else 1)[0]
+
+    def passes(self, away: Away, moved: list[Moved], saved_bytes: float) -> tuple[Traffic, Traffic]:
+        """Traffic of one microbatch, (forward, backward)."""
+        forward, backward = Traffic(), Traffic()
+        if away.parameters:
+            forward += sum((self.fetched(m) for m in moved), Traffic())
+            backward += forward
+        if away.activations:
+            out, back = activation_traffic(saved_bytes, ON_HOST)
+            forward, backward = forward + out, backward + back
+        if away.gradients:
+            backward += sum((self._gradient(m) for m in moved), Traffic())
+        return forward, backward
+
+    def _gradient(self, moved: Moved) -> Traffic:
+        return gradient_traffic(moved.trained / moved.share, self.state, ON_HOST)
+
+    def exposed(self, traffic: Traffic, compute: float) -> float:
+        """Seconds of copies that the compute of their unit does not hide; both directions have lanes of their own."""
+        return max(0.0, lane_seconds(self.host, traffic).window - compute)
+
+    def adding(self, away: Away, moved: list[Moved], microbatches: int) -> float:
+        """Seconds of the host's memory to add up one microbatch's gradients where they leave as they are made."""
+        if not away.gradients or microbatches == 1:
+            return 0.0
+        size = sum(m.trained / m.share for m in moved) * self.state.gradient
+        return ADDED * size / self.host.rank_host_memory_bytes_per_second
+
+    def ends(self, away: Away, moved: list[Moved], compute_back: float) -> float:
+        """Seconds of copies at the end of a step, the optimizer's own apart.
+
+        Gradients that stayed until now leave under the last backward pass. Parameters of the host that the device updates are
+        brought there, where a recipe has no master copy of them, and are written back.
+        """
+        found = 0.0
+        if away.optimizer and not away.gradients:
+            found += self.exposed(sum((self._gradient(m) for m in moved), Traffic()), compute_back)
+        if away.parameters and not away.optimizer:
+            state, back = self.state, Traffic()
+            for m in moved:
+                whole = m.level in (1, 2)
+                size = m.elements * (state.copy or state.parameter) if whole else m.trained / m.share * state.parameter
+                need = 0.0 if whole or state.master else size
+                back += Traffic(in_bytes=need, out_bytes=size, copies=1 if size else 0)
+            found += lane_seconds(self.host, back).window
+        return found

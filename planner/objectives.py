@@ -1,0 +1,119 @@
+"""Objectives beside throughput: the plan that needs the least memory, and whether anything fits at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..errors import PinError
+from .appraise import appraise
+from .arcs import Line
+from .cluster import Cluster
+from .costs import PriceBook
+from .joint import Found, Solved, Workbench
+from .options import Option
+from .outline import Outline
+from .plan import Plan, ShapeRecord
+from .shapes import Arrangement
+from .spell import plan_of
+from .stages import Held, StageSolution
+
+Cut = tuple[Arrangement, tuple[int, ...], tuple[Option, ...], int]
+"""A shape, its cuts, the option of every unit, and the peak bytes of that plan."""
+
+
+def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request) -> Plan | None:  # type: ignore[no-untyped-def]
+    """The plan that needs the least memory among those looked at: the smallest microbatch, every unit in its smallest option.
+
+    Its peak is that of a real plan; a mixture of options may need a little less. None where no shape can run at all.
+    """
+    from .solve import make_bench
+
+    bench, shapes = make_bench(
+        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=cluster.host is not None
+    )
+    best: Cut | None = None
+    for found in _smallest(bench, shapes):
+        if best is None or found[3] < best[3]:
+            best = found
+    if best is None:
+        return None
+    shape, cuts, options, _ = best
+    figures = appraise(bench, shape, cuts, options)
+    held = tuple(
+        Held(s.start, s.end, tuple(range(s.start, s.end)), options[s.start].entry, options[s.end - 1].exit, s.forward, s.backward,
+             s.weight, s.finish)
+        for s in figures.stages
+    )  # fmt: skip
+    solution = StageSolution(held, figures.step_seconds, 0.0, options)
+    line = Line.of(bench.regions, [[(0.0, 0.0)]] * len(bench.chain.parts))
+    record = ShapeRecord(shape.mesh(), shape.microbatches, "solved", None, figures.step_seconds, figures.peak_bytes)
+    return plan_of(
+        bench, Found(None, [], [record], 0.0), Solved(shape, solution, line), source=request.source, objective="memory",
+        fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts, notes=outline.notes,
+    )  # fmt: skip
+
+
+def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request) -> bool:  # type: ignore[no-untyped-def]
+    """Whether some plan keeps the request's memory limit."""
+    from .solve import make_bench
+
+    bench, shapes = make_bench(
+        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=cluster.host is not None
+    )
+    return any(peak <= request.memory_limit_bytes for _, _, _, peak in _smallest(bench, shapes))
+
+
+def _smallest(bench: Workbench, shapes: Sequence[Arrangement]) -> Iterator[Cut]:
+    """Per mesh the plan of least memory, with the smallest microbatch and the plainest schedule."""
+    plain: dict[tuple[int, ...], Arrangement] = {}
+    for shape in shapes:
+        key = (shape.pp, shape.dp, shape.ep, shape.cp, shape.tp)
+        known = plain.get(key)
+        if known is None or (shape.micro_batch, shape.chunks, shape.schedule != "1f1b") < (
+            known.micro_batch, known.chunks, known.schedule != "1f1b",
+        ):  # fmt: skip
+            plain[key] = shape
+    for shape in plain.values():
+        try:
+            options = [bench.options(r, shape) for r in range(len(bench.chain.parts))]
+        except PinError:
+            continue
+        if not all(options):
+            continue
+        alive = min(shape.microbatches, shape.pp)
+        small = [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in options]
+        small = _matched(small, options, alive)
+        line = Line.of(bench.regions, [[(_held(o, alive), 0.0)] for o in small])
+        cuts = _cuts(line, shape.pp * shape.chunks)
+        picked = tuple(small[r] for r in bench.regions)
+        yield shape, cuts, picked, appraise(bench, shape, cuts, picked).peak_bytes
+
+
+def _held(option: Option, alive: int) -> float:
+    return option.static + option.gradient + alive * option.saved + 1.0
+
+
+def _matched(small: Sequence[Option], options: Sequence[Sequence[Option]], alive: int) -> list[Option]:
+    """The smallest options with one layout throughout, so that nothing need change between units."""
+    layouts = {(o.entry, o.exit) for o in small}
+    if len(layouts) == 1:
+        return list(small)
+    for layout in ("S", "R"):
+        same = [[o for o in found if (o.entry, o.exit) == (layout, layout)] for found in options]
+        if all(same):
+            return [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in same]
+    return list(small)
+
+
+def _cuts(line: Line, stages: int) -> tuple[int, ...]:
+    """A division with the least bytes in its fullest stage."""
+    most = line.bottleneck(stages)
+    here: dict[int, tuple[int, ...]] = {0: (0,)}
+    for mine in line.arcs(stages, most * (1 + 1e-9)):
+        there: dict[int, tuple[int, ...]] = {}
+        for i, j in mine:
+            if i in here and j not in there:
+                there[j] = (*here[i], j)
+        here = there
+    return here.get(len(line)) or tuple(round(k * len(line) / stages) for k in range(stages + 1))

@@ -1,0 +1,132 @@
+"""The rule of `shardwright::experts`: a mixture-of-experts region from routed tokens to combined outputs, as one op.
+
+    x [t, h], index [t, k], scale [t, k], up [e, c f, h], down [e, h, f], biases [e, c f] and [e, h] -> [t, h]
+
+    t   tokens: free; the weights are V
+    e   experts: every rank runs its own for all its tokens, implementation "experts"; the result is P
+    f   inner width of an expert: free; the result is P ("experts_width" where an output bias must be added once)
+    h, o, k, c   never: contracted before the activation, or together with it
+
+The sum over experts is exact under any routing, because a slot routed to another rank's expert contributes zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from .outline import DTYPE_BYTES, Factor, Op, Tensor
+from .rule_types import Call, Rule, Shape
+
+TARGET = "shardwright.experts"
+SLOTS = ((0, "x"), (1, "index"), (2, "scale"), (3, "up"), (4, "down"), (5, "up_bias"), (6, "down_bias"))
+GATE, TRANSPOSED = 7, 8
+"""Positions of the gate program (its text starts with the layout of the columns) and of the layout flag."""
+
+
+def adapt(call: Call, rule: Rule) -> Rule | None:
+    """The line for the layouts of one call; None where the experts are given in another form."""
+    layout = str(call.arg(GATE, "gate", "")).partition("|")[0]
+    if layout not in ("c f", "f c", "f") or len(call.operands) < 5:
+        return None
+    wide = "f" if layout == "f" else f"({layout.replace('c', 'c!')})"
+    transposed = bool(call.arg(TRANSPOSED, "transposed", False))
+    up, down = (f"e h! {wide}", "e f o!") if transposed else (f"e {wide} h!", "e o! f")
+    line = f"t h!, t k!, t k!, {up}, {down}, e {wide}, e o! -> t o!"
+    own = dict(rule.implementation)
+    if call.has(6, "down_bias"):
+        own["f"] = "experts_width"
+    return replace(rule, line=line, implementation=own)
+
+
+RULE = Rule(
+    "t h!, t k!, t k!, e f h!, e o! f -> t o!",
+    ((2,),),
+    "experts",
+    "experts",
+    {"e": "experts"},
+    slots=SLOTS,
+    adapt=adapt,
+)
+
+
+def forward_flops(operands: Sequence[Shape]) -> float:
+    """FLOPs of the products: every token through its k experts, not through all of them."""
+    slots = math.prod(operands[1])
+    return 2.0 * slots * sum(math.prod(stack[1:]) for stack in operands[3:5])
+
+
+def backward_flops(operands: Sequence[Shape], differentiable: Sequence[bool]) -> float:
+    """FLOPs of the backward: one product per stack that trains, one back through `down`, one through `up` for the tokens."""
+    slots = math.prod(operands[1])
+    up, down = (2.0 * slots * math.prod(stack[1:]) for stack in operands[3:5])
+    return up * (differentiable[3] + differentiable[0]) + down * (differentiable[4] + 1)
+
+
+def letters(factors: Sequence[Factor], names: str) -> tuple[int, ...]:
+    """Factors of the op whose letter is in `names` (a letter of size 1 has none)."""
+    return tuple(i for i, f in enumerate(factors) if f.name.partition(".")[0] in names)
+
+
+def saved_factors(factors: Sequence[Factor], rank: int) -> tuple[int, ...]:
+    """What a new tensor the op saves scales with: [slots, c f] gate inputs, or [slots] their order.
+
+    Not with the experts: a rank keeps a row for every slot of its tokens, whether or not its own experts take it.
+    """
+    return letters(factors, "tkcf" if rank == 2 else "tk")
+
+
+def product_groups(op: Op) -> tuple[tuple[int, ...], ...]:
+    """Factor groups (batch, m, n, k) of the first product; its m is shared by the experts."""
+    return tuple(letters(op.factors, names) for names in ("e", "tk", "cf", "h"))
+
+
+IMBALANCE = 0.25
+"""How far the load of the busiest expert is above the mean: the capacity factor of 1.25 that models trained with a balancing
+loss get by with (Fedus, Zoph and Shazeer 2021, "Switch Transformers", section 2.2). A convention, not a measurement."""
+
+
+def imbalance(local: float, experts: int) -> float:
+    """Load of the busiest rank over the mean where each has `local` of `experts`: excesses of experts average out."""
+    return 1.0 + IMBALANCE / math.sqrt(max(local, 1.0)) if local < experts else 1.0
+
+
+def experts_of(factors: Sequence[Factor]) -> int:
+    """All experts of the op, 1 where it has but one."""
+    return math.prod(factors[i].size for i in letters(factors, "e"))
+
+
+Term = tuple[float, tuple[int, ...]]
+"""Elements: a number times the local sizes of some factors."""
+
+
+def moved(op: Op) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Elements the op moves beside its products, (forward, backward): slots gathered, gated, weighted and combined.
+
+    Per slot, read and written: forward 7 h (gather 2, weights 2, order 2, sum 1) and 5 f (activation 2, product 3); backward
+    9 h (gathers 4, weights 2, order and sum 3) and 25 f (gate again 5, its backward 13, scalings 7). Kernels may fuse.
+    """
+    rows, wide = letters(op.factors, "tkh"), letters(op.factors, "tkf")
+    return ((7.0, rows), (5.0, wide)), ((9.0, rows), (25.0, wide))
+
+
+def scratch(op: Op, training: bool) -> tuple[Term, ...]:
+    """Elements alive at once inside the op (its backward, where it trains), besides operands, results and what is saved."""
+    rows, wide = letters(op.factors, "tkh"), letters(op.factors, "tkf")
+    return ((5.0, rows), (7.0, wide)) if training else ((4.0, rows), (4.0, wide))
+
+
+def scratch_bytes(
+    op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
+) -> float:
+    """Bytes of `scratch` under one choice per axis; 0 for every other op."""
+    if op.kind != "experts":
+        return 0.0
+    local = [float(f.size) for f in op.factors]
+    names = [f.name for f in op.factors]
+    for name, n in zip(choice, sizes, strict=True):
+        if name in names:
+            local[names.index(name)] /= n
+    width = DTYPE_BYTES[tensors[op.operands[3].tensor].dtype]
+    return width * sum(scale * math.prod(local[i] for i in factors) for scale, factors in scratch(op, training))

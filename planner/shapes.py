@@ -1,0 +1,188 @@
+"""The shapes of the search: how many ranks each axis has, the pipeline's chunks and schedule, and the microbatches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import PinError
+from .cluster import Cluster
+from .pins import Pins
+from .placing import axis_orders
+from .schedules import SCHEDULES, fault
+
+FREE_SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
+"""Schedules searched without a pin. GPipe takes as long as 1F1B and holds more."""
+
+CHUNKS = (2, 3, 4, 6, 8)
+"""Chunks per rank searched without a pin."""
+
+MOST_RANKS = 64
+"""Pipeline ranks searched without a pin."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Arrangement:
+    """One shape. `order` names the axes outermost first; `pieces` is into how many microbatches the whole batch is cut."""
+
+    pp: int
+    dp: int
+    ep: int
+    cp: int
+    tp: int
+    chunks: int
+    schedule: str
+    microbatches: int
+    micro_batch: int
+    order: tuple[str, ...] = ("pp", "dp", "ep", "cp", "tp")
+
+    @property
+    def devices(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def pieces(self) -> int:
+        """Parts of the batch: data ranks times microbatches."""
+        return self.dp * self.microbatches
+
+    def sizes(self) -> dict[str, int]:
+        """Ranks by axis; expert ranks are part of the data axis and take their place inside it."""
+        return {"pp": self.pp, "dp": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+
+    def mesh(self) -> dict[str, int]:
+        """What a record shows: axes with more than one rank, the data axis alone where there is none."""
+        found = {"pp": self.pp, "dp": self.dp, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+        found = {name: size for name, size in found.items() if size > 1}
+        return found or {"dp": 1}
+
+    def told(self) -> str:
+        """One line for people."""
+        mesh = " x ".join(f"{name}={size}" for name, size in self.mesh().items())
+        pipeline = (
+            f", {self.schedule}" + (f" of {self.chunks} chunks" if self.chunks > 1 else "") if self.pp > 1 else ""
+        )
+        return f"{mesh}{pipeline}, {self.microbatches} microbatches of {self.micro_batch}"
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """All divisors, ascending."""
+    small = [k for k in range(1, math.isqrt(number) + 1) if number % k == 0]
+    return tuple(sorted({*small, *(number // k for k in small)}))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What bounds the shapes: units of the chain, samples, whether the batch may be cut, a backward pass, experts."""
+
+    units: int
+    batch: int
+    training: bool
+    blockers: tuple[str, ...]
+    experts: tuple[int, ...] = ()
+    context: bool = True
+
+
+def arrangements(cluster: Cluster, room: Room, pins: Pins) -> tuple[Arrangement, ...]:
+    """Every shape that the pins leave; raises PinError naming what leaves none."""
+    found = tuple(dict.fromkeys(_all(cluster, room, pins)))
+    if not found:
+        raise PinError(_why(cluster, room, pins))
+    return found
+
+
+def _all(cluster: Cluster, room: Room, pins: Pins) -> Iterator[Arrangement]:
+    inner = min((p.levels[0].ranks for p in cluster.pool_list()), default=1)
+    for pp in _axis(pins, "pp", cluster.devices, min(MOST_RANKS, room.units)):
+        for tp in _axis(pins, "tp", cluster.devices // pp, max(inner, 1)):
+            for cp in _axis(pins, "cp", cluster.devices // pp // tp, inner if room.context else 1):
+                dp = cluster.devices // pp // tp // cp
+                if not _allowed(pins, "dp", dp) or room.batch % dp or (pins.sequence_parallel and tp == 1):
+                    continue
+                for ep in _experts(pins, room, dp):
+                    yield from _timed(cluster, room, pins, (pp, dp, ep, cp, tp))
+
+
+def _timed(cluster: Cluster, room: Room, pins: Pins, axes: tuple[int, int, int, int, int]) -> Iterator[Arrangement]:
+    pp, dp, ep, cp, tp = axes
+    local = room.batch // dp
+    orders = axis_orders(cluster, {"pp": pp, "dp": dp // ep, "ep": ep, "cp": cp, "tp": tp})
+    if pp * ep * cp * tp > cluster.pool_list()[0].per_node:
+        orders = orders[:1]  # a pipeline inside data parallelism pays where it stays inside a node
+    for micro_batch in divisors(local):
+        m = local // micro_batch
+        if not _allowed(pins, "micro_batch", micro_batch) or (m > 1 and (room.blockers or not room.training)):
+            continue
+        for schedule, chunks in _pipelines(room, pins, pp, m):
+            for order in orders:
+                yield Arrangement(*axes, chunks, schedule, m, micro_batch, order)
+
+
+def _pipelines(room: Room, pins: Pins, pp: int, m: int) -> Iterator[tuple[str, int]]:
+    """(schedule, chunks) for so many ranks and microbatches."""
+    if pp == 1:
+        if pins.vpp in (None, 1) and pins.schedule in (None, "none", "gpipe", "1f1b"):
+            yield "none", 1
+        return
+    names = (pins.schedule,) if pins.schedule is not None else FREE_SCHEDULES
+    if pins.schedule is None and pins.vpp == 1:
+        names = ("1f1b", "zb-h1")
+    for name in names:
+        if name is None or name == "none" or pins.forbids("schedule", name):
+            continue
+        least, most = SCHEDULES[name].chunks
+        choices = (
+            (pins.vpp,)
+            if pins.vpp is not None
+            else tuple(
+                v for v in (1, *CHUNKS) if v >= least and (most is None or v <= most) and (v == 1 or name != "zb-h1")
+            )
+        )
+        for chunks in choices:
+            if chunks is None or pp * chunks > room.units or pins.forbids("vpp", chunks):
+                continue
+            if not fault(name, pp, chunks, m):
+                yield name, chunks
+
+
+def _axis(pins: Pins, key: str, ranks: int, most: int) -> tuple[int, ...]:
+    """Sizes of an axis: the pinned one, else divisors of the ranks that are left up to `most`."""
+    wanted = getattr(pins, key)
+    if wanted is not None:
+        return (wanted,) if ranks % wanted == 0 and not pins.forbids(key, wanted) else ()
+    return tuple(k for k in divisors(ranks) if (k <= most or k == 1) and not pins.forbids(key, k))
+
+
+def _experts(pins: Pins, room: Room, dp: int) -> tuple[int, ...]:
+    if pins.ep is not None:
+        return (pins.ep,) if dp % pins.ep == 0 and (pins.ep == 1 or pins.ep in room.experts) else ()
+    degrees = (1, *(e for e in room.experts if e > 1))
+    return tuple(e for e in dict.fromkeys(degrees) if dp % e == 0 and not pins.forbids("ep", e))
+
+
+def _allowed(pins: Pins, key: str, value: int) -> bool:
+    wanted = getattr(pins, key)
+    return (wanted is None or wanted == value) and not pins.forbids(key, value)
+
+
+def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
+    """What leaves no shape, as far as one thing alone does."""
+    known = [(k, getattr(pins, k)) for k in ("pp", "tp", "cp", "dp") if getattr(pins, k) is not None]
+    product = math.prod(v for _, v in known)
+    told = " ".join(f"{k}={v}" for k, v in known)
+    if known and (cluster.devices % product or (len(known) == 4 and product != cluster.devices)):
+        return f"{told} makes {product} ranks, which do not make up the {cluster.devices} devices of the cluster"
+    if pins.dp is not None and room.batch % pins.dp:
+        return f"a batch of {room.batch} does not divide over dp={pins.dp}; change --batch"
+    if pins.pp is not None and pins.pp * (pins.vpp or 1) > room.units:
+        return f"pp={pins.pp} x {pins.vpp or 1} chunks is more stages than the model has units to cut ({room.units})"
+    if room.blockers and pins.micro_batch is not None:
+        return f"micro_batch={pins.micro_batch} would cut the batch, but it cannot be cut: {room.blockers[0]}"
+    if pins.schedule is not None and pins.pp is not None:
+        return (
+            fault(
+                pins.schedule, pins.pp, pins.vpp or 1, max(room.batch // (pins.dp or 1) // (pins.micro_batch or 1), 1)
+            )
+            or f"the pins {', '.join(pins.texts)} leave no shape for {cluster.devices} devices and a batch of {room.batch}"
+        )
+    return f"the pins {', '.join(pins.texts) or '(none)'} leave no shape for {cluster.devices} devices and a batch of {room.batch}"

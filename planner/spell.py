@@ -1,0 +1,242 @@
+"""A solved shape written out as a Plan, and a Plan read back as a shape with an option for every unit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+
+from ..errors import PlanError
+from .appraise import Appraisal, appraise, predict
+from .bench import home_of
+from .choices import states
+from .front import Design
+from .joint import Found, Solved, Workbench
+from .options import Option
+from .placement import R, State
+from .placing import axis_levels
+from .plan import (
+    VERSION,
+    MeshAxis,
+    OpPlan,
+    ParameterPlan,
+    Pipeline,
+    Plan,
+    RegionPlan,
+    RunPlan,
+    Search,
+    ShapeRecord,
+    Source,
+    StagePlan,
+)  # fmt: skip
+from .schedules import SCHEDULES
+from .shapes import Arrangement
+
+GIVEN_UP = (
+    "options: the sharding of each style, with what is kept at a few budgets and the named policies",
+    "stages are cut between regions; schedules are those of the library",
+    "with several chunks a rank, one division of the units, even by time",
+)
+
+MOST_RECORDS = 60
+"""Shapes listed in a plan: the best, and of those that were cut the ones with the smallest bounds."""
+
+
+def plan_of(
+    bench: Workbench, found: Found, best: Solved, *, source: Source, objective: str, fingerprint: str, limit_bytes: int,
+    pins: tuple[str, ...], notes: tuple[str, ...],
+) -> Plan:  # fmt: skip
+    """The plan of a search's best shape."""
+    shape, task = best.shape, bench.task
+    assert best.solution.stages is not None
+    options = [best.solution.flat[k] for held in best.solution.stages for k in held.picks]
+    cuts = [held.start for held in best.solution.stages] + [len(bench.chain)]
+    figures = appraise(bench, shape, cuts, options)
+    bound = min(found.bound_seconds, figures.step_seconds)
+    gap = (figures.step_seconds - bound) / figures.step_seconds if figures.step_seconds else 0.0
+    entries, stages = _entries(bench, shape, cuts, options, figures)
+    solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
+    return Plan(
+        version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
+        cluster_fingerprint=task.cluster.fingerprint(), objective=objective, optimizer=task.setting.optimizer,
+        precision=task.setting.precision, semantics="EXACT", mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
+        regions=entries, memory_limit_bytes=limit_bytes, predicted=predict(bench, shape, figures),
+        search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, GIVEN_UP), pins=pins,
+        runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], notes=notes, stages=stages,
+    )  # fmt: skip
+
+
+def _listed(records: Sequence[ShapeRecord]) -> tuple[ShapeRecord, ...]:
+    solved = [r for r in records if r.status == "solved"]
+    others = [r for r in records if r.status != "solved"]
+    return tuple([*solved, *others][:MOST_RECORDS])
+
+
+def mesh_of(bench: Workbench, shape: Arrangement) -> tuple[MeshAxis, ...]:
+    """The axes inside a pipeline rank, outermost first; one data axis where there is none."""
+    places = {p.name: p for p in axis_levels(bench.task.cluster, shape.order, shape.sizes())}
+    roles = (("dp", "data", shape.dp), ("cp", "context", shape.cp), ("tp", "model", shape.tp))
+    inner = [(name, role, size) for name, role, size in roles if size > 1] or [("dp", "data", 1)]
+    levels = bench.task.cluster.pool_list()[0].levels
+    return tuple(
+        MeshAxis(name, size, role, places[name].levels[-1] if places[name].levels else levels[0].name)
+        for name, role, size in inner
+    )
+
+
+def _pipeline(shape: Arrangement) -> Pipeline:
+    schedule = shape.schedule if shape.pp > 1 else "none"
+    order = tuple(name for name in shape.order if shape.sizes()[name] > 1)
+    return Pipeline(
+        shape.pp * shape.chunks,
+        schedule,
+        shape.chunks,
+        shape.microbatches,
+        shape.micro_batch,
+        shape.pp,
+        order,
+        shape.ep,
+    )
+
+
+def _entries(
+    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option], figures: Appraisal
+) -> tuple[tuple[RegionPlan, ...], tuple[StagePlan, ...]]:
+    """One entry per region and option in use, and the runs of the stages over them."""
+    units, regions = bench.chain.units, bench.task.outline.regions
+    uses: dict[int, dict[tuple[object, ...], list[int]]] = {r: {} for r in range(len(regions))}
+    for u, (r, _) in enumerate(units):
+        uses[r].setdefault(_same(options[u]), []).append(u)
+    names: dict[int, str] = {}
+    entries: list[RegionPlan] = []
+    for r, found in uses.items():
+        for i, members in enumerate(found.values()):
+            name = regions[r].name if len(found) == 1 else f"{regions[r].name}.{i + 1}"
+            names |= dict.fromkeys(members, name)
+            base = "" if len(found) == 1 else regions[r].name
+            entries.append(_entry(bench, shape, name, base, len(members), options[members[0]]))
+    stages = []
+    for stage in figures.stages:
+        runs: list[RunPlan] = []
+        for u in range(stage.start, stage.end):
+            k = units[u][1]
+            if runs and runs[-1].use == names[u] and runs[-1].first + runs[-1].count == k:
+                runs[-1] = RunPlan(names[u], runs[-1].first, runs[-1].count + 1)
+            else:
+                runs.append(RunPlan(names[u], k, 1))
+        stages.append(
+            StagePlan(stage.rank, tuple(runs), stage.forward, stage.backward, stage.finish, stage.peak_bytes)
+        )  # fmt: skip
+    return tuple(entries), tuple(stages)
+
+
+def _same(option: Option) -> tuple[object, ...]:
+    return option.region, option.design, option.zero, option.offload
+
+
+def _entry(bench: Workbench, shape: Arrangement, name: str, base: str, repeats: int, option: Option) -> RegionPlan:
+    part, outline = bench.chain.parts[option.region], bench.task.outline
+    region = outline.regions[option.region]
+    axes, tensors = mesh_of(bench, shape), dict(outline.tensors)
+    cut, context = bench.chain.cut[0], bench.fronts.context(shape.cp).choice if shape.cp > 1 else {}
+    spelled = {op.name: first for op, first in zip(part.outline.ops, region.instances[0], strict=True)}
+    ops: list[OpPlan] = []
+    wants: dict[str, set[State]] = {}
+    for op, choice in zip(part.outline.ops, option.design.choices, strict=True):
+        by_role = {
+            "data": cut.choice[op.name] if shape.dp > 1 else "R",
+            "context": context.get(op.name, "R"),
+            "model": choice,
+        }
+        picked = tuple(by_role[a.role] for a in axes)
+        sides = [states(op, tensors, c) for c in picked]
+        result = tuple(str(s[1][0]) for s in sides) if op.results else ()
+        ops.append(OpPlan(spelled[op.name], op.target, picked, result))
+        for use, want in zip(op.operands, states(op, tensors, choice)[0], strict=True):
+            wants.setdefault(use.tensor, set()).add(want)
+    parameters = _parameters(bench, shape, option, wants)
+    again = [spelled[n] for n in spelled if n in option.design.again]
+    roots = {n.partition(":")[0]: first for n, first in spelled.items()}
+    copies = [f"{roots.get(root.partition(':')[0], root)} -> {state}" for root, state in sorted(option.design.regather)]
+    return RegionPlan(
+        name, repeats, tuple(ops), parameters, tuple([*again, *copies]), tuple(p for p in option.offload.split("+") if p),
+        base, option.entry, option.exit, option.policy, option.style,
+    )  # fmt: skip
+
+
+def _parameters(
+    bench: Workbench, shape: Arrangement, option: Option, wants: Mapping[str, set[State]]
+) -> tuple[ParameterPlan, ...]:
+    """The parameters a region owns, named as in its first instance."""
+    outline = bench.task.outline
+    region = outline.regions[option.region]
+    if not region.parameters:
+        return ()
+    axes = mesh_of(bench, shape)
+    shared = tuple(a.name for a in axes if a.role in ("data", "context") and a.size > 1)
+    known = {p.tensor: p for p in outline.parameters}
+    k = 1 if region.repeats > 1 else 0
+    found = []
+    for mine, first in zip(region.parameters[k], region.parameters[0], strict=True):
+        home = home_of(wants.get(mine, {R}))
+        zero = option.zero if outline.tensors[mine].dims else 0
+        found.append(
+            ParameterPlan(
+                known[first].names, tuple(str(home if a.role == "model" else R) for a in axes), zero,
+                shared if zero else (), known[first].trainable,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+# -- back from a plan
+
+
+def shape_in(plan: Plan) -> Arrangement:
+    """The shape of a plan."""
+    sizes = {axis.role: axis.size for axis in plan.mesh}
+    p = plan.pipeline
+    order = tuple(p.order) + tuple(n for n in ("pp", "dp", "ep", "cp", "tp") if n not in p.order)
+    return Arrangement(
+        p.ranks, sizes.get("data", 1), p.experts, sizes.get("context", 1), sizes.get("model", 1), p.chunks, p.schedule,
+        p.microbatches, p.micro_batch, order,
+    )  # fmt: skip
+
+
+def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
+    """(cuts, option of every unit) of a plan; raises PlanError naming what cannot be."""
+    shape = shape_in(plan)
+    if shape.pp > 1 and shape.schedule not in SCHEDULES:
+        raise PlanError(f"pipeline.schedule: {shape.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    by_name = {entry.name: _option(bench, shape, entry) for entry in plan.regions}
+    regions = {region.name: r for r, region in enumerate(bench.task.outline.regions)}
+    owner = {entry.name: regions[entry.region or entry.name] for entry in plan.regions}
+    cuts, options = [0], []
+    for s, stage in enumerate(plan.stages):
+        for run in stage.runs:
+            for k in range(run.first, run.first + run.count):
+                u = len(options)
+                if u >= len(bench.chain) or bench.chain.units[u] != (owner[run.use], k):
+                    raise PlanError(f"stages[{s}]: instance {k} of {run.use} does not come next in the model")
+                options.append(by_name[run.use])
+        cuts.append(len(options))
+    if len(options) != len(bench.chain):
+        raise PlanError(f"stages: they hold {len(options)} of the model's {len(bench.chain)} units")
+    return cuts, options
+
+
+def _option(bench: Workbench, shape: Arrangement, entry: RegionPlan) -> Option:
+    outline = bench.task.outline
+    r = next(i for i, region in enumerate(outline.regions) if region.name == (entry.region or entry.name))
+    part, region = bench.chain.parts[r], outline.regions[r]
+    axes = [axis.role for axis in mesh_of(bench, shape)]
+    model = axes.index("model") if "model" in axes else None
+    choices = tuple(op.choice[model] if model is not None else "R" for op in entry.ops)
+    mine = {first: op.name for op, first in zip(part.outline.ops, region.instances[0], strict=True)}
+    again = frozenset(mine[n] for n in entry.recompute if " -> " not in n and n in mine)
+    copies = (text.split(" -> ") for text in entry.recompute if " -> " in text)
+    design = Design(entry.entry, entry.exit, choices, again, frozenset((mine.get(a, a), b) for a, b in copies))
+    zero = max((p.zero for p in entry.parameters), default=0)
+    option = bench.option(r, shape, design, zero, "+".join(entry.offload))
+    if option is None:
+        raise PlanError(f"region {entry.name}: its choices, storage or offload are not possible on this mesh")
+    return option

@@ -1,0 +1,1 @@
+"""Slow and simple answers that fast solvers are compared with."""
