@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PinError, UsageError
 from .job import Clock, Job, Say
 from .planner.cluster import Cluster
-from .planner.pins import Pins, parse_pins
+from .planner.pins import Pins, check_executed, parse_pins
 from .planner.plan import Plan, Source
 from .planner.precision import choose_precision, model_precision
 
@@ -73,9 +73,12 @@ def plan_model(
     """
     from .passes.models import load_model
 
-    clock, parsed, where = Clock(say), parse_pins(pins), cluster_of(cluster, memory_limit, store)
+    clock, parsed = Clock(say), parse_pins(pins)
+    runnable = (cluster if isinstance(cluster, str) else cluster.spec).startswith("local")
+    if runnable:
+        check_executed(parsed)
+    where = cluster_of(cluster, memory_limit, store)
     precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
-    runnable = where.spec.startswith("local")
 
     def job_at(size: int) -> Job:
         with clock.phase("load"):

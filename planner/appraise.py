@@ -57,8 +57,8 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
         bench.send(shape, cuts[s + 1], options[cuts[s + 1] - 1].exit)[0] if s + 1 < count else 0.0 for s in range(count)
     ]
     backs = [bench.send(shape, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
-    columns = list(zip(*times, strict=True))
-    step, _ = makespan(ready.compiled, ready.placement, *columns[:3], sends, backs, columns[3])
+    forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
+    step, _ = makespan(ready.compiled, ready.placement, forward, backward, weight, sends, backs, finish)
     memory = [_memory(bench, shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
     peaks = [sum(m.values()) for m in memory]
     fullest = max(range(shape.pp), key=lambda r: (peaks[r], -r))

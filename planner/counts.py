@@ -22,7 +22,10 @@ from .program import INFINITE, Program
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The best mixture: an option for every unit in order, its seconds, and the proven bound; no units where nothing fits."""
+    """The best mixture: an option for every unit in order, its seconds, and the proven bound.
+
+    No units and an infinite bound: nothing fits. No units and a finite one: these counts cannot be put in an order.
+    """
 
     units: tuple[Option, ...]
     seconds: float
@@ -87,8 +90,9 @@ class _Counts:
 
     def _layouts(self, change: Mapping[Layouts, tuple[float, float]]) -> None:
         layouts = sorted({side for found in self.n.values() for _, o in found for side in (o.entry, o.exit)})
-        if len(layouts) < 2 or not change:
-            return
+        turning = any(o.entry != o.exit for found in self.n.values() for _, o in found)
+        if len(layouts) < 2 or not change or turning:
+            return  # an option may itself lead from one layout to the other: nothing is known of changes
         price = min(self.m * (f + b) for f, b in change.values()) * self.scale
         flags = []
         for layout in layouts:

@@ -13,15 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ..errors import PinError
 from .arcs import Line
 from .cluster import Cluster, Device
 from .costs import PriceBook
 from .front import Design, ways_of
 from .fronts import Fronts, Named
-from .labels import best_rows
 from .memory import Setting
 from .options import Data, Option, Storing
 from .outline import Outline
@@ -31,6 +28,7 @@ from .pins import Pins
 from .placing import axis_strides, send_seconds
 from .plan import ShapeRecord
 from .progress import Event, Progress
+from .prune import undominated
 from .ramps import Ready, make_ready, ramp_seconds
 from .residual import residual_factors
 from .shapes import Arrangement
@@ -190,7 +188,7 @@ class Workbench:
             measured = self.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
             levels = self._levels(data)
             found = [o for named, n in measured for o in self.storing.options(region, named, n, data, levels)]
-            self._options[key] = _undominated(found)
+            self._options[key] = undominated(found)
         return self._options[key]
 
     def option(self, region: int, shape: Arrangement, design: Design, zero: int, offload: str) -> Option | None:
@@ -218,7 +216,7 @@ class Workbench:
                     "axis: use zero=0, or dp=N with N > 1"
                 )
             return (0,)
-        levels = (0, 1, 2, 3) if self.task.outline.training else (0, 3)
+        levels: tuple[int, ...] = (0, 1, 2, 3) if self.task.outline.training else (0, 3)
         if pins.zero is not None:
             levels = (pins.zero,) if pins.zero in levels else (0,)
         kept = tuple(z for z in levels if not pins.forbids("zero", z))
@@ -295,25 +293,6 @@ def _schedule(shape: Arrangement) -> str:
     return "1f1b" if shape.schedule == "none" else shape.schedule
 
 
-def _undominated(options: Sequence[Option]) -> list[Option]:
-    """Options that no other one with the same layouts is no worse than in every figure; the first of equals stays."""
-    kept: list[int] = []
-    layouts: dict[tuple[str, str], list[int]] = {}
-    for i, option in enumerate(options):
-        layouts.setdefault((option.entry, option.exit), []).append(i)
-    for members in layouts.values():
-        figures = np.array([_figures(options[i]) for i in members])
-        kept += [members[k] for k in best_rows(figures)]
-    return [options[i] for i in sorted(kept)]
-
-
-def _figures(o: Option) -> tuple[float, ...]:
-    return (
-        o.forward, o.backward - o.weight, o.weight, o.finish, o.static, o.gradient, o.saved, o.work, o.step, o.host,
-        o.host_saved, o.disk,
-    )  # fmt: skip
-
-
 class JointSearch:
     """One search over shapes."""
 
@@ -358,9 +337,7 @@ class JointSearch:
 
     def _refuse(self, shape: Arrangement, error: PinError) -> None:
         self.refused.append(error)
-        self.records.append(
-            ShapeRecord(shape.mesh(), shape.microbatches, "refused", reason=str(error), **_pipe(shape))  # type: ignore[arg-type]
-        )
+        self.records.append(_told(shape, "refused", None, None, str(error)))
 
     @property
     def seconds(self) -> float:
@@ -396,12 +373,8 @@ class JointSearch:
             self.best = made
 
     def _record(self, shape: Arrangement, status: str, bound: float, solution: StageSolution | None = None) -> None:
-        self.records.append(
-            ShapeRecord(
-                shape.mesh(), shape.microbatches, status, bound if 0 < bound < math.inf else None,
-                solution.step_seconds if solution is not None else None, **_pipe(shape),
-            )
-        )  # fmt: skip
+        known = bound if 0 < bound < math.inf else None
+        self.records.append(_told(shape, status, known, solution.step_seconds if solution is not None else None))
 
     def _ranked(self) -> list[ShapeRecord]:
         def key(record: ShapeRecord) -> tuple[float, float, str, str, int]:
@@ -416,5 +389,8 @@ def _talk(shape: Arrangement) -> float:
     return 1.0 + sum(cost * math.log2(getattr(shape, name)) for name, cost in TALK.items())
 
 
-def _pipe(shape: Arrangement) -> dict[str, object]:
-    return {"schedule": shape.schedule, "chunks": shape.chunks, "micro_batch": shape.micro_batch}
+def _told(shape: Arrangement, status: str, bound: float | None, seconds: float | None, reason: str = "") -> ShapeRecord:
+    return ShapeRecord(
+        shape.mesh(), shape.microbatches, status, bound, seconds, reason=reason, schedule=shape.schedule,
+        chunks=shape.chunks, micro_batch=shape.micro_batch,
+    )  # fmt: skip

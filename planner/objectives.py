@@ -16,7 +16,7 @@ from .outline import Outline
 from .plan import Plan, ShapeRecord
 from .shapes import Arrangement
 from .spell import plan_of
-from .stages import Held, StageSolution
+from .stageproblem import Held, StageSolution
 
 Cut = tuple[Arrangement, tuple[int, ...], tuple[Option, ...], int]
 """A shape, its cuts, the option of every unit, and the peak bytes of that plan."""

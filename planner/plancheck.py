@@ -110,14 +110,14 @@ def _regions(plan: Plan) -> Iterator[str]:
     owned = [name for region in first.values() for parameter in region.parameters for name in parameter.names]
     yield from _twice("regions", "parameter", owned)
     for i, region in enumerate(plan.regions):
-        yield from _region(f"regions[{i}]", region, axes)
+        yield from _region(f"regions[{i}]", region, axes, bool(plan.stages))
 
 
-def _region(where: str, region: RegionPlan, axes: Sequence[str]) -> Iterator[str]:
+def _region(where: str, region: RegionPlan, axes: Sequence[str], staged: bool) -> Iterator[str]:
     if region.repeats < 1:
         yield f"{where}.repeats: {region.repeats}; expected at least 1"
     for field in ("recompute", "offload"):
-        if getattr(region, field):
+        if getattr(region, field) and not staged:
             yield f"{where}.{field}: {getattr(region, field)[0]!r}; expected an empty list (everything is kept)"
     yield from _twice(f"{where}.ops", "op", [op.op for op in region.ops])
     for j, op in enumerate(region.ops):

@@ -124,7 +124,7 @@ def _pipelines(room: Room, pins: Pins, pp: int, m: int) -> Iterator[tuple[str, i
         if pins.vpp in (None, 1) and pins.schedule in (None, "none", "gpipe", "1f1b"):
             yield "none", 1
         return
-    names = (pins.schedule,) if pins.schedule is not None else FREE_SCHEDULES
+    names: tuple[str | None, ...] = (pins.schedule,) if pins.schedule is not None else FREE_SCHEDULES
     if pins.schedule is None and pins.vpp == 1:
         names = ("1f1b", "zb-h1")
     for name in names:
@@ -171,13 +171,20 @@ def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
     product = math.prod(v for _, v in known)
     told = " ".join(f"{k}={v}" for k, v in known)
     if known and (cluster.devices % product or (len(known) == 4 and product != cluster.devices)):
-        return f"{told} makes {product} ranks, which do not make up the {cluster.devices} devices of the cluster"
+        if len(known) == 1:
+            return f"{told} does not divide the {cluster.devices} devices"
+        return f"{told} needs {product} devices, the cluster has {cluster.devices}"
     if pins.dp is not None and room.batch % pins.dp:
         return f"a batch of {room.batch} does not divide over dp={pins.dp}; change --batch"
     if pins.pp is not None and pins.pp * (pins.vpp or 1) > room.units:
         return f"pp={pins.pp} x {pins.vpp or 1} chunks is more stages than the model has units to cut ({room.units})"
     if room.blockers and pins.micro_batch is not None:
         return f"micro_batch={pins.micro_batch} would cut the batch, but it cannot be cut: {room.blockers[0]}"
+    if pins.sequence_parallel and pins.tp == 1:
+        return "sequence_parallel=on needs a model axis: pin tp=N with N > 1"
+    if pins.micro_batch is not None and pins.dp is not None and room.batch // pins.dp % pins.micro_batch:
+        local = room.batch // pins.dp
+        return f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {pins.dp} data ranks"
     if pins.schedule is not None and pins.pp is not None:
         return (
             fault(

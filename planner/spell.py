@@ -210,7 +210,8 @@ def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
     by_name = {entry.name: _option(bench, shape, entry) for entry in plan.regions}
     regions = {region.name: r for r, region in enumerate(bench.task.outline.regions)}
     owner = {entry.name: regions[entry.region or entry.name] for entry in plan.regions}
-    cuts, options = [0], []
+    cuts: list[int] = [0]
+    options: list[Option] = []
     for s, stage in enumerate(plan.stages):
         for run in stage.runs:
             for k in range(run.first, run.first + run.count):

@@ -188,6 +188,7 @@ def _regathered(
 
 
 def cut_tensor(tensor: Tensor, cut: BatchCut, once: frozenset[str], m: int) -> Tensor:
+    """A tensor at the sizes of one of `m` microbatches."""
     state = cut.states.get(tensor.name, "R")
     if tensor.name in once or isinstance(state, str):
         return tensor
@@ -203,6 +204,7 @@ def _divided(dims: Dims, place: tuple[int, int], m: int) -> Dims:
 
 
 def cut_op(op: Op, cut: BatchCut, once: frozenset[str], m: int) -> Op:
+    """An op at the sizes of one of `m` microbatches."""
     choice = cut.choice[op.name]
     names = [f.name for f in op.factors]
     if choice not in names or any(u.tensor in once for u in op.results):

@@ -17,7 +17,7 @@ from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, transfer
 from ..planner.cluster import Cluster
-from ..planner.legal import check_choices
+from ..planner.legal import check_choices, check_executed
 from ..planner.outline import Outline
 from ..planner.plan import Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
@@ -40,6 +40,7 @@ def apply(
     """
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
+    check_executed(plan)
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING

@@ -32,7 +32,7 @@ def cluster(devices: int) -> Cluster:
 
 
 def request(pins: tuple[str, ...] = (), limit: int = PLENTY) -> Request:
-    return Request(SOURCE, "adamw", FP32, limit, parse_pins(pins))
+    return Request(SOURCE, "adamw", FP32, limit, parse_pins(pins), runnable=True)
 
 
 def plan_of(devices: int, pins: tuple[str, ...] = (), limit: int = PLENTY, outline: Outline | None = None) -> Plan:

@@ -1,0 +1,106 @@
+"""What the stage solve is asked and what it answers: pipeline, memory, units with options, and the division found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .arcs import Line
+from .labels import Layouts
+from .options import Option
+from .program import INFINITE
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Ranks of the pipeline, chunks per rank, schedule and microbatches."""
+
+    ranks: int
+    chunks: int
+    schedule: str
+    microbatches: int
+
+    @property
+    def stages(self) -> int:
+        return self.ranks * self.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a rank may use: device bytes without the reserve, and its share of host and disk."""
+
+    cap_bytes: float
+    host_bytes: float = INFINITE
+    disk_bytes: float = INFINITE
+
+
+@dataclass(frozen=True)
+class StageProblem:
+    """All that the stage solve needs. `send(position, layout)`: seconds of handing on what crosses there, each way.
+
+    `options` by stage pool and region: stages on another device type have another list; `pool[s]` names it.
+    """
+
+    line: Line
+    options: Sequence[Sequence[Option]]
+    change: Mapping[Layouts, tuple[float, float]]
+    pipeline: Pipeline
+    memory: Memory
+    send: Callable[[int, str], tuple[float, float]]
+    training: bool = True
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One virtual stage of a solution: its units, the option of each (index into the flat list), layouts and seconds."""
+
+    start: int
+    end: int
+    picks: tuple[int, ...]
+    entry: str
+    exit: str
+    forward: float
+    backward: float
+    weight: float
+    finish: float
+
+
+@dataclass(frozen=True)
+class StageSolution:
+    """The best division found (None: nothing fits), its step time, the proven bound, and the options `picks` point into."""
+
+    stages: tuple[Held, ...] | None
+    step_seconds: float
+    bound_seconds: float
+    flat: Sequence[Option] = ()
+    rounds: int = 0
+
+    @property
+    def gap(self) -> float:
+        if self.stages is None or not self.step_seconds:
+            return 0.0
+        return max(0.0, 1.0 - self.bound_seconds / self.step_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One mixture of one arc for one stage: seconds, bytes on every memory row, and seconds of handing on, each way."""
+
+    stage: int
+    start: int
+    end: int
+    layouts: Layouts
+    time: tuple[float, float, float, float]
+    bytes: tuple[float, ...]
+    work: float
+    picks: tuple[int, ...]
+    sends: tuple[float, float]
+
+
+@dataclass
+class Columns:
+    """Columns by stage, and how much seconds their thinning may hide."""
+
+    columns: list[list[Column]] = field(default_factory=list)
+    slack: float = 0.0

@@ -1,0 +1,132 @@
+"""Plans of one stage problem tried out: columns of mixtures, simulated together, with the paths that were critical."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .labels import Bag, Bags, Layouts, MemoryRows
+from .paths import Path, makespan, rank_paths
+from .program import INFINITE
+from .ramps import Ready, make_ready, seed_paths
+from .stageproblem import Column, StageProblem
+
+MOST_ROWS = 6
+"""Maximal vectors of live microbatches a rank's memory is checked at; more are merged, which only asks for more memory."""
+
+SLOWER = (1.1, 1.5, 4.0)
+"""How much slower one rank is made to find the paths that run through it."""
+
+
+class Trial:
+    """What is known of a stage problem: its schedule, memory rows, the best plan so far and all critical paths met."""
+
+    def __init__(
+        self, problem: StageProblem, *, gap: float = 1e-3, limit_seconds: float = INFINITE, ready: Ready | None = None
+    ) -> None:  # fmt: skip
+        self.problem, self.gap, self.limit = problem, gap, limit_seconds
+        self.p = problem.pipeline
+        name = self.p.schedule if problem.training else "forward"
+        self.ready = ready or make_ready(name, self.p.ranks, self.p.chunks, self.p.microbatches)
+        self.compiled, self.placement, self.local = self.ready.compiled, self.ready.placement, self.ready.local
+        self.rows = self._memory_rows()
+        m = float(self.p.microbatches)
+        self.busy = (m, m, 0.0, 1.0)
+        # Work of a rank that comes, with what `_beside` says of the stages before it, one after the other.
+        self.alone = self.busy if self.ready.splits else (m, m, 0.0, 0.0)
+        self.best: tuple[Column, ...] | None = None
+        self.seconds = INFINITE
+        self.paths: list[Path] = []
+        self.division: list[list[tuple[int, int]]] = []
+        self.slow = False
+        self.least = 0.0
+        self.coarse = Bags(problem.options, problem.change, [self.busy], coarse=True)
+
+    def _memory_rows(self) -> list[MemoryRows]:
+        once = self.p.microbatches == 1 and self.p.stages == 1
+        vectors = [_merged(v) for v in self.ready.live]
+        found = []
+        for stage, rank in enumerate(self.placement):
+            chunk = self.local[rank].index(stage)
+            live = tuple(v[chunk] for v in vectors[rank]) if self.problem.training else (1,)
+            memory = self.problem.memory
+            found.append(MemoryRows(live, memory.cap_bytes, memory.host_bytes, memory.disk_bytes, once))
+        return found
+
+    def _value(self, column: Column) -> float:
+        return sum(w * t for w, t in zip(self.busy, column.time, strict=True))
+
+    def _made(self, stage: int, start: int, end: int, layouts: Layouts, bag: Bag) -> list[Column]:
+        last = len(self.problem.line)
+        sends = (
+            self.problem.send(end, layouts[1])[0] if end < last else 0.0,
+            self.problem.send(start, layouts[0])[1] if start > 0 else 0.0,
+        )
+        return [
+            Column(
+                stage, start, end, layouts, (t[0], t[1], t[2], t[3]), tuple(b), float(w), tuple(p), sends
+            )
+            for t, b, w, p in zip(
+                bag.time.tolist(), bag.bytes.tolist(), bag.work.tolist(), bag.picks.tolist(), strict=True
+            )
+        ]  # fmt: skip
+
+    def _try(self, path: tuple[Column, ...]) -> float:
+        """Simulate a plan, keep it if it fits and is the best, and take its critical paths as rows; returns its step time."""
+        if not self._fits(path):
+            return INFINITE
+        table = self._table(path)
+        seconds, critical = makespan(self.compiled, self.placement, *table)
+        self.paths.append(critical)
+        self.paths += [row for _, row in rank_paths(self.compiled, self.placement, *table)]
+        if seconds < self.seconds:
+            self.seconds, self.best = seconds, path
+        return seconds
+
+    def _seed(self) -> None:
+        """Paths that become critical where one rank is slower than the others: rows that bind before a solve finds them."""
+        assert self.best is not None
+        self.paths += seed_paths(self.ready, self._table(self.best), SLOWER)
+
+    def _fits(self, path: tuple[Column, ...]) -> bool:
+        """Whether the chunks of every rank fit together."""
+        if self.p.chunks == 1:
+            return True
+        for stages in self.local:
+            rows = self.rows[stages[0]]
+            total = np.sum([path[s].bytes for s in stages], axis=0)
+            total[: rows.activations] += max(path[s].work for s in stages)
+            caps = [rows.cap_bytes] * (rows.activations + 1) + [rows.host_bytes, rows.disk_bytes]
+            if (total > np.array(caps) * (1 + 1e-9)).any():
+                return False
+        return True
+
+    def _table(self, path: tuple[Column, ...]) -> tuple[list[float], ...]:
+        return (
+            [c.time[0] for c in path], [c.time[1] for c in path], [c.time[2] for c in path],
+            [c.sends[0] for c in path], [c.sends[1] for c in path], [c.time[3] for c in path],
+        )  # fmt: skip
+
+    def _beside(self, start: int) -> float:
+        """Least seconds of a step before and after the work of a rank whose first stage starts at a position.
+
+        The first microbatch passes the units before. The last one passes them on its way back, while the rank has its finish
+        and the weight halves it put off: so either may count, not both.
+        """
+        line = self.problem.line
+        return line.forward(0, start) if self.ready.splits else line.before[start]
+
+    def _floor(self, stage: int, start: int, end: int, ranks: int = 1) -> float:
+        return self.coarse.floor([(self.problem.line.runs(start, end), self.rows[stage])], self.alone, ranks)
+
+
+def _merged(vectors: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """At most `MOST_ROWS` vectors that no given one exceeds: neighbours are merged by their greatest entries."""
+    kept = sorted(vectors)
+    while len(kept) > MOST_ROWS:
+        pairs = range(len(kept) - 1)
+        k = min(pairs, key=lambda i: sum(abs(a - b) for a, b in zip(kept[i], kept[i + 1], strict=True)))
+        merged = tuple(max(a, b) for a, b in zip(kept[k], kept[k + 1], strict=True))
+        kept[k : k + 2] = [merged]
+    return tuple(kept)
