@@ -11,7 +11,8 @@ _MEMORY = {
 }  # fmt: skip
 _TIME = {
     "activation_communication": "communication of activations", "parameter_communication": "communication of parameters",
-    "copies": "local copies", "optimizer": "optimizer step",
+    "copies": "local copies", "optimizer": "optimizer step", "recompute": "running again", "bubble": "waiting (bubble)",
+    "offload": "copies to and from the host",
 }  # fmt: skip
 _COUNT = ("", " k", " M", " B", " T")
 

@@ -11,9 +11,12 @@ from rich.text import Text
 
 from ..planner.plandiff import Difference
 from .figures import bytes_text, change_text, count_text, seconds_text
+from .stages import again_text, runs_text
 from .tables import table
 
-_SHOWN = 40
+_SHOWN, _SHOWN_OF_SEARCH = 40, 12
+_NAMED = 3
+"""Ops that run again which a difference names; more are counted."""
 
 
 def cluster_list(found: Sequence[Mapping[str, Any]]) -> Table:
@@ -66,10 +69,11 @@ def difference_tables(found: Sequence[Difference], a: str, b: str) -> list[Rende
     for dimension in dict.fromkeys(d.dimension for d in found):
         rows = [d for d in found if d.dimension == dimension]
         made = table("where", a, b, "change", title=dimension, right=(3,))
-        for row in rows[:_SHOWN]:
+        most = _SHOWN_OF_SEARCH if dimension in ("search", "runners_up") else _SHOWN
+        for row in rows[:most]:
             change = change_text(row.change) if row.change is not None else ""
             made.add_row(Text(row.where), Text(_side(row.where, row.a)), Text(_side(row.where, row.b)), change)
-        parts += [made, Text(f"... and {len(rows) - _SHOWN} more (--json shows all)" if len(rows) > _SHOWN else "")]
+        parts += [made, Text(f"... and {len(rows) - most} more (--json shows all)\n" if len(rows) > most else "")]
     return parts
 
 
@@ -83,9 +87,19 @@ def _side(where: str, value: Any) -> str:
         if "bytes" in leaf or ".memory." in where:
             return bytes_text(value)
         return f"{value:,.6g}" if isinstance(value, float) else str(value)
+    if where.endswith(".runs"):
+        return runs_text([(run["use"], run["count"]) for run in value])
+    if where.endswith(".recompute") and len(value) > _NAMED:
+        return again_text(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(each, dict) for each in value) and value:
+        return f"{len(value)} records"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(str, value)) + "]"
     if isinstance(value, dict):
+        if "runs" in value:
+            return f"rank {value['rank']}: {_side('.runs', value['runs'])}"
+        if "repeats" in value:
+            return f"x {value['repeats']}"
         name = next((value[key] for key in ("op", "name", "names", "collective") if key in value), None)
         return str(name[0] if isinstance(name, (list, tuple)) else name) if name is not None else "present"
     return str(value)

@@ -59,6 +59,17 @@ def summaries(plan: Plan) -> tuple[RegionSummary, ...]:
     return tuple(_summary(region, plan.mesh) for region in plan.regions)
 
 
+def alike(plan: Plan) -> tuple[str, ...]:
+    """For each entry the earlier entry of the same region with the same placements and parameters, "" where there is none."""
+    seen: dict[tuple[object, ...], str] = {}
+    found = []
+    for entry in plan.regions:
+        key = (entry.region or entry.name, entry.ops, entry.parameters)
+        found.append(seen.get(key, ""))
+        seen.setdefault(key, entry.name)
+    return tuple(found)
+
+
 def word(op: OpPlan, axis: int, mesh: tuple[MeshAxis, ...]) -> str:
     """What `op` does along one axis, in a word."""
     choice = op.choice[axis]

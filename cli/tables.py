@@ -14,12 +14,15 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..planner.plan import Plan, ShapeRecord
-from .figures import bytes_text, count_text, memory_text, mesh_text, percent_text, seconds_text, time_text
-from .placements import summaries
+from ..planner.plan import Plan
+from .candidates import NUMBERS, searched
+from .figures import bytes_text, count_text, memory_text, percent_text, seconds_text, time_text
+from .placements import alike, summaries
+from .stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 
 _WIDTH = 120
-_BAR = 30
+_BAR = 24
+_MOST_STAGES = 24
 
 
 def console(*, error: bool = False) -> Console:
@@ -71,9 +74,11 @@ def progress() -> Iterator[Teller]:
         yield Teller(out, status)
 
 
-def table(*columns: str, title: str | None = None, right: tuple[int, ...] = ()) -> Table:
-    """An empty table without a box; the columns of `right` hold numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+def table(*columns: str, title: str | None = None, right: tuple[int, ...] = (), gap: int = 3) -> Table:
+    """An empty table without a box, `gap` spaces between columns; the columns of `right` hold numbers."""
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0)
+    )
     made.min_width = len(title or "")
     for i, name in enumerate(columns):
         made.add_column(Text(name), justify="right" if i in right else "left", style=None, overflow="fold")
@@ -93,7 +98,9 @@ def estimate_line(estimate: Mapping[str, float]) -> str:
 
 def plan_tables(plan: Plan, seconds: Mapping[str, float] | None = None) -> Group:
     """The whole plan on a page."""
-    parts: list[RenderableType] = [_summary(plan), _mesh(plan), _regions(plan), _memory(plan), _time(plan)]
+    parts: list[RenderableType] = [
+        _summary(plan), _mesh(plan), *_stages(plan), _regions(plan), *_variants(plan), _memory(plan), _time(plan)
+    ]  # fmt: skip
     if plan.predicted.traffic:
         parts.append(_traffic(plan))
     parts += [_search(plan, seconds or {}), *_notes(plan)]
@@ -103,11 +110,14 @@ def plan_tables(plan: Plan, seconds: Mapping[str, float] | None = None) -> Group
 def headline(plan: Plan) -> dict[str, str]:
     """The few figures everybody asks for first, by name."""
     source, predicted = plan.source, plan.predicted
+    pipeline = pipeline_text(plan)
+    devices = plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
     shape = f"batch {source.batch}" + (f", sequence {source.seq}" if source.seq else "")
     found = {
         "model": f"{source.model} ({shape})",
-        "cluster": f"{plan.cluster.get('spec') or plan.cluster.get('name')}, {math.prod(a.size for a in plan.mesh)} devices",
+        "cluster": f"{plan.cluster.get('spec') or plan.cluster.get('name')}, {devices} devices",
         "training": f"{plan.precision.recipe} ({plan.precision.compute}), {plan.optimizer}",
+        **({"pipeline": pipeline} if pipeline else {}),
         "step": f"{seconds_text(predicted.step_seconds)} predicted, give or take {percent_text(predicted.error)}",
         "throughput": f"{predicted.tokens_per_second_per_device:,.0f} tokens per second and device",
         "mfu": percent_text(predicted.mfu),
@@ -143,19 +153,44 @@ def _summary(plan: Plan) -> Table:
 def _mesh(plan: Plan) -> Table:
     title = f"Mesh: {microbatch_text(plan)}"
     made = table("axis", "ranks", "role", "crosses", title=title, right=(1,))
-    for axis in plan.mesh:
-        made.add_row(axis.name, str(axis.size), axis.role, axis.link)
+    for name, size, role, link in mesh_rows(plan):
+        made.add_row(Text(name), str(size), Text(role), Text(link))
     return made
+
+
+def _stages(plan: Plan) -> list[RenderableType]:
+    rows = stage_rows(plan, _MOST_STAGES)
+    if not rows:
+        return []
+    title = "Stages: seconds of one microbatch, peak of the rank"
+    made = table("stage", "rank", "runs", "forward", "backward", "peak", title=title, right=(3, 4, 5))
+    for row in rows[:_MOST_STAGES]:
+        made.add_row(row.stages, row.ranks, Text(row.runs), row.forward, row.backward, row.peak)
+    left = len(rows) - _MOST_STAGES
+    return [Group(made, Text(f"{left} more rows of stages (the report has all)")) if left > 0 else made]
+
+
+def _variants(plan: Plan) -> list[RenderableType]:
+    """What is not simply kept on the device; a column only where a region has something to say in it."""
+    rows = variant_rows(plan)
+    names = {"again": "runs again", "policy": "recompute", "away": "off the device", "layout": "between layers"}
+    used = [name for name in names if any(getattr(row, name) for row in rows if name != "policy" or row.again)]
+    made = table("region", *(names[name] for name in used), title="Recompute, offload and layouts")
+    for row in rows:
+        made.add_row(Text(row.name), *(Text(getattr(row, name)) for name in used))
+    return [made] if rows else []
 
 
 def _regions(plan: Plan) -> Table:
     axes = tuple(axis.name for axis in plan.mesh)
     made = table("region", "repeats", "ops", *axes, "parameters", title="Regions", right=(1, 2))
-    for region in summaries(plan):
+    for region, like in zip(summaries(plan), alike(plan), strict=True):
+        cells = (Text(region.name), str(region.repeats), str(region.ops))
+        if like:
+            made.add_row(*cells, Text(f"as {like}"))
+            continue
         stored = "\n".join(group.text(axes) for group in region.parameters)
-        made.add_row(
-            Text(region.name), str(region.repeats), str(region.ops), *map(Text, region.axes), Text(stored or "none")
-        )
+        made.add_row(*cells, *map(Text, region.axes), Text(stored or "none"))
     return made
 
 
@@ -192,56 +227,16 @@ def _traffic(plan: Plan) -> Table:
 
 
 def _search(plan: Plan, seconds: Mapping[str, float]) -> RenderableType:
-    made = table("mesh", "microbatches", "bound", "step", "peak", "", title="Search", right=(1, 2, 3, 4))
-    for cells in shape_rows(plan):
+    found = searched(plan)
+    right = tuple(i for i, name in enumerate(found.columns) if name in NUMBERS)
+    made = table(*(name.replace("outcome", "") for name in found.columns), title="Search", right=right, gap=2)
+    for cells in found.rows:
         made.add_row(*map(Text, cells))
-    lines: list[RenderableType] = [made]
+    lines: list[RenderableType] = [made, *([Text(found.more)] if found.more else [])]
     if seconds:
         spent = ", ".join(f"{name} {seconds_text(value)}" for name, value in seconds.items())
         lines.append(Text(f"took {seconds_text(sum(seconds.values()))}: {spent}", style="dim"))
     return Group(*lines)
-
-
-def microbatch_text(plan: Plan) -> str:
-    """ "2 microbatches of 4 samples per data-parallel rank"."""
-    count, size = plan.pipeline.microbatches, plan.pipeline.micro_batch
-    parts = f"{count} microbatches of {_samples(size)}" if count > 1 else _samples(size)
-    return f"{parts} per data-parallel rank"
-
-
-def _samples(count: int) -> str:
-    return "1 sample" if count == 1 else f"{count} samples"
-
-
-def shape_rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
-    """The candidates of the search as text, the plan's own called "chosen"; those without figures share a line per mesh."""
-    mine = {axis.name: axis.size for axis in plan.mesh}
-    rows: list[tuple[str, str, str, str, str, str]] = []
-    bare: dict[tuple[str, str], list[str]] = {}
-    for record in plan.search.shapes:
-        cells = shape_cells(record)
-        if not any(cells[2:5]):
-            bare.setdefault((cells[0], cells[5]), []).append(cells[1])
-            continue
-        own = (
-            record.mesh == mine
-            and record.microbatches == plan.pipeline.microbatches
-            and record.step_seconds is not None
-        )
-        rows.append((*cells[:5], "chosen") if own and not plan.edited else cells)
-    return rows + [(mesh, ", ".join(counts), "", "", "", outcome) for (mesh, outcome), counts in bare.items()]
-
-
-def shape_cells(record: ShapeRecord) -> tuple[str, str, str, str, str, str]:
-    """A candidate of the search as text: mesh, microbatches, bound, step, peak, and what became of it."""
-    return (
-        mesh_text(list(record.mesh), list(record.mesh.values())),
-        str(record.microbatches),
-        seconds_text(record.bound_seconds) if record.bound_seconds is not None else "",
-        seconds_text(record.step_seconds) if record.step_seconds is not None else "",
-        bytes_text(record.peak_bytes) if record.peak_bytes is not None else "",
-        f"{record.status}: {record.reason}" if record.reason else record.status,
-    )
 
 
 def _notes(plan: Plan) -> list[RenderableType]:

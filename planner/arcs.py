@@ -66,7 +66,7 @@ class Line:
     def bottleneck(self, stages: int) -> float:
         """The least possible seconds of the slowest of `stages` intervals that cover the chain (binary search, greedy)."""
         low, high = max(self.least), self.before[-1]
-        for _ in range(60):
+        for _ in range(44):
             middle = (low + high) / 2
             low, high = (low, middle) if self._covers(stages, middle) else (middle, high)
         return high

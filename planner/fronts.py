@@ -212,7 +212,11 @@ class Fronts:
         if first is None:
             return
         bench = self.bench(region, ways, self.reference)
-        for design, policy in self._policies(part, program, first, region):
+        policies = list(self._policies(part, program, first, region))
+        banned = {design for design, policy in policies if part.outline.training and self._bans(region, policy)}
+        for design, policy in policies:
+            if design in banned:
+                continue
             named = Named(replace(design, entry=style.layout, exit=style.layout), style.name, policy)
             yield named
             if part.outline.training and style.sequence_parallel and policy in ("none", "selective"):
@@ -249,11 +253,18 @@ class Fronts:
 
     def _pinned(self, region: int) -> str | None:
         """The recompute policy pinned for a region: layers where the model has them, else everything."""
-        regions = self.chain.outline.regions
-        layers = any(r.repeats > 1 for r in regions)
-        if self.pins.recompute is None or (layers and regions[region].repeats == 1 and self.pins.recompute != "none"):
+        if self.pins.recompute is None or (not self._layer(region) and self.pins.recompute != "none"):
             return None
         return self.pins.recompute
+
+    def _bans(self, region: int, policy: str) -> bool:
+        """Whether the pins forbid a recompute policy for a region; to forbid "none" asks nothing of what is no layer."""
+        return self.pins.forbids("recompute", policy) and (policy != "none" or self._layer(region))
+
+    def _layer(self, region: int) -> bool:
+        """Whether a region is one of the model's layers: where none is repeated, each is."""
+        regions = self.chain.outline.regions
+        return regions[region].repeats > 1 or all(r.repeats == 1 for r in regions)
 
 
 def copies(bench: Bench, design: Design) -> frozenset[Regathered]:

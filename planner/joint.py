@@ -108,18 +108,13 @@ class Workbench:
         )  # fmt: skip
         precision, optimizer = task.setting.precision, task.setting.optimizer
         self.storing = Storing(
-            task.prices,
-            task.device,
-            precision,
-            optimizer,
-            task.outline.training,
-            task.setting.foreach,
-            task.cluster.host if tiers else None,
-            task.pins,
-        )
+            task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
+            task.cluster.host if tiers else None, task.pins,
+        )  # fmt: skip
         self.regions = tuple(r for r, _ in self.chain.units)
         self._least: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._options: dict[tuple[object, ...], list[Option]] = {}
+        self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self._ramps: dict[tuple[str, int, int, int], tuple[float, float, float]] = {}
 
@@ -148,7 +143,10 @@ class Workbench:
         m, total = shape.microbatches, line.before[-1]
         if shape.chunks > 1 or shape.pp == 1:
             return max(m * total / shape.pp, total)
-        return max(m * line.bottleneck(shape.pp), total)
+        key = (line.least, shape.pp)
+        if key not in self._slowest:
+            self._slowest[key] = line.bottleneck(shape.pp)
+        return max(m * self._slowest[key], total)
 
     def talk_bound(self, shape: Arrangement) -> float:
         """A higher bound: designs with their communication, and the ramp of the schedule. inf where nothing can run."""
@@ -306,7 +304,7 @@ class JointSearch:
         self.closed = math.inf
 
     def run(self) -> Found:
-        """Search to the end; an interrupt keeps the best plan so far. Raises PinError where no shape meets the pins."""
+        """Search to the end, or an interrupt once there is a plan. Raises PinError where no shape meets the pins."""
         queue: list[_Open] = []
         interrupted = False
         try:
@@ -321,8 +319,10 @@ class JointSearch:
                     continue
                 self._step(item)
         except KeyboardInterrupt:
+            if self.best is None:
+                raise
             interrupted = True
-            self.closed = min([self.closed, *(item.bound for item in queue)])
+            self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
         if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
         return Found(self.best, self.solved, self._ranked(), self.closed, interrupted)

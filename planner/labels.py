@@ -121,6 +121,7 @@ class Bags:
         self._tables: dict[tuple[int, MemoryRows], dict[Layouts, Bag]] = {}
         self._known: dict[Any, dict[Layouts, Bag]] = {}
         self._lines: dict[Any, tuple[Floats, Floats]] = {}
+        self._work: dict[int, float] = {}
 
     def interval(self, runs: Runs, rows: MemoryRows, limit: Limit | None = None) -> dict[Layouts, Bag]:
         """Bags by (entry, exit) layout of runs of (region, count) units one after the other."""
@@ -141,8 +142,7 @@ class Bags:
 
         Every unit by itself, memory at its best price: that of a byte in the Lagrangian dual of one row, from a geometric list.
         """
-        units = [self.single(r, rows) for runs, rows in parts for r, _ in runs]
-        room = parts[0][1].cap_bytes - min(float(b.work.min()) for found in units for b in found.values())
+        room = parts[0][1].cap_bytes - min(self._slightest(r) for runs, _ in parts for r, _ in runs)
         if not np.isfinite(room):
             return self._floor(parts, weights, 0, 0.0, 0.0)
         return max(self._floor(parts, weights, row, room, float(ranks)) for row in range(parts[0][1].activations))
@@ -161,6 +161,12 @@ class Bags:
         return (
             float((total - np.concatenate([[0.0], PRICES * scale]) * room * ranks).max()) if room else float(total[0])
         )
+
+    def _slightest(self, region: int) -> float:
+        """The least working memory of any option of a region."""
+        if region not in self._work:
+            self._work[region] = min(o.work for o in self.options[region])
+        return self._work[region]
 
     def _line(
         self, region: int, rows: MemoryRows, weights: tuple[float, float, float, float], row: int

@@ -79,15 +79,39 @@ def _smallest(bench: Workbench, shapes: Sequence[Arrangement]) -> Iterator[Cut]:
             options = [bench.options(r, shape) for r in range(len(bench.chain.parts))]
         except PinError:
             continue
-        if not all(options):
-            continue
-        alive = min(shape.microbatches, shape.pp)
-        small = [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in options]
-        small = _matched(small, options, alive)
-        line = Line.of(bench.regions, [[(_held(o, alive), 0.0)] for o in small])
-        cuts = _cuts(line, shape.pp * shape.chunks)
-        picked = tuple(small[r] for r in bench.regions)
-        yield shape, cuts, picked, appraise(bench, shape, cuts, picked).peak_bytes
+        here = [[o for o in found if not (o.host or o.host_saved or o.disk)] for found in options]
+        for offered in (options, here):
+            if all(offered):
+                cuts, picked = _least(bench, shape, offered)
+                if _housed(bench, shape, cuts, picked):
+                    yield shape, cuts, picked, appraise(bench, shape, cuts, picked).peak_bytes
+                    break
+
+
+def _least(
+    bench: Workbench, shape: Arrangement, options: Sequence[Sequence[Option]]
+) -> tuple[tuple[int, ...], tuple[Option, ...]]:
+    """Cuts and the option of every unit, each the smallest of those offered."""
+    alive = min(shape.microbatches, shape.pp)
+    small = [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in options]
+    small = _matched(small, options, alive)
+    line = Line.of(bench.regions, [[(_held(o, alive), 0.0)] for o in small])
+    return _cuts(line, shape.pp * shape.chunks), tuple(small[r] for r in bench.regions)
+
+
+def _housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
+    """Whether every rank's share of host memory and disk holds what lies there."""
+    ready, memory = bench.ready(shape), bench.memory()
+    for stages, live in zip(ready.local, ready.live, strict=True):
+        host = disk = 0.0
+        for c, s in enumerate(stages):
+            alive = max((vector[c] for vector in live), default=1)
+            mine = options[cuts[s] : cuts[s + 1]]
+            host += sum(o.host + alive * o.host_saved for o in mine)
+            disk += sum(o.disk for o in mine)
+        if host > memory.host_bytes or disk > memory.disk_bytes:
+            return False
+    return True
 
 
 def _held(option: Option, alive: int) -> float:

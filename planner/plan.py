@@ -47,6 +47,7 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of the stages say which instances take which. `recompute` names ops that run again in the backward pass, and copies
     gathered again ("op -> R"); `offload` what lives in the host. `entry` and `exit` are the layouts of what crosses its
     borders: "R" whole on the model axis, "S" split by positions. `policy` and `style` say where the option came from.
+    `borrowed_zero` is the ZeRO level of parameters that it uses and another region owns, for the ranks that hold them too.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exit: str = "R"
     policy: str = ""
     style: str = ""
+    borrowed_zero: int = 0
 
 
 class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -119,6 +119,8 @@ def _region(where: str, region: RegionPlan, axes: Sequence[str], staged: bool) -
     for field in ("recompute", "offload"):
         if getattr(region, field) and not staged:
             yield f"{where}.{field}: {getattr(region, field)[0]!r}; expected an empty list (everything is kept)"
+    if not 0 <= region.borrowed_zero <= 3:
+        yield f"{where}.borrowed_zero: {region.borrowed_zero}; expected 0, 1, 2 or 3"
     yield from _twice(f"{where}.ops", "op", [op.op for op in region.ops])
     for j, op in enumerate(region.ops):
         yield from _op(f"{where}.ops[{j}]", op, axes)

@@ -185,11 +185,21 @@ def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
     if pins.micro_batch is not None and pins.dp is not None and room.batch // pins.dp % pins.micro_batch:
         local = room.batch // pins.dp
         return f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {pins.dp} data ranks"
-    if pins.schedule is not None and pins.pp is not None:
-        return (
-            fault(
-                pins.schedule, pins.pp, pins.vpp or 1, max(room.batch // (pins.dp or 1) // (pins.micro_batch or 1), 1)
-            )
-            or f"the pins {', '.join(pins.texts)} leave no shape for {cluster.devices} devices and a batch of {room.batch}"
-        )
-    return f"the pins {', '.join(pins.texts) or '(none)'} leave no shape for {cluster.devices} devices and a batch of {room.batch}"
+    return _why_schedule(room, pins) or (
+        f"the pins {', '.join(pins.texts) or '(none)'} leave no shape for {cluster.devices} devices and a batch of {room.batch}"
+    )
+
+
+def _why_schedule(room: Room, pins: Pins) -> str:
+    """What the pinned schedule makes impossible with the chunks, ranks and microbatches that are pinned; "" for nothing."""
+    if pins.schedule in (None, "none"):
+        return ""
+    name = str(pins.schedule)
+    least = SCHEDULES[name].chunks[0]
+    problem = fault(name, pins.pp or 2, pins.vpp or least, max(room.batch, 1))
+    if pins.vpp is not None and problem:
+        return f"schedule={name} and vpp={pins.vpp} contradict each other: {problem}"
+    if pins.pp is not None:
+        most = max(room.batch // (pins.dp or 1) // (pins.micro_batch or 1), 1)
+        return fault(name, pins.pp, pins.vpp or least, most)
+    return ""

@@ -35,6 +35,7 @@ from .plan import (
     Search,
     Source,
 )  # fmt: skip
+from .plancheck import first_problem
 from .prices import FLOPS_KINDS
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -42,7 +43,7 @@ from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
 from .shapes import Arrangement, Room, arrangements
-from .spell import plan_of, shape_in, units_in
+from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
 
@@ -191,10 +192,14 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
 
 def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
     """As `reprice`, for a plan of the joint search."""
-    assign(plan, outline)
+    problem = first_problem(plan)
+    if problem is not None:
+        raise PlanError(problem)
+    assignment = assign(plan, outline)
     request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
     bench = Workbench(make_task(outline, cluster, prices, request), silent, tiers=cluster.host is not None)
     shape = shape_in(plan)
+    check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
     if figures.peak_bytes > plan.memory_limit_bytes:
@@ -206,7 +211,8 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
             nearest=(f"--memory-limit {figures.peak_bytes}",),
         )
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
-    return msgspec.structs.replace(plan, predicted=predict_joint(bench, shape, figures), search=search, edited=True)
+    predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
+    return msgspec.structs.replace(plan, predicted=predicted, stages=stages, search=search, edited=True)
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

@@ -28,7 +28,7 @@ from .plan import (
     Source,
     StagePlan,
 )  # fmt: skip
-from .schedules import SCHEDULES
+from .schedules import fault
 from .shapes import Arrangement
 
 GIVEN_UP = (
@@ -155,11 +155,10 @@ def _entry(bench: Workbench, shape: Arrangement, name: str, base: str, repeats: 
             wants.setdefault(use.tensor, set()).add(want)
     parameters = _parameters(bench, shape, option, wants)
     again = [spelled[n] for n in spelled if n in option.design.again]
-    roots = {n.partition(":")[0]: first for n, first in spelled.items()}
-    copies = [f"{roots.get(root.partition(':')[0], root)} -> {state}" for root, state in sorted(option.design.regather)]
+    copies = [f"{_tensor(root, spelled)} -> {state}" for root, state in sorted(option.design.regather)]
     return RegionPlan(
         name, repeats, tuple(ops), parameters, tuple([*again, *copies]), tuple(p for p in option.offload.split("+") if p),
-        base, option.entry, option.exit, option.policy, option.style,
+        base, option.entry, option.exit, option.policy, option.style, option.zero if part.borrowed else 0,
     )  # fmt: skip
 
 
@@ -191,6 +190,14 @@ def _parameters(
 # -- back from a plan
 
 
+def stages_of(figures: Appraisal, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
+    """Stages with the same runs and the seconds and bytes of `figures`."""
+    return tuple(
+        StagePlan(f.rank, s.runs, f.forward, f.backward, f.finish, f.peak_bytes)
+        for f, s in zip(figures.stages, stages, strict=True)
+    )
+
+
 def shape_in(plan: Plan) -> Arrangement:
     """The shape of a plan."""
     sizes = {axis.role: axis.size for axis in plan.mesh}
@@ -205,11 +212,13 @@ def shape_in(plan: Plan) -> Arrangement:
 def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
     """(cuts, option of every unit) of a plan; raises PlanError naming what cannot be."""
     shape = shape_in(plan)
-    if shape.pp > 1 and shape.schedule not in SCHEDULES:
-        raise PlanError(f"pipeline.schedule: {shape.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-    by_name = {entry.name: _option(bench, shape, entry) for entry in plan.regions}
+    _check_pipeline(bench, shape, plan)
     regions = {region.name: r for r, region in enumerate(bench.task.outline.regions)}
+    for entry in plan.regions:
+        if (entry.region or entry.name) not in regions:
+            raise PlanError(f"region {entry.name}: the model has no such region; expected one of {', '.join(regions)}")
     owner = {entry.name: regions[entry.region or entry.name] for entry in plan.regions}
+    by_name = {entry.name: _option(bench, shape, entry, owner[entry.name]) for entry in plan.regions}
     cuts: list[int] = [0]
     options: list[Option] = []
     for s, stage in enumerate(plan.stages):
@@ -225,19 +234,77 @@ def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
     return cuts, options
 
 
-def _option(bench: Workbench, shape: Arrangement, entry: RegionPlan) -> Option:
+def _check_pipeline(bench: Workbench, shape: Arrangement, plan: Plan) -> None:
+    """Raise PlanError where a plan's schedule cannot be made, or its stages lie on other ranks than the schedule puts them."""
+    order = plan.pipeline.order
+    if len(set(order)) < len(order) or not set(order) <= set(shape.sizes()):
+        raise PlanError(f"pipeline.order: {_told(order)}; expected each axis once, of {', '.join(shape.sizes())}")
+    if shape.pp == 1:
+        return
+    problem = fault(shape.schedule, shape.pp, shape.chunks, shape.microbatches)
+    if problem:
+        raise PlanError(f"pipeline.schedule: {problem}")
+    for s, (stage, rank) in enumerate(zip(plan.stages, bench.ready(shape).placement, strict=True)):
+        if stage.rank != rank:
+            raise PlanError(f"stages[{s}].rank: {stage.rank}; {shape.schedule} has stage {s} on rank {rank}")
+
+
+def _option(bench: Workbench, shape: Arrangement, entry: RegionPlan, r: int) -> Option:
+    """The option of an entry; raises PlanError where it is not possible, or where the entry says what does not follow from it."""
     outline = bench.task.outline
-    r = next(i for i, region in enumerate(outline.regions) if region.name == (entry.region or entry.name))
     part, region = bench.chain.parts[r], outline.regions[r]
     axes = [axis.role for axis in mesh_of(bench, shape)]
     model = axes.index("model") if "model" in axes else None
     choices = tuple(op.choice[model] if model is not None else "R" for op in entry.ops)
     mine = {first: op.name for op, first in zip(part.outline.ops, region.instances[0], strict=True)}
-    again = frozenset(mine[n] for n in entry.recompute if " -> " not in n and n in mine)
-    copies = (text.split(" -> ") for text in entry.recompute if " -> " in text)
-    design = Design(entry.entry, entry.exit, choices, again, frozenset((mine.get(a, a), b) for a, b in copies))
-    zero = max((p.zero for p in entry.parameters), default=0)
+    again: set[str] = set()
+    copies: set[tuple[str, str]] = set()
+    for name, arrow, state in (text.partition(" -> ") for text in entry.recompute):
+        found = _tensor(name, mine) if arrow else mine.get(name, "")
+        if found not in (part.outline.tensors if arrow else mine.values()):
+            raise PlanError(f"region {entry.name}.recompute: {name!r} is not in the region")
+        if arrow:
+            copies.add((found, state))
+        else:
+            again.add(found)
+    for border in (entry.entry, entry.exit):
+        if border not in ("R", "S"):
+            raise PlanError(f"region {entry.name}: {border!r} at a border; expected R or S")
+    design = Design(entry.entry, entry.exit, choices, frozenset(again), frozenset(copies))
+    zero = max((p.zero for p in entry.parameters), default=0) or entry.borrowed_zero
     option = bench.option(r, shape, design, zero, "+".join(entry.offload))
     if option is None:
         raise PlanError(f"region {entry.name}: its choices, storage or offload are not possible on this mesh")
+    _check_follows(entry, _entry(bench, shape, entry.name, entry.region, entry.repeats, option))
     return option
+
+
+def _check_follows(entry: RegionPlan, follows: RegionPlan) -> None:
+    """Raise PlanError where an entry's other axes, results or storage are not what its choices on the model axis make of them."""
+    for op, made in zip(entry.ops, follows.ops, strict=True):
+        if (op.choice, op.result) != (made.choice, made.result):
+            raise PlanError(
+                f"region {entry.name}, op {op.op}: choice {_told(op.choice)} with result {_told(op.result)}; expected "
+                f"choice {_told(made.choice)} with result {_told(made.result)}"
+            )
+    if entry.borrowed_zero != follows.borrowed_zero:
+        raise PlanError(
+            f"region {entry.name}.borrowed_zero: {entry.borrowed_zero}; its other parameters make that {follows.borrowed_zero}"
+        )
+    for mine, other in zip(entry.parameters, follows.parameters, strict=True):
+        if (mine.home, mine.zero, mine.zero_axes) != (other.home, other.zero, other.zero_axes):
+            raise PlanError(
+                f"region {entry.name}, parameter {mine.names[0]}: home {_told(mine.home)}, zero={mine.zero} over "
+                f"{_told(mine.zero_axes)}; the region's choices make that home {_told(other.home)}, zero={other.zero} over "
+                f"{_told(other.zero_axes)}"
+            )
+
+
+def _told(words: Sequence[str]) -> str:
+    return f"({', '.join(words)})"
+
+
+def _tensor(name: str, ops: Mapping[str, str]) -> str:
+    """A tensor's name with its op called as in another instance; results beyond the first are "op:1"."""
+    op, colon, index = name.partition(":")
+    return ops.get(op, op) + colon + index

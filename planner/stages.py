@@ -19,6 +19,7 @@ from .counts import best_counts
 from .division import Division
 from .labels import FEW, GRID, MOST, Bags, Limit
 from .master import Master, PathRow
+from .outer import outer_bound
 from .paths import makespan
 from .program import INFINITE
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
@@ -31,6 +32,12 @@ POLISH = 4
 
 EXACT = 1e-6
 """A gap below which nothing is thinned."""
+
+LISTED = 40
+"""Units up to which every mixture that fits is listed where the quickest ones of all arcs do not."""
+
+WIDE = 2e-3
+"""A gap from which on mixtures are not listed in full."""
 
 ROUNDS = 8
 """Solves per shape: each adds the critical paths of the plan found before."""
@@ -56,11 +63,18 @@ class StageSolve(Division):
             return self._single()
         if self.limit < INFINITE and self._hopeless():
             return StageSolution(None, INFINITE, self.limit)
-        arcs = self._first() or ([] if self.slow else self._fitting())
+        arcs = self._first()
+        if not arcs and not self.slow and (self.problem.exact or len(line) <= LISTED):
+            arcs = self._fitting()
         if self.best is None:
             return StageSolution(None, INFINITE, self.limit if self.slow else INFINITE)
         self._seed()
         limit = min(self.seconds, self.limit)
+        low = outer_bound(self, self._rows(), limit)
+        if low >= limit * (1 - self.gap):
+            return self._solution(low, 0)
+        if not self.problem.exact and self.gap >= WIDE and len(line) > LISTED:
+            return self._wide(arcs)
         found = self._columns(limit)
         if all(found.columns) and self._relaxed(found, limit) < limit * (1 - self.gap):
             self._program(self._near(arcs), limit, rounds=POLISH, gap=max(self.gap, 2e-3))
@@ -71,6 +85,13 @@ class StageSolve(Division):
             # Nothing beats the known plan: its value is the bound, up to the limit that was asked for.
             return self._solution(limit - found.slack, 0)
         return self._close(found, limit)
+
+    def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
+        """Where a gap of some thousandths will do: a better plan among a few mixtures of each arc, bounded without listing all."""
+        limit = min(self.seconds, self.limit)
+        self._program(self._near(arcs), limit, rounds=POLISH, gap=self.gap)
+        low = outer_bound(self, self._rows(), min(self.seconds, self.limit))
+        return self._solution(low, POLISH)
 
     def _hopeless(self) -> bool:
         """Whether no division has every rank done within the limit, each unit by itself and memory at its best price."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .labels import Bag, Bags, Layouts, MemoryRows
+from .labels import Bag, Bags, Layouts, MemoryRows, Runs
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
 from .ramps import Ready, make_ready, seed_paths
@@ -36,6 +36,7 @@ class Trial:
         # Work of a rank that comes, with what `_beside` says of the stages before it, one after the other.
         self.alone = self.busy if self.ready.splits else (m, m, 0.0, 0.0)
         self.best: tuple[Column, ...] | None = None
+        self.floors: dict[tuple[str, Runs, MemoryRows], float] = {}
         self.seconds = INFINITE
         self.paths: list[Path] = []
         self.division: list[list[tuple[int, int]]] = []
@@ -118,7 +119,23 @@ class Trial:
         return line.forward(0, start) if self.ready.splits else line.before[start]
 
     def _floor(self, stage: int, start: int, end: int, ranks: int = 1) -> float:
+        if ranks == 1:
+            return self._kept("alone", stage, start, end, self.alone)
         return self.coarse.floor([(self.problem.line.runs(start, end), self.rows[stage])], self.alone, ranks)
+
+    def cycle_floor(self, stage: int, start: int, end: int) -> float:
+        """Least forward and backward seconds of one microbatch of an interval, within the memory of its stage."""
+        return self._kept("cycle", stage, start, end, (1.0, 1.0, 0.0, 0.0))
+
+    def busy_floor(self, stage: int, start: int, end: int) -> float:
+        """Least seconds of all microbatches and the step's end of an interval, within the memory of its stage."""
+        return self._kept("busy", stage, start, end, self.busy)
+
+    def _kept(self, name: str, stage: int, start: int, end: int, weights: tuple[float, float, float, float]) -> float:
+        key = (name, self.problem.line.runs(start, end), self.rows[stage])
+        if key not in self.floors:
+            self.floors[key] = self.coarse.floor([(key[1], key[2])], weights)
+        return self.floors[key]
 
 
 def _merged(vectors: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

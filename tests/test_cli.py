@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,14 @@ import click
 import msgspec
 import plans
 import pytest
+import stagedplans
 from click.testing import CliRunner, Result
+from rich.console import Console
 from shardwright.cli.main import COMMANDS, Commands, main
+from shardwright.cli.tables import plan_tables
 from shardwright.errors import Infeasible, PinError
+from shardwright.planner.plan import Plan, RunPlan
+from shardwright.planner.plandiff import diff
 from shardwright.planner.planfile import load_plan, save_plan
 
 SURFACE = {
@@ -125,6 +131,42 @@ def test_plan_prints_tables_and_progress_apart(planned: list[dict[str, Any]]) ->
     assert planned[0]["batch"] == "auto"
 
 
+def _printed(plan: Plan, width: int = 80) -> list[str]:
+    made = Console(width=width, markup=False, highlight=False, emoji=False)
+    with made.capture() as caught:
+        made.print(plan_tables(plan))
+    return [re.sub(r"\s+", " ", line).strip() for line in caught.get().splitlines()]
+
+
+def test_a_pipeline_reads_well_at_80_columns() -> None:
+    lines = _printed(stagedplans.plan())
+    for line in (
+        "cluster toy:2x4, 8 devices",
+        "pipeline 2 ranks, interleaved, 2 chunks a rank",
+        "pp 2 pipeline network",
+        "0 0 embed, h.1 2.00 ms 4.00 ms 6.00 GiB",
+        "1 1 h.2 x 2 2.00 ms 4.00 ms 7.00 GiB",
+        "h.2 2 5 as h.1",
+        "gathered weights 512 MiB 3.65 % █",
+        "pp=2 dp=2 tp=2 interleaved x 2 4 of 2 124 ms 125 ms chosen",
+        "pp=2 dp=2 tp=2 1f1b 8 of 1 200 ms cut",
+        "18 more shapes: 18 cut",
+    ):
+        assert line in lines, line
+    page = " ".join(lines)
+    assert "2 ops, 1 gather searched optimizer (1 part" in page
+    for cause in ("running again", "copies to and from the host", "waiting (bubble)"):
+        assert cause in page
+    assert not any(line.startswith(("Stages", "pipeline")) for line in _printed(plans.plan()))
+
+
+def test_many_equal_stages_share_a_row() -> None:
+    first, again, *_ = stagedplans.stages()
+    many = [msgspec.structs.replace(again, rank=r + 1) for r in range(30)]
+    plan = stagedplans.plan(stages=(msgspec.structs.replace(first, rank=0), *many))
+    assert "1 to 30 1 to 30 h.2 x 2 2.00 ms 4.00 ms 7.00 GiB" in _printed(plan)
+
+
 @pytest.mark.usefixtures("planned")
 def test_plan_json_has_what_was_promised() -> None:
     done = shardwright("plan", "hf:tiny", "--cluster", "toy:2x2", "--json")
@@ -205,6 +247,53 @@ def test_diff_of_equal_and_different(plan_file: Path, tmp_path: Path) -> None:
     (only,) = json.loads(shardwright("diff", str(plan_file), str(other), "--json").stdout)
     assert only == {"dimension": "predicted", "where": "predicted.step_seconds", "a": 0.125, "b": 0.25, "change": 1.0}
     assert json.loads(shardwright("diff", str(plan_file), str(plan_file), "--json").stdout) == []
+
+
+def test_differences_of_pipelines_have_their_dimensions(tmp_path: Path) -> None:
+    one = stagedplans.plan()
+    embed, kept, again, head = one.regions
+    stages = list(one.stages)
+    stages[1] = msgspec.structs.replace(stages[1], runs=(RunPlan("h.1", 1, 2),), peak_bytes=5 * 2**30)
+    stages[2] = msgspec.structs.replace(stages[2], runs=(RunPlan("h.2", 3, 2),))
+    two = stagedplans.plan(
+        pipeline=msgspec.structs.replace(one.pipeline, schedule="zbv"),
+        stages=tuple(stages),
+        regions=(embed, kept, msgspec.structs.replace(again, recompute=(), offload=()), head),
+    )
+    assert [(d.dimension, d.where) for d in diff(one, two)] == [
+        ("pipeline", "pipeline.schedule"),
+        ("stages", "stages[1].runs"),
+        ("stages", "stages[2].runs"),
+        ("recompute", "regions[h.2].recompute"),
+        ("offload", "regions[h.2].offload"),
+        ("predicted", "stages[1].peak_bytes"),
+    ]
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    save_plan(one, a)
+    save_plan(two, b)
+    done = shardwright("diff", str(a), str(b))
+    assert re.search(r"stages\[1\]\.runs +h\.2 x 2 +h\.1 x 2", done.stdout)
+
+
+def test_a_region_run_in_one_way_is_held_against_its_main_option() -> None:
+    one, block = stagedplans.plan(), plans.regions()[1]
+    alone = msgspec.structs.replace(block, repeats=6, policy="none")
+    found = diff(one, stagedplans.plan(regions=(one.regions[0], alone, one.regions[3])))
+    assert [d.where for d in found] == ["regions[h].repeats", "regions[h, option 2]"]
+    assert (found[0].a, found[0].b) == (4, 6)
+
+
+def test_an_axis_more_does_not_change_every_op() -> None:
+    one = plans.plan()
+    wider = []
+    for region in one.regions:
+        ops = tuple(
+            msgspec.structs.replace(op, choice=(*op.choice, "R"), result=(*op.result, "R")) for op in region.ops
+        )
+        kept = tuple(msgspec.structs.replace(p, home=(*p.home, "R")) for p in region.parameters)
+        wider.append(msgspec.structs.replace(region, ops=ops, parameters=kept))
+    axis = msgspec.structs.replace(one.mesh[1], name="cp", role="context")
+    assert [d.where for d in diff(one, plans.plan(mesh=(*one.mesh, axis), regions=tuple(wider)))] == ["mesh[cp]"]
 
 
 def test_report_with_and_without_measurement(plan_file: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import plans
 import pytest
+import stagedplans
 from shardwright.cli.report.build import build, write_report
 
 HOSTILE = '</style></script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7*7 }}'
@@ -133,6 +134,16 @@ def test_edited_plan_has_no_certificate() -> None:
     text = Page(build(plans.plan(edited=True))).text
     assert "no certificate" in text
     assert "proven bound" not in text
+
+
+def test_pipeline_stages_and_what_runs_again() -> None:
+    text = Page(build(stagedplans.plan())).text
+    for fact in ("2 ranks, interleaved, 2 chunks a rank", "embed, h.1", "h.2 x 2", "Peak of the rank", "7.00 GiB",
+                 "2 ops, 1 gather", "optimizer (1 part in 3 updated here)", "split by positions", "as h.1",
+                 "Ops again in the backward pass: layer_norm, gelu", "linear -> R", "waiting (bubble)", "interleaved x 2",
+                 "18 more shapes: 18 cut"):  # fmt: skip
+        assert fact in text, fact
+    assert "Stages" not in Page(build(plans.plan())).text
 
 
 def test_written_whole(tmp_path: Path) -> None:

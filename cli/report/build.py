@@ -19,10 +19,12 @@ import markupsafe
 
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
+from ..candidates import NUMBERS, candidates, searched
 from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
-from ..placements import RegionSummary, summaries, word
+from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
-from ..tables import microbatch_text, optimum_text, shape_cells, shape_rows
+from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
+from ..tables import optimum_text
 
 _COLOURS = 8
 
@@ -58,6 +60,7 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         facts=_facts(plan),
         figures=_figures(plan),
         regions=list(zip(plan.regions, summaries(plan), strict=True)),
+        alike=alike(plan),
         parameters=_parameters,
         ops=_ops,
         counted=_counted,
@@ -66,8 +69,14 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         time=_time(plan),
         bytes_text=bytes_text,
         seconds_text=seconds_text,
-        shapes=shape_rows(plan),
-        runners_up=[shape_cells(record) for record in plan.runners_up],
+        searched=searched(plan),
+        runners_up=candidates(plan, plan.runners_up),
+        numbers=NUMBERS,
+        axes=mesh_rows(plan),
+        pipeline=pipeline_text(plan),
+        stages=stage_rows(plan),
+        variants=variant_rows(plan),
+        again=_again,
         microbatches=microbatch_text(plan),
         optimum=optimum_text(plan),
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
@@ -99,8 +108,10 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     found = [("batch", str(source.batch))]
     if source.seq:
         found.append(("sequence", str(source.seq)))
+    pipeline = pipeline_text(plan)
     where = str(plan.cluster.get("spec") or plan.cluster.get("name") or "")
     found += [("cluster", where), ("precision", precision.recipe), ("optimizer", plan.optimizer)]
+    found += [("pipeline", pipeline)] if pipeline else []
     return found + [("pinned", pin) for pin in plan.pins]
 
 
@@ -136,6 +147,13 @@ def _ops(region: RegionPlan, plan: Plan) -> list[tuple[OpPlan, list[tuple[str, s
         axes = [(word(op, i, plan.mesh), op.choice[i], states[i]) for i in range(len(plan.mesh))]
         rows.append((op, axes))
     return rows
+
+
+def _again(region: RegionPlan) -> list[tuple[str, list[str]]]:
+    """What runs again in the backward pass, by kind: names of ops, and copies that are gathered once more."""
+    gathers = [name for name in region.recompute if " -> " in name]
+    ops = [name for name in region.recompute if " -> " not in name]
+    return [(kind, names) for kind, names in (("Ops", ops), ("Copies gathered", gathers)) if names]
 
 
 def _counted(things: Sequence[object], name: str) -> str:
