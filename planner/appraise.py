@@ -131,6 +131,13 @@ def _traffic(bench: Workbench, shape: Arrangement, options: Sequence[Option]) ->
             entry[0] += times * shape.microbatches
             entry[1] += times * shape.microbatches * call.bytes
             entry[2] += times * shape.microbatches * costs.collective(call)
+    outer = "+".join(n for n, size in (("dp", shape.dp), ("cp", shape.cp)) if size > 1)
+    for option in options:
+        for name, times, size, seconds in option.shared:
+            entry = total.setdefault((name, outer), [0.0, 0.0, 0.0])
+            entry[0] += times
+            entry[1] += times * size
+            entry[2] += times * seconds
     return tuple(
         Traffic(name, axis, round(count), round(size), seconds)
         for (name, axis), (count, size, seconds) in sorted(total.items())

@@ -83,7 +83,7 @@ def _smallest(bench: Workbench, shapes: Sequence[Arrangement]) -> Iterator[Cut]:
         for offered in (options, here):
             if all(offered):
                 cuts, picked = _least(bench, shape, offered)
-                if _housed(bench, shape, cuts, picked):
+                if housed(bench, shape, cuts, picked):
                     yield shape, cuts, picked, appraise(bench, shape, cuts, picked).peak_bytes
                     break
 
@@ -99,7 +99,7 @@ def _least(
     return _cuts(line, shape.pp * shape.chunks), tuple(small[r] for r in bench.regions)
 
 
-def _housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
+def housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
     """Whether every rank's share of host memory and disk holds what lies there."""
     ready, memory = bench.ready(shape), bench.memory()
     for stages, live in zip(ready.local, ready.live, strict=True):

@@ -96,10 +96,15 @@ class Option:
     parts: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
     calls: tuple[tuple[Call, int], ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     @property
     def seconds(self) -> float:
         return self.forward + self.backward
+
+
+Shared = tuple[str, int, float, float]
+"""A collective over the data axes: its name, how often a step runs it, bytes of the full tensors and seconds of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +116,12 @@ class _Talk:
     first: float = 0.0
     last: float = 0.0
     update: float = 0.0
+    shared: tuple[Shared, ...] = ()
 
     def __add__(self, other: _Talk) -> _Talk:
         return _Talk(
             self.forward + other.forward, self.backward + other.backward, self.first + other.first,
-            self.last + other.last, self.update + other.update,
+            self.last + other.last, self.update + other.update, self.shared + other.shared,
         )  # fmt: skip
 
 
@@ -247,7 +253,7 @@ class Storing:
             ends + copied.update + copied.ends, memory["static"], memory["gradient"], saved - copied.left,
             max(work + PASSING * copied.left, copied.slots), memory["step"], memory["host"], copied.left, memory["disk"],
             away.told(copied.stride), parts=parts, memory={**memory, "temporaries": max(transient, n.work)},
-            calls=n.calls,
+            calls=n.calls, shared=talk.shared,
         )  # fmt: skip
 
     def _copied(
@@ -296,7 +302,23 @@ class Storing:
         update = (
             self.prices.optimizer_seconds(trained / width / share, self.optimizer, self.precision) if trained else 0.0
         )
-        return _Talk(forward, backward, first, last, update)
+        return _Talk(forward, backward, first, last, update, self._shared(data, level, total, again, trained))
+
+    def _shared(
+        self, data: Data, level: int, total: float, again: float, trained: float
+    ) -> tuple[Shared, ...]:  # fmt: skip
+        """The collectives of a step over the data axes: `total` bytes gathered, `again` in backward, `trained` reduced."""
+        m = data.microbatches
+        gathers = (m, m) if level == 3 else (1, 0) if level else (0, 0)
+        reduced = m if level >= 2 else 1
+        found = (
+            ("all_gather", gathers[0], total), ("all_gather", gathers[1], again),
+            ("reduce_scatter" if level else "all_reduce", reduced, trained),
+        )  # fmt: skip
+        return tuple(
+            (name, times, size, self._collective(name, size, data))
+            for name, times, size in found if times and size and data.ranks > 1
+        )  # fmt: skip
 
     def _collective(self, name: str, full_bytes: float, data: Data) -> float:
         if data.ranks == 1 or not full_bytes:

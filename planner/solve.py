@@ -20,6 +20,7 @@ from .infeasible import explain
 from .joint import JointSearch, Task, Workbench
 from .legal import check_choices
 from .memory import Setting, facts
+from .objectives import housed
 from .outline import Outline
 from .pins import Pins, check_executed, mesh_shapes, parse_pins
 from .plan import (
@@ -210,6 +211,8 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
             cause=cause,
             nearest=(f"--memory-limit {figures.peak_bytes}",),
         )
+    if not housed(bench, shape, cuts, options):
+        raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
     return msgspec.structs.replace(plan, predicted=predicted, stages=stages, search=search, edited=True)
