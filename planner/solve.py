@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..errors import Infeasible, PlanError
+from ..errors import ClusterError, Infeasible, PlanError
 from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
@@ -70,6 +70,11 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
 
     The whole space is searched (planner/joint.py), or what the runtime executes of it where the plan is to be run.
     """
+    if len(cluster.pool_list()) > 1:
+        raise ClusterError(
+            f"{cluster.name}: planning over several kinds of devices is not supported yet; plan for one of "
+            + " or ".join(pool.name or pool.device.name for pool in cluster.pool_list())
+        )
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_executed(request.pins)

@@ -98,7 +98,10 @@ def test_a_changed_model_file_is_refused_once(shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("choice", ["zz"], "has no factor 'zz'"), ("result", ["S(0)"], "makes ['S(1)'], the plan says ['S(0)']")],
+    [
+        ("choice", ["zz"], "has no factor 'zz'"),
+        ("result", ["S(0)"], "with result (S(0)); expected choice (n) with result (S(1))"),
+    ],
     ids=["another loop", "another placement"],
 )
 def test_an_edit_is_held_against_the_model(shell: Shell, field: str, value: list[str], message: str) -> None:
