@@ -61,8 +61,16 @@ def plan_of(
         precision=task.setting.precision, semantics="EXACT", mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
         regions=entries, memory_limit_bytes=limit_bytes, predicted=predict(bench, shape, figures),
         search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, GIVEN_UP), pins=pins,
-        runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], notes=notes, stages=stages,
+        runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages,
+        notes=(*notes, *_unpriced(bench, shape)),
     )  # fmt: skip
+
+
+def _unpriced(bench: Workbench, shape: Arrangement) -> tuple[str, ...]:
+    """What the predicted seconds leave out, said in the plan."""
+    if shape.pp == 1 or not bench.chain.ties:
+        return ()
+    return ("the exchange of tied parameters' gradients between stages is not in the predicted seconds",)
 
 
 def _listed(records: Sequence[ShapeRecord]) -> tuple[ShapeRecord, ...]:
