@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from ..errors import PlanError
 from .joint import Workbench
-from .options import Option
+from .options import Option, end_to_end
 from .paths import makespan
 from .plan import Prediction, Traffic
 from .prices import FLOPS_KINDS
@@ -52,7 +50,7 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
     """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
     ready, count = bench.ready(shape), shape.pp * shape.chunks
     change = bench.change(shape)
-    times = [_seconds(options[cuts[s] : cuts[s + 1]], change) for s in range(count)]
+    times = [end_to_end(options[cuts[s] : cuts[s + 1]], change) for s in range(count)]
     sends = [
         bench.send(shape, cuts[s + 1], options[cuts[s + 1] - 1].exit)[0] if s + 1 < count else 0.0 for s in range(count)
     ]
@@ -71,17 +69,6 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
         step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
         _traffic(bench, shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]),
     )  # fmt: skip
-
-
-def _seconds(
-    options: Sequence[Option], change: dict[tuple[str, str], tuple[float, float]] | object
-) -> tuple[float, float, float, float]:
-    forward, backward = math.fsum(o.forward for o in options), math.fsum(o.backward for o in options)
-    for one, two in pairwise(options):
-        if one.exit != two.entry:
-            extra = change[one.exit, two.entry]  # type: ignore[index]
-            forward, backward = forward + extra[0], backward + extra[1]
-    return forward, backward, math.fsum(o.weight for o in options), math.fsum(o.finish for o in options)
 
 
 def _causes(shape: Arrangement, options: Sequence[Option], step: float) -> dict[str, float]:
@@ -142,14 +129,6 @@ def _traffic(bench: Workbench, shape: Arrangement, options: Sequence[Option]) ->
         Traffic(name, axis, round(count), round(size), seconds)
         for (name, axis), (count, size, seconds) in sorted(total.items())
     )
-
-
-def check_fits(bench: Workbench, appraisal: Appraisal) -> None:
-    """Raise PlanError where a plan is above its memory limit."""
-    if appraisal.peak_bytes > bench.task.limit_bytes:
-        raise PlanError(
-            f"the plan needs {appraisal.peak_bytes} bytes per device, the limit is {bench.task.limit_bytes}"
-        )
 
 
 def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Prediction:

@@ -19,7 +19,7 @@ from .costs import Call, Costs
 from .experts import ExpertFacts, expert_ops
 from .front import Design
 from .memory import Setting, buffer, local_bytes, new_bytes
-from .outline import DTYPE_BYTES, Op
+from .outline import DTYPE_BYTES, Op, Tensor
 from .part import Part
 from .placement import Placement, R, State, V, local_elements
 from .prices import FLOPS_KINDS
@@ -166,10 +166,10 @@ class Bench:
         return self._steps[key]
 
 
-def weight_share(op: Op, tensors: Mapping[str, object]) -> float:
+def weight_share(op: Op, tensors: Mapping[str, Tensor]) -> float:
     """The share of an op's backward pass that makes gradients of parameters: what a zero-bubble schedule may delay."""
-    flows = [tensors[u.tensor] for u in op.operands if tensors[u.tensor].differentiable]  # type: ignore[attr-defined]
-    mine = [t for t in flows if tensors[t.storage].role == "parameter"]  # type: ignore[attr-defined]
+    flows = [tensors[u.tensor] for u in op.operands if tensors[u.tensor].differentiable]
+    mine = [t for t in flows if tensors[t.storage].role == "parameter"]
     if not mine:
         return 0.0
     if len(mine) == len(flows):

@@ -22,13 +22,12 @@ from .program import INFINITE, Program
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The best mixture: an option for every unit in order, its seconds, and the proven bound.
+    """The best mixture: an option for every unit in order, and the proven bound.
 
     No units and an infinite bound: nothing fits. No units and a finite one: these counts cannot be put in an order.
     """
 
     units: tuple[Option, ...]
-    seconds: float
     bound: float
 
 
@@ -40,9 +39,9 @@ def best_counts(
     found = _Counts(regions, options, rows, microbatches, change)
     answer = found.program.solve(gap=gap)
     if not answer.values:
-        return Counted((), INFINITE, INFINITE)
+        return Counted((), INFINITE)
     units = _ordered(regions, found.taken(answer.values), change)
-    return Counted(units, _seconds(units, microbatches, change), answer.bound / found.scale)
+    return Counted(units, answer.bound / found.scale)
 
 
 class _Counts:
@@ -129,13 +128,3 @@ def _ordered(
         if cost < fewest:
             best, fewest = units, cost
     return best
-
-
-def _seconds(units: Sequence[Option], m: int, change: Mapping[Layouts, tuple[float, float]]) -> float:
-    if not units:
-        return INFINITE
-    total = sum(m * (o.forward + o.backward) + o.finish for o in units)
-    for a, b in pairwise(units):
-        if a.exit != b.entry:
-            total += m * sum(change[a.exit, b.entry])
-    return total

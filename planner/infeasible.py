@@ -119,13 +119,13 @@ def explain(problem: Problem, shapes: tuple[Shape, ...], progress: Progress) -> 
     memory = best.evaluation.memory
     cause = max(memory, key=lambda c: memory[c])
     message = (
-        f"nothing fits in {_size(limit)} per device: the least any plan needs is {_size(best.evaluation.peak_bytes)} "
-        f"({_mesh(best.shape)}, {best.microbatches} microbatches), most of it {cause} ({_size(memory[cause])})"
+        f"nothing fits in {size_text(limit)} per device: the least any plan needs is {size_text(best.evaluation.peak_bytes)} "
+        f"({_mesh(best.shape)}, {best.microbatches} microbatches), most of it {cause} ({size_text(memory[cause])})"
     )
     nearest = [*_pins(free, shapes, limit), *_batches(free, best.shape, limit)]
     nearest += [
         *_devices(free, best.shape, limit),
-        f"devices with {_up(best.evaluation.peak_bytes)} for the plan (--memory-limit)",
+        f"devices with {limit_text(best.evaluation.peak_bytes)} for the plan (--memory-limit)",
     ]
     return Infeasible(message, cause=cause, nearest=nearest)
 
@@ -194,11 +194,12 @@ def _mesh(shape: Shape) -> str:
     return " x ".join(f"{a.name}={a.size}" for a in shape.axes)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for a person."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
-def _up(count: int) -> str:
+def limit_text(count: int) -> str:
     """A limit that fits, rounded up."""
     if count >= 2**33:
         return f"{-(-count // 2**30)}GiB"

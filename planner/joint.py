@@ -17,7 +17,7 @@ from ..errors import PinError
 from .arcs import Line
 from .cluster import Cluster, Device
 from .costs import PriceBook
-from .front import Design, ways_of
+from .front import Design, crossing_state, ways_of
 from .fronts import Fronts, Named
 from .memory import Setting
 from .options import Data, Option, Storing
@@ -62,7 +62,6 @@ class Solved:
 
     shape: Arrangement
     solution: StageSolution
-    line: Line
 
     @property
     def seconds(self) -> float:
@@ -71,10 +70,9 @@ class Solved:
 
 @dataclass
 class Found:
-    """The outcome of a search: the best, the runners-up, records of all shapes, the proven bound."""
+    """The outcome of a search: the best, records of all shapes, the proven bound."""
 
     best: Solved | None
-    solved: list[Solved]
     records: list[ShapeRecord]
     bound_seconds: float
     interrupted: bool = False
@@ -259,9 +257,8 @@ class Workbench:
         total = 0.0
         for name in self.chain.borders[at - 1]:
             tensor = self.task.outline.tensors[name]
-            places = self.chain.places.get(name, ()) if layout == "S" and shape.tp > 1 else ()
-            ways = shape.tp if any(tensor.dims[d][f] % shape.tp == 0 for d, f in places) else 1
-            total += tensor.bytes / shape.pieces / shape.cp / ways
+            state = crossing_state(tensor, layout, self.chain.places.get(name, ()), shape.tp)
+            total += tensor.bytes / shape.pieces / shape.cp / (shape.tp if state.is_split else 1)
         return total
 
     def send(self, shape: Arrangement, at: int, layout: str) -> tuple[float, float]:
@@ -276,12 +273,7 @@ class Workbench:
         """Seconds of changing the layout of what crosses between units: a gather one way, a slice the other."""
         if shape.tp == 1 or not self.chain.borders:
             return {}
-        sizes: dict[tuple[str, ...], float] = {}
-        most = 0.0
-        for gap in self.chain.borders:
-            if gap not in sizes:
-                sizes[gap] = sum(self.task.outline.tensors[n].bytes for n in gap) / shape.pieces / shape.cp
-                most = max(most, sizes[gap])
+        most = max(self.crossing_bytes(shape, at, "R") for at in range(1, len(self.chain)))
         gather = self.task.prices.collective("all_gather", most, 1, shape.tp).seconds
         back = gather if self.task.outline.training else 0.0
         return {("R", "S"): (0.0, back), ("S", "R"): (gather, 0.0)}
@@ -298,7 +290,6 @@ class JointSearch:
         self.bench, self.shapes, self.tell = bench, shapes, tell
         self.gap = CLOSE if bench.task.cluster.devices < 64 else WIDE
         self.best: Solved | None = None
-        self.solved: list[Solved] = []
         self.records: list[ShapeRecord] = []
         self.refused: list[PinError] = []
         self.closed = math.inf
@@ -325,7 +316,7 @@ class JointSearch:
             self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
         if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
-        return Found(self.best, self.solved, self._ranked(), self.closed, interrupted)
+        return Found(self.best, self._ranked(), self.closed, interrupted)
 
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
         try:
@@ -367,10 +358,8 @@ class JointSearch:
         bound = max(item.bound, min(solution.bound_seconds, solution.step_seconds))
         self.closed = min(self.closed, bound)
         self._record(item.shape, "solved", bound, solution)
-        made = Solved(item.shape, solution, problem.line)
-        self.solved.append(made)
         if solution.step_seconds < self.seconds:
-            self.best = made
+            self.best = Solved(item.shape, solution)
 
     def _record(self, shape: Arrangement, status: str, bound: float, solution: StageSolution | None = None) -> None:
         known = bound if 0 < bound < math.inf else None

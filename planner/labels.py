@@ -130,11 +130,6 @@ class Bags:
             self._known[key] = _Build(self, runs, rows, limit).bags()
         return self._known[key]
 
-    def least(self, region: int, weights: Sequence[float]) -> float:
-        """The least of `weights` times the seconds of one unit, memory apart."""
-        w = np.array(weights)
-        return min(float(w @ np.array([o.forward, o.backward, o.weight, o.finish])) for o in self.options[region])
-
     def floor(
         self, parts: Sequence[tuple[Runs, MemoryRows]], weights: tuple[float, float, float, float], ranks: int = 1
     ) -> float:  # fmt: skip

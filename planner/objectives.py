@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import PinError
 from .appraise import appraise
@@ -18,11 +19,14 @@ from .shapes import Arrangement
 from .spell import plan_of
 from .stageproblem import Held, StageSolution
 
+if TYPE_CHECKING:
+    from .solve import Request
+
 Cut = tuple[Arrangement, tuple[int, ...], tuple[Option, ...], int]
 """A shape, its cuts, the option of every unit, and the peak bytes of that plan."""
 
 
-def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request) -> Plan | None:  # type: ignore[no-untyped-def]
+def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The plan that needs the least memory among those looked at: the smallest microbatch, every unit in its smallest option.
 
     Its peak is that of a real plan; a mixture of options may need a little less. None where no shape can run at all.
@@ -46,15 +50,14 @@ def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request)
         for s in figures.stages
     )  # fmt: skip
     solution = StageSolution(held, figures.step_seconds, 0.0, options)
-    line = Line.of(bench.regions, [[(0.0, 0.0)]] * len(bench.chain.parts))
     record = ShapeRecord(shape.mesh(), shape.microbatches, "solved", None, figures.step_seconds, figures.peak_bytes)
     return plan_of(
-        bench, Found(None, [], [record], 0.0), Solved(shape, solution, line), source=request.source, objective="memory",
+        bench, Found(None, [record], 0.0), Solved(shape, solution), source=request.source, objective="memory",
         fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts, notes=outline.notes,
     )  # fmt: skip
 
 
-def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request) -> bool:  # type: ignore[no-untyped-def]
+def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> bool:
     """Whether some plan keeps the request's memory limit."""
     from .solve import make_bench
 

@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 from ..errors import PinError
 from .away import HERE, Away, Case, Copies, Moved, offers
@@ -157,6 +158,16 @@ class _Copied:
     left: float = 0.0
     slots: float = 0.0
     stride: float = math.inf
+
+
+def end_to_end(
+    options: Sequence[Option], change: Mapping[tuple[str, str], tuple[float, float]]
+) -> tuple[float, float, float, float]:
+    """Seconds of units one after the other: forward, backward, weight and finish, changes of layout between them included."""
+    turns = [change[one.exit, two.entry] for one, two in pairwise(options) if one.exit != two.entry]
+    forward = math.fsum([*(o.forward for o in options), *(f for f, _ in turns)])
+    backward = math.fsum([*(o.backward for o in options), *(b for _, b in turns)])
+    return forward, backward, math.fsum(o.weight for o in options), math.fsum(o.finish for o in options)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from .memory import Facts, facts
 from .microbatch import BatchCut
-from .outline import Op, Outline, Parameter, Region, Tensor
+from .outline import Op, Outline, Region, Tensor
 from .template import batch_cut, cut_op, cut_tensor, hoisted
 
 Place = tuple[int, int]
@@ -34,13 +34,6 @@ class Part:
     def facts(self) -> Facts:
         """Order, storages and spans of the part."""
         return facts(self.outline)
-
-
-@dataclass(frozen=True)
-class Border:
-    """What crosses from one unit to the next: differentiable tensors in order, made before and used after."""
-
-    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -133,10 +126,11 @@ def _part(outline: Outline, r: int) -> Part:
     owned = region.parameters[k] if region.parameters else ()
     known = {p.tensor: p for p in outline.parameters}
     parameters = tuple(known[name] for name in outside if name in known)
+    alone = Region(region.name, (tuple(op.name for op in ops),), (tuple(p.tensor for p in parameters),))
     return Part(
         r,
         Outline(
-            tensors, ops, (_region(region, k, ops, parameters),), parameters,
+            tensors, ops, (alone,), parameters,
             tuple(n for n, t in outside.items() if t.role == "input"),
             outline.loss if outline.loss in made else "", tuple(sorted(later)), outline.batch, outline.tokens, "",
             trains=outline.training,
@@ -146,10 +140,6 @@ def _part(outline: Outline, r: int) -> Part:
         tuple(n for n in _order(ops) if n in later and outline.tensors[n].differentiable),
         frozenset(p.tensor for p in parameters) - frozenset(owned),
     )  # fmt: skip
-
-
-def _region(region: Region, k: int, ops: tuple[Op, ...], parameters: tuple[Parameter, ...]) -> Region:
-    return Region(region.name, (tuple(op.name for op in ops),), (tuple(p.tensor for p in parameters),))
 
 
 def _order(ops: tuple[Op, ...]) -> list[str]:

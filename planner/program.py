@@ -16,12 +16,11 @@ INFINITE = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the solver returned. `values` is empty where nothing is feasible; `bound` is proven; `closed` that the gap was met."""
+    """What the solver returned. `values` is empty where nothing is feasible; `bound` is proven."""
 
     values: Sequence[float]
     objective: float
     bound: float
-    closed: bool
 
 
 class Program:
@@ -37,10 +36,6 @@ class Program:
         self._rows: list[int] = []
         self._columns: list[int] = []
         self._values: list[float] = []
-
-    @property
-    def variables(self) -> int:
-        return len(self.cost)
 
     def add(self, cost: float = 0.0, lower: float = 0.0, upper: float = 1.0, *, whole: bool = False) -> int:
         """A variable; returns its index."""
@@ -86,18 +81,18 @@ class Program:
             result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
         reason, reasons = result.termination.reason, mathopt.TerminationReason
         if reason in (reasons.INFEASIBLE, reasons.INFEASIBLE_OR_UNBOUNDED):
-            return Answer((), INFINITE, INFINITE, True)
+            return Answer((), INFINITE, INFINITE)
         bound = result.termination.objective_bounds.dual_bound
         if not result.has_primal_feasible_solution():
             if reason == reasons.NO_SOLUTION_FOUND:
-                return Answer((), INFINITE, bound, False)
+                return Answer((), INFINITE, bound)
             raise ShardwrightError(
                 f"the solver stopped without an answer: {reason.name.lower()} {result.termination.detail}"
             )
         found = result.variable_values()
         values = [found[v] for v in sorted(found, key=lambda v: v.id)]
         objective = result.objective_value()
-        return Answer(values, objective, min(bound, objective), reason == reasons.OPTIMAL)
+        return Answer(values, objective, min(bound, objective))
 
     def _proto(self, relaxed: bool, fixed: Mapping[int, float]):  # type: ignore[no-untyped-def]
         from ortools.math_opt import model_pb2

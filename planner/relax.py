@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import Infeasible, PinError
 from .cluster import Cluster
 from .costs import PriceBook
+from .infeasible import limit_text, size_text
 from .outline import Outline
 from .pins import parse_pins
 from .plan import Plan
@@ -33,15 +34,15 @@ def explain_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request
     if least is None:
         return Infeasible("no shape of the cluster can hold this model under the pins")
     stage = max(range(len(least.stages)), key=lambda s: (least.stages[s].peak_bytes, -s))
-    memory = least.predicted.memory
+    memory, peak = least.predicted.memory, least.predicted.peak_bytes_per_device
     cause = max(memory, key=lambda c: memory[c])
     where = f"stage {stage} of {len(least.stages)}, " if len(least.stages) > 1 else ""
     message = (
-        f"nothing fits in {_size(limit)} per device: the least any plan needs is {_size(least.predicted.peak_bytes_per_device)} "
-        f"({where}{_mesh(least)}, {least.pipeline.microbatches} microbatches), most of it {cause} ({_size(memory[cause])})"
+        f"nothing fits in {size_text(limit)} per device: the least any plan needs is {size_text(peak)} "
+        f"({where}{_mesh(least)}, {least.pipeline.microbatches} microbatches), most of it {cause} ({size_text(memory[cause])})"
     )
     nearest = [*_pins(outline, cluster, prices, request), *_batches(outline, cluster, prices, request)]
-    nearest.append(f"devices with {_up(least.predicted.peak_bytes_per_device)} for the plan (--memory-limit)")
+    nearest.append(f"devices with {limit_text(peak)} for the plan (--memory-limit)")
     return Infeasible(message, cause=cause, nearest=nearest)
 
 
@@ -81,11 +82,3 @@ def _batches(outline: Outline, cluster: Cluster, prices: PriceBook, request: Req
 def _mesh(plan: Plan) -> str:
     found = {"pp": plan.pipeline.ranks, **{a.name: a.size for a in plan.mesh}}
     return " x ".join(f"{n}={s}" for n, s in found.items() if s > 1) or "one device"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
-
-
-def _up(count: int) -> str:
-    return f"{-(-count // 2**30)}GiB" if count >= 2**33 else f"{-(-count // 2**20)}MiB"

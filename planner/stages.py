@@ -19,6 +19,7 @@ from .counts import best_counts
 from .division import Division
 from .labels import FEW, GRID, MOST, Bags, Limit
 from .master import Master, PathRow
+from .options import end_to_end
 from .outer import outer_bound
 from .paths import makespan
 from .program import INFINITE
@@ -142,13 +143,10 @@ class StageSolve(Division):
         if not found.units:
             return StageSolution(None, INFINITE, found.bound)
         place = {id(o): k for k, o in enumerate(self.coarse.flat)}
-        units, seconds = found.units, [0.0, 0.0, 0.0, 0.0]
-        for one, two in zip(units, (*units[1:], None), strict=True):
-            extra = problem.change[one.exit, two.entry] if two is not None and one.exit != two.entry else (0.0, 0.0)
-            for i, part in enumerate((one.forward + extra[0], one.backward + extra[1], one.weight, one.finish)):
-                seconds[i] += part
-        held = Held(0, len(units), tuple(place[id(o)] for o in units), units[0].entry, units[-1].exit, *seconds)
-        return StageSolution((held,), found.seconds, min(found.bound, found.seconds), self.coarse.flat, 1)
+        units, parts = found.units, end_to_end(found.units, problem.change)
+        held = Held(0, len(units), tuple(place[id(o)] for o in units), units[0].entry, units[-1].exit, *parts)
+        seconds = sum(w * t for w, t in zip(self.busy, parts, strict=True))
+        return StageSolution((held,), seconds, min(found.bound, seconds), self.coarse.flat, 1)
 
     def _quickest(self, bags: Bags, room: Limit | None) -> float:
         """Keep the quickest mixture of the only stage where it is the best; returns seconds that thinning may hide."""
