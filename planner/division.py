@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from .arcs import spare
+from .even import even_cuts
 from .labels import Bags
 from .master import Master
 from .program import INFINITE
@@ -30,7 +31,7 @@ class Division(Trial):
             arcs = line.arcs(self.p.stages, most)
             if self.p.chunks > 1:
                 if not self.division:
-                    self.division = self._even(arcs)
+                    self.division = self._even()
                     self._share()
                 arcs = self.division
                 if self._slow(arcs):
@@ -92,37 +93,10 @@ class Division(Trial):
             for s in stages:
                 self.rows[s] = replace(self.rows[s], beside=tuple((total - held[s]).tolist()))
 
-    def _even(self, arcs: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-        """One division for several chunks a rank: even by least seconds, then borders moved while that makes the step shorter.
-
-        Units are taken with their least seconds; memory is left to the mixtures.
-        """
-        line, count = self.problem.line, self.p.stages
-        share = line.before[-1] / count
-        cuts = [0]
-        for s in range(1, count):
-            low, high = cuts[-1] + 1, len(line) - (count - s)
-            cuts.append(min(range(low, high + 1), key=lambda k: (round(abs(line.before[k] / share - s), 9), k)))
-        cuts.append(len(line))
-        best = self._rough(cuts)
-        moved = True
-        while moved:
-            moved = False
-            for s in range(1, count):
-                for step in (-1, 1):
-                    other = [*cuts[:s], cuts[s] + step, *cuts[s + 1 :]]
-                    if other[s - 1] < other[s] < other[s + 1] and (seconds := self._rough(other)) < best * (1 - 1e-6):
-                        cuts, best, moved = other, seconds, True
-        return [[(cuts[s], cuts[s + 1])] for s in range(count)]
-
-    def _rough(self, cuts: Sequence[int]) -> float:
-        """Step time of the busiest rank with the least seconds of every unit, and what passes before it can begin."""
-        line, m = self.problem.line, self.p.microbatches
-        slowest = 0.0
-        for stages in self.local:
-            busy = sum(line.seconds(cuts[s], cuts[s + 1]) for s in stages)
-            slowest = max(slowest, m * busy + line.before[cuts[stages[0]]])
-        return slowest
+    def _even(self) -> list[list[tuple[int, int]]]:
+        """The one division that several chunks a rank are tried in (planner/even.py)."""
+        cuts = even_cuts(self.problem.line, self.local, self.p.microbatches)
+        return [[(start, end)] for start, end in pairwise(cuts)]
 
     def _cheap(self, stage: int, start: int, end: int, level: float) -> list[Column]:
         """Per pair of layouts one mixture, from the quickest (level 0) to the one that holds the least (level 1)."""

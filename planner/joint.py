@@ -31,6 +31,8 @@ from .progress import Event, Progress
 from .prune import undominated
 from .ramps import Ready, make_ready, ramp_seconds
 from .residual import residual_factors
+from .schedules import SCHEDULES
+from .screen import Screen
 from .shapes import Arrangement
 from .stages import Memory, Pipeline, StageProblem, StageSolution, StageSolve
 
@@ -115,6 +117,7 @@ class Workbench:
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self._ramps: dict[tuple[str, int, int, int], tuple[float, float, float]] = {}
+        self.screen = Screen()
 
     # -- bounds
 
@@ -139,12 +142,14 @@ class Workbench:
 
     def _bound(self, shape: Arrangement, line: Line) -> float:
         m, total = shape.microbatches, line.before[-1]
+        # One microbatch passes every unit and comes back; where weight halves are put off, they may run side by side.
+        alone = line.forward(0, len(line)) if SCHEDULES[_schedule(shape)].splits_backward else total
         if shape.chunks > 1 or shape.pp == 1:
-            return max(m * total / shape.pp, total)
+            return max(m * total / shape.pp, alone)
         key = (line.least, shape.pp)
         if key not in self._slowest:
             self._slowest[key] = line.bottleneck(shape.pp)
-        return max(m * self._slowest[key], total)
+        return max(m * self._slowest[key], alone)
 
     def talk_bound(self, shape: Arrangement) -> float:
         """A higher bound: designs with their communication, and the ramp of the schedule. inf where nothing can run."""
@@ -152,12 +157,17 @@ class Workbench:
         if any(t is None for t in times):
             return 0.0  # the solve says why
         line = Line.of(self.regions, [[t] for t in times if t is not None])
-        found = self._bound(shape, line)
-        if shape.pp == 1 or not self.task.outline.training:
-            return found
-        return max(found, self._ramp(shape, line))
+        return self._bound(shape, line)
 
-    def _ramp(self, shape: Arrangement, line: Line) -> float:
+    def screened(self, shape: Arrangement, low: float, most: float) -> float:
+        """A bound with memory and what passes before a rank can begin, between `low` and `most`; raises PinError."""
+        key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
+        return self.screen.seconds(self.problem(shape), key, low, most)
+
+    def ramp(self, shape: Arrangement, line: Line) -> float:
+        """The least step of a chain under the schedule of a shape, however it is divided, memory left out."""
+        if shape.pp == 1 or not self.task.outline.training:
+            return 0.0
         forward, backward = line.forward(0, len(line)), line.backward(0, len(line))
         key = (_schedule(shape), shape.pp, shape.chunks, shape.microbatches)
         if key not in self._ramps:
@@ -321,10 +331,12 @@ class JointSearch:
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
         try:
             bound = max(item.bound, self.bench.talk_bound(item.shape))
+            if bound < self.seconds * (1 - self.gap):
+                bound = max(bound, self.bench.screened(item.shape, bound, self.seconds))
         except PinError as error:
             self._refuse(item.shape, error)
             return
-        heapq.heappush(queue, _Open(bound * _talk(item.shape), item.shape, bound, True))
+        heapq.heappush(queue, _Open(bound * (1 + (_talk(item.shape) - 1) / 4), item.shape, bound, True))
 
     def _refuse(self, shape: Arrangement, error: PinError) -> None:
         self.refused.append(error)
@@ -344,6 +356,12 @@ class JointSearch:
             problem = self.bench.problem(item.shape)
         except PinError as error:
             self._refuse(item.shape, error)
+            return
+        if self.best is not None and (low := self.bench.ramp(item.shape, problem.line)) >= self.seconds * (
+            1 - self.gap
+        ):
+            self._record(item.shape, "cut", low)
+            self.closed = min(self.closed, low)
             return
         limit, ready = self.seconds * (1 - self.gap / 2), self.bench.ready(item.shape)
         solution = StageSolve(problem, gap=self.gap, limit_seconds=limit, ready=ready).run()

@@ -46,7 +46,7 @@ class Trial:
 
     def _memory_rows(self) -> list[MemoryRows]:
         once = self.p.microbatches == 1 and self.p.stages == 1
-        vectors = [_merged(v) for v in self.ready.live]
+        vectors = [merged(v) for v in self.ready.live]
         found = []
         for stage, rank in enumerate(self.placement):
             chunk = self.local[rank].index(stage)
@@ -138,7 +138,7 @@ class Trial:
         return self.floors[key]
 
 
-def _merged(vectors: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+def merged(vectors: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     """At most `MOST_ROWS` vectors that no given one exceeds: neighbours are merged by their greatest entries."""
     kept = sorted(vectors)
     while len(kept) > MOST_ROWS:

@@ -96,7 +96,7 @@ class Oracle:
         if count < stages:
             return
         if self.p.chunks > 1:
-            division = StageSolve(self.problem)._even([])
+            division = StageSolve(self.problem)._even()
             yield (0, *(mine[0][1] for mine in division))
             return
         for inner in itertools.combinations(range(1, count), stages - 1):

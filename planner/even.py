@@ -1,0 +1,47 @@
+"""One division for several chunks a rank: even by least seconds, then borders moved while that makes the step shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .arcs import Line
+
+
+def even_cuts(line: Line, local: Sequence[Sequence[int]], microbatches: int) -> list[int]:
+    """Positions of the cuts, first and last included, for stages that ranks hold as `local` says (in ascending order).
+
+    Units are taken with their least seconds; memory is left to the mixtures.
+    """
+    count = sum(len(stages) for stages in local)
+    share = line.before[-1] / count
+    cuts = [0]
+    for s in range(1, count):
+        low, high = cuts[-1] + 1, len(line) - (count - s)
+        cuts.append(min(range(low, high + 1), key=lambda k: (round(abs(line.before[k] / share - s), 9), k)))
+    cuts.append(len(line))
+    return _moved(line, local, microbatches, cuts)
+
+
+def _moved(line: Line, local: Sequence[Sequence[int]], microbatches: int, cuts: list[int]) -> list[int]:
+    rank_of = {s: r for r, stages in enumerate(local) for s in stages}
+    spans = [_span(line, stages, microbatches, cuts) for stages in local]
+    moved = True
+    while moved:
+        moved = False
+        for s in range(1, len(cuts) - 1):
+            for step in (-1, 1):
+                if not cuts[s - 1] < cuts[s] + step < cuts[s + 1]:
+                    continue
+                other = [*cuts[:s], cuts[s] + step, *cuts[s + 1 :]]
+                beside = {rank_of[s - 1], rank_of[s]}  # the ranks on both sides of the cut are all that changes
+                changed = {r: _span(line, local[r], microbatches, other) for r in beside}
+                if max(changed.get(r, span) for r, span in enumerate(spans)) < max(spans) * (1 - 1e-6):
+                    cuts, moved = other, True
+                    spans = [changed.get(r, span) for r, span in enumerate(spans)]
+    return cuts
+
+
+def _span(line: Line, stages: Sequence[int], microbatches: int, cuts: Sequence[int]) -> float:
+    """Seconds of a rank with the least seconds of every unit, and what passes before it can begin."""
+    busy = sum(line.seconds(cuts[s], cuts[s + 1]) for s in stages)
+    return microbatches * busy + line.before[cuts[stages[0]]]

@@ -1,0 +1,213 @@
+"""A bound of every shape, memory included, before its action lists are laid out: milliseconds where a solve takes a second.
+
+Of an interval [i, j) of units on a stage with k live microbatches, no mixture is quicker than
+
+    max over the price p of a byte of:  sum over units of min over options of (seconds + p x bytes(k))  -  p x room
+
+(Lagrange; one memory row at a time). With sums over the chain for every price at hand, an interval costs one subtraction. A rank
+needs that and what passes before its first unit can begin, so the least T that some division into stages keeps is a bound of the
+step: of two divisions the one that reaches further stays ahead, so the furthest reach of every stage decides. Several chunks a
+rank have one division (planner/even.py), and share their rank's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from .even import even_cuts
+from .labels import Floats
+from .live import live_vectors, local_chunks
+from .options import Option
+from .schedules import SCHEDULES, actions, stage_rank
+from .stageproblem import StageProblem
+from .trial import merged
+
+PRICES: Floats = np.concatenate([[0.0], 1.5 ** np.arange(-18.0, 20.0)])
+"""Prices of a byte that are tried, as multiples of the seconds of a unit for the whole of the memory."""
+
+CLOSE = 2e-3
+"""To what share of itself a bound is found where divisions are free."""
+
+KEPT = 64
+"""Meshes whose tables are kept; shapes of one mesh come one after the other."""
+
+STEP_ROW = -1
+"""In place of live microbatches: what the optimizer's step holds."""
+
+Vectors = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Who holds what in a schedule: the stages of every rank, and their live microbatches at the worst moments."""
+
+    local: tuple[tuple[int, ...], ...]
+    live: Vectors
+
+
+def held_of(name: str, ranks: int, chunks: int, microbatches: int) -> Held:
+    """Read off the action lists. More microbatches than fill the schedule twice repeat it, and hold no more."""
+    placement = stage_rank(name, ranks, chunks)
+    most = 2 * ranks
+    enough = min(microbatches, most) if chunks == 1 or microbatches % ranks == 0 else microbatches
+    live = live_vectors(actions(name, ranks, chunks, enough), placement)
+    return Held(local_chunks(placement), tuple(merged(v) for v in live))
+
+
+@dataclass
+class Tables:
+    """Sums over the chain for the options of one mesh and size of microbatch."""
+
+    problem: StageProblem
+    splits: bool
+    sums: dict[int, Floats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        m, pipeline = float(self.problem.pipeline.microbatches), self.problem.pipeline
+        # One rank has its finish too; of several, what passes before a rank may stand beside it instead (Trial._beside).
+        end = 1.0 if self.splits or pipeline.stages == 1 else 0.0
+        self.once = pipeline.microbatches == 1 and pipeline.stages == 1
+        used = sorted(set(self.problem.line.regions))
+        self.seconds = {r: _column(self.problem.options[r], lambda o: m * o.seconds + end * o.finish) for r in used}
+        room = self.problem.memory.cap_bytes - min(o.work for r in used for o in self.problem.options[r])
+        self.bounded = room < float("inf")
+        self.room = max(room, 1.0) if self.bounded else 0.0
+        scale = max(float(s.max()) for s in self.seconds.values()) / self.room if self.bounded else 0.0
+        self.prices = PRICES * scale if self.bounded else PRICES[:1]
+
+    def along(self, live: int) -> Floats:
+        """Sums over the chain, (units + 1) x prices, of the least of every unit with so many microbatches alive."""
+        if live not in self.sums:
+            least = {r: self._least(r, live) for r in self.seconds}
+            units = np.stack([least[r] for r in self.problem.line.regions])
+            self.sums[live] = np.vstack([np.zeros((1, len(self.prices))), np.cumsum(units, axis=0)])
+        return self.sums[live]
+
+    def _least(self, region: int, live: int) -> Floats:
+        seconds, found = self.seconds[region], self.problem.options[region]
+        if not self.bounded:
+            return np.array([float(seconds.min())])
+        held = _column(found, lambda o: _bytes(o, live, self.once))
+        least: Floats = (seconds[None, :] + self.prices[:, None] * held[None, :]).min(axis=1)
+        return least
+
+    def rank(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> float:
+        """The least seconds of a rank that holds these intervals with these live microbatches."""
+        total = sum(self.along(k)[j] - self.along(k)[i] for (i, j), k in zip(intervals, vector, strict=True))
+        return float((total - self.prices * self.room).max())
+
+    def reach(self, start: int, live: Sequence[int], beside: float, most: float) -> int:
+        """The furthest end of an interval from `start` that may be done within `most` seconds."""
+        count, fits = len(self.problem.line), None
+        for k in live:
+            sums = self.along(k)
+            spans = (sums[start + 1 :] - sums[start] - self.prices * self.room).max(axis=1)
+            good: npt.NDArray[np.bool_] = spans + beside <= most * (1 + 1e-12)
+            fits = good if fits is None else fits & good
+        return count if fits is None or fits.all() else start + int(fits.argmin())
+
+
+def _column(options: Sequence[Option], value: Callable[[Option], float]) -> Floats:
+    return np.array([value(o) for o in options])
+
+
+def _bytes(option: Option, live: int, once: bool) -> float:
+    if live == STEP_ROW:
+        return option.static + option.gradient + option.step
+    return option.static + (0.0 if once else option.gradient) + live * option.saved
+
+
+class Screen:
+    """Bounds of shapes; what shapes share is kept."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int, int, int], Held] = {}
+        self.tables: dict[object, Tables] = {}
+
+    def seconds(self, problem: StageProblem, key: object, low: float, most: float) -> float:
+        """No plan of the problem takes less. `key` stands for its options; looked for between `low` and `most` seconds."""
+        p = problem.pipeline
+        name = p.schedule if problem.training else "forward"
+        splits = SCHEDULES[name].splits_backward
+        tables = self.tables.get((key, splits, p.stages == 1))
+        if tables is None:
+            if len(self.tables) >= KEPT:
+                self.tables.clear()
+            tables = self.tables[key, splits, p.stages == 1] = Tables(problem, splits)
+        held = self._held(name, p.ranks, p.chunks, p.microbatches) if problem.training else None
+        return _Bounded(problem, tables, held, splits).seconds(low, most)
+
+    def _held(self, name: str, ranks: int, chunks: int, microbatches: int) -> Held:
+        key = (name, ranks, chunks, microbatches)
+        if key not in self.held:
+            self.held[key] = held_of(*key)
+        return self.held[key]
+
+
+class _Bounded:
+    """One problem bounded."""
+
+    def __init__(self, problem: StageProblem, tables: Tables, held: Held | None, splits: bool) -> None:
+        self.problem, self.tables, self.held, self.splits = problem, tables, held, splits
+
+    def seconds(self, low: float, most: float) -> float:
+        p = self.problem.pipeline
+        if len(self.problem.line) < p.stages:
+            return low
+        if p.chunks > 1:
+            return max(low, self._fixed())
+        return self._free(low, most)
+
+    def _live(self, rank: int) -> list[tuple[int, ...]]:
+        stages = self.problem.pipeline.chunks
+        found = list(self.held.live[rank]) if self.held is not None else [(1,) * stages]
+        return [*found, (STEP_ROW,) * stages]
+
+    def _fixed(self) -> float:
+        p, line = self.problem.pipeline, self.problem.line
+        placement = stage_rank(p.schedule if self.problem.training else "forward", p.ranks, p.chunks)
+        local = local_chunks(placement)
+        cuts = even_cuts(line, local, p.microbatches)
+        spans = list(pairwise(cuts))
+        found = 0.0
+        for rank, stages in enumerate(local):
+            mine = [spans[s] for s in stages]
+            least = max(self.tables.rank(mine, vector) for vector in self._live(rank))
+            found = max(found, least + self._beside(mine[0][0]))
+        return found
+
+    def _beside(self, start: int) -> float:
+        return self.problem.line.forward(0, start) if self.splits else self.problem.line.before[start]
+
+    def _free(self, low: float, most: float) -> float:
+        """Between a time that no division keeps and one that some does: the first is a bound."""
+        if self._divides(low):
+            return low
+        step = low or self.problem.line.before[-1] or most
+        while low < most:
+            high = min(low + step, most)
+            if self._divides(high):
+                break
+            low, step = high, 2 * step
+        else:
+            return most
+        while high - low > CLOSE * low:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._divides(middle) else (middle, high)
+        return low
+
+    def _divides(self, most: float) -> bool:
+        """Whether intervals that each may be done within `most` seconds cover the chain."""
+        line, ranks, at = self.problem.line, self.problem.pipeline.ranks, 0
+        for rank in range(ranks):
+            live = [v[0] for v in self._live(rank)]
+            end = self.tables.reach(at, live, self._beside(at), most)
+            if end == at:
+                return False
+            at = min(end, len(line) - (ranks - 1 - rank))
+        return at == len(line)
