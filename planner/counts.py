@@ -40,7 +40,7 @@ def best_counts(
     answer = found.program.solve(gap=gap)
     if not answer.values:
         return Counted((), INFINITE)
-    units = _ordered(regions, found.taken(answer.values), change)
+    units = in_order(regions, found.taken(answer.values), change)
     return Counted(units, answer.bound / found.scale)
 
 
@@ -108,7 +108,7 @@ class _Counts:
         return {r: [o for v, o in found for _ in range(round(values[v]))] for r, found in self.n.items()}
 
 
-def _ordered(
+def in_order(
     regions: Sequence[int], taken: Mapping[int, list[Option]], change: Mapping[Layouts, tuple[float, float]]
 ) -> tuple[Option, ...]:
     """Units of a region with equal layouts together, in the order (up or down, by region) that changes layouts least."""

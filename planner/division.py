@@ -120,7 +120,7 @@ class Division(Trial):
         for times in (1.0, 1.005, 1.02, 1.05):
             path = self._path(columns, values[low] * times)
             if path is not None:
-                self._try(path)
+                self.attempt(path)
 
     def _path(self, columns: list[list[Column]], most: float) -> tuple[Column, ...] | None:
         """The path of arcs, none above `most` busy seconds, with the least seconds in all."""
@@ -161,7 +161,7 @@ class Division(Trial):
             bound = max(bound, low)
             if picked is None:
                 break
-            value = self._try(picked)
+            value = self.attempt(picked)
             if min(value, self.seconds) <= bound * (1 + gap) or len(self.paths) == taken:
                 break
         return bound, done

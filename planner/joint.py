@@ -1,7 +1,8 @@
 """The joint search: every shape by its bound, the stage solve on those that may be the best, and the global certificate.
 
-    1  a bound from the least compute of every unit, and from paths of the schedule where it has one
-    2  the stage solve, limited by the best plan so far: what cannot beat it has no columns left
+    1  a bound from the least compute of every unit
+    2  a bound from its options, memory and pipeline (planner/screen.py)
+    3  the stage solve, limited by the best plan so far
 
 The smallest bound among the shapes that were closed or cut is a bound for the whole space (planners.md 12, outer search).
 """
@@ -29,7 +30,7 @@ from .placing import axis_strides, send_seconds
 from .plan import ShapeRecord
 from .progress import Event, Progress
 from .prune import undominated
-from .ramps import Ready, make_ready, ramp_seconds
+from .ready import Ready, make_ready
 from .residual import residual_factors
 from .schedules import SCHEDULES
 from .screen import Screen
@@ -87,7 +88,7 @@ class _Open:
     likely: float
     shape: Arrangement
     bound: float = field(compare=False, default=0.0)
-    ramped: bool = field(compare=False, default=False)
+    screened: bool = field(compare=False, default=False)
 
 
 TALK = {"tp": 0.03, "cp": 0.06, "ep": 0.02, "pp": 0.03, "chunks": 0.01}
@@ -116,7 +117,6 @@ class Workbench:
         self._options: dict[tuple[object, ...], list[Option]] = {}
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
-        self._ramps: dict[tuple[str, int, int, int], tuple[float, float, float]] = {}
         self.screen = Screen()
 
     # -- bounds
@@ -152,7 +152,7 @@ class Workbench:
         return max(m * self._slowest[key], alone)
 
     def talk_bound(self, shape: Arrangement) -> float:
-        """A higher bound: designs with their communication, and the ramp of the schedule. inf where nothing can run."""
+        """A higher bound: designs with their communication."""
         times = [self.fronts.least(r, shape.tp, shape.pieces, shape.cp) for r in range(len(self.chain.parts))]
         if any(t is None for t in times):
             return 0.0  # the solve says why
@@ -163,18 +163,6 @@ class Workbench:
         """A bound with memory and what passes before a rank can begin, between `low` and `most`; raises PinError."""
         key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
         return self.screen.seconds(self.problem(shape), key, low, most)
-
-    def ramp(self, shape: Arrangement, line: Line) -> float:
-        """The least step of a chain under the schedule of a shape, however it is divided, memory left out."""
-        if shape.pp == 1 or not self.task.outline.training:
-            return 0.0
-        forward, backward = line.forward(0, len(line)), line.backward(0, len(line))
-        key = (_schedule(shape), shape.pp, shape.chunks, shape.microbatches)
-        if key not in self._ramps:
-            self._ramps[key] = forward, backward, ramp_seconds(self.ready(shape), forward, backward, 0.2, 20.0)
-        known_forward, known_backward, seconds = self._ramps[key]
-        # Step time grows with every duration: a chain with at least the share s of both takes at least the share s of it.
-        return seconds * min(forward / known_forward, backward / known_backward)
 
     def ready(self, shape: Arrangement) -> Ready:
         """The schedule of a shape, made once."""
@@ -315,7 +303,7 @@ class JointSearch:
             heapq.heapify(queue)
             while queue:
                 item = heapq.heappop(queue)
-                if not item.ramped and item.bound < self.seconds * (1 - self.gap):
+                if not item.screened and item.bound < self.seconds * (1 - self.gap):
                     self._raise(item, queue)
                     continue
                 self._step(item)
@@ -329,6 +317,7 @@ class JointSearch:
         return Found(self.best, self._ranked(), self.closed, interrupted)
 
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
+        self.tell(Event("bound", item.shape.told(), self.seconds if self.best is not None else None))
         try:
             bound = max(item.bound, self.bench.talk_bound(item.shape))
             if bound < self.seconds * (1 - self.gap):
@@ -356,12 +345,6 @@ class JointSearch:
             problem = self.bench.problem(item.shape)
         except PinError as error:
             self._refuse(item.shape, error)
-            return
-        if self.best is not None and (low := self.bench.ramp(item.shape, problem.line)) >= self.seconds * (
-            1 - self.gap
-        ):
-            self._record(item.shape, "cut", low)
-            self.closed = min(self.closed, low)
             return
         limit, ready = self.seconds * (1 - self.gap / 2), self.bench.ready(item.shape)
         solution = StageSolve(problem, gap=self.gap, limit_seconds=limit, ready=ready).run()

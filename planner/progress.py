@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of progress: the phase ("space", "solve", "rows", "fit"), a short text, and the best step so far in seconds."""
+    """One line of progress: the phase ("front", "bound", "solve", "fit"), a short text, and the best step so far in seconds."""
 
     phase: str
     text: str

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from .counts import best_counts
 from .division import Division
+from .fixed import TRIES, Fixed
 from .labels import FEW, GRID, MOST, Bags, Limit
 from .master import Master, PathRow
 from .options import end_to_end
@@ -62,7 +63,13 @@ class StageSolve(Division):
             ):
                 return StageSolution(None, INFINITE, self.limit)
             return self._single()
-        if self.limit < INFINITE and self._hopeless():
+        low = 0.0
+        if self.p.chunks > 1 and not self.problem.exact and self.gap > EXACT:
+            low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
+            if low == INFINITE or low >= min(self.seconds, self.limit) * (1 - self.gap) or len(line) > LISTED:
+                return self._solution(min(low, self.limit) if low < INFINITE else low, TRIES)
+            self.least = low
+        elif self.limit < INFINITE and self._hopeless():
             return StageSolution(None, INFINITE, self.limit)
         arcs = self._first()
         if not arcs and not self.slow and (self.problem.exact or len(line) <= LISTED):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from .labels import Bag, Bags, Layouts, MemoryRows, Runs
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
-from .ramps import Ready, make_ready, seed_paths
+from .ready import Ready, make_ready, seed_paths
 from .stageproblem import Column, StageProblem
 
 MOST_ROWS = 6
@@ -59,11 +60,7 @@ class Trial:
         return sum(w * t for w, t in zip(self.busy, column.time, strict=True))
 
     def _made(self, stage: int, start: int, end: int, layouts: Layouts, bag: Bag) -> list[Column]:
-        last = len(self.problem.line)
-        sends = (
-            self.problem.send(end, layouts[1])[0] if end < last else 0.0,
-            self.problem.send(start, layouts[0])[1] if start > 0 else 0.0,
-        )
+        sends = self.sends(start, end, layouts)
         return [
             Column(
                 stage, start, end, layouts, (t[0], t[1], t[2], t[3]), tuple(b), float(w), tuple(p), sends
@@ -73,7 +70,17 @@ class Trial:
             )
         ]  # fmt: skip
 
-    def _try(self, path: tuple[Column, ...]) -> float:
+    def sends(self, start: int, end: int, layouts: Layouts) -> tuple[float, float]:
+        """Seconds of handing on what leaves an interval, forward and back."""
+        ahead = self.problem.send(end, layouts[1])[0] if end < len(self.problem.line) else 0.0
+        return ahead, self.problem.send(start, layouts[0])[1] if start > 0 else 0.0
+
+    @cached_property
+    def place(self) -> dict[int, int]:
+        """The place of each option in the flat list, by identity."""
+        return {id(o): k for k, o in enumerate(self.coarse.flat)}
+
+    def attempt(self, path: tuple[Column, ...]) -> float:
         """Simulate a plan, keep it if it fits and is the best, and take its critical paths as rows; returns its step time."""
         if not self._fits(path):
             return INFINITE

@@ -54,6 +54,34 @@ def test_instances_that_were_once_wrong() -> None:
         check(seed)
 
 
+def check_bounds(seed: int) -> tuple[float, float]:
+    """A solve with a gap: its bound and its plan about the best plan; returns both as shares of it."""
+    mine = random_problem(seed)
+    found, best = StageSolve(mine, gap=2e-3).run(), best_plan(mine)
+    told = f"instance {seed}: {mine.pipeline}"
+    if best is None:
+        assert found.stages is None, told
+        return 1.0, 1.0
+    assert found.stages is not None, told
+    assert recomputed(mine, found) == pytest.approx(found.step_seconds, rel=CLOSE, abs=0), told
+    assert found.bound_seconds <= best.step_seconds * (1 + CLOSE), told
+    assert found.step_seconds >= best.step_seconds * (1 - CLOSE), told
+    return found.bound_seconds / best.step_seconds, found.step_seconds / best.step_seconds
+
+
+def test_a_gap_is_kept() -> None:
+    for seed in range(SAMPLE, SAMPLE + 48):
+        bound, step = check_bounds(seed)
+        assert 1 - 6e-3 < bound <= step < 1 + 6e-3, f"instance {seed}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("first", range(SAMPLE, SAMPLE + NIGHTLY, 50))
+def test_a_gap_is_kept_at_night(first: int) -> None:
+    for seed in range(first, first + 50):
+        check_bounds(seed)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("first", range(SAMPLE, SAMPLE + NIGHTLY, 50))
 def test_equal_to_exhaustive_search_at_night(first: int) -> None:

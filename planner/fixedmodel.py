@@ -1,0 +1,229 @@
+"""The program over counts of options in stages whose units are known (planner/fixed.py says what for)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .labels import Floats, unit_bytes
+from .master import PARTS
+from .options import Option
+from .paths import Path
+from .program import INFINITE, Program
+from .trial import Trial
+
+Spans = Sequence[tuple[int, int]]
+Offered = Mapping[int, Sequence[int]]
+"""By region, the places of the options that are looked at."""
+
+Counts = dict[tuple[int, int, int], float]
+"""Units by stage, region and place of the option."""
+
+Table = Sequence[Sequence[float]]
+"""Seconds by stage: forward, backward, weight, send forward, send backward, finish."""
+
+
+class Divided:
+    """A division of the chain, and what its stages are made of."""
+
+    def __init__(self, trial: Trial, spans: Spans) -> None:
+        self.trial, self.spans = trial, spans
+        self.runs = [dict[int, int]() for _ in spans]
+        for s, (start, end) in enumerate(spans):
+            for region, count in trial.problem.line.runs(start, end):
+                self.runs[s][region] = self.runs[s].get(region, 0) + count
+        self.regions = sorted({r for runs in self.runs for r in runs})
+        self.times: dict[int, Floats] = {
+            r: np.array([[o.forward, o.backward, o.weight, o.finish] for o in trial.problem.options[r]])
+            for r in self.regions
+        }
+
+    @cached_property
+    def every(self) -> Offered:
+        """All options."""
+        return {r: range(len(self.trial.problem.options[r])) for r in self.regions}
+
+    def option(self, region: int, place: int) -> Option:
+        """An option by its place."""
+        return self.trial.problem.options[region][place]
+
+    def busy(self, region: int, place: int) -> float:
+        """Seconds that a unit keeps its rank busy in a step."""
+        option = self.option(region, place)
+        return self.trial.p.microbatches * option.seconds + option.finish
+
+
+@dataclass
+class _Layouts:
+    """Variables of layouts by stage: in use, changed inside it, and handed to it."""
+
+    used: dict[int, dict[str, int]] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
+    handed: dict[int, dict[str, int]] = field(default_factory=dict)
+
+
+class Model:
+    """The program with its variables, for all stages or for those of one rank.
+
+    `share` of the mean busy seconds of the ranks is paid beside the step. With `flags`, working memory is exact.
+    """
+
+    def __init__(
+        self, division: Divided, offered: Offered, scale: float, *, flags: bool, share: float = 0.0, rank: int | None = None
+    ) -> None:  # fmt: skip
+        self.division, self.trial, self.offered, self.scale, self.share = (
+            division,
+            division.trial,
+            offered,
+            scale,
+            share,
+        )
+        self.program, self.paths = Program(), list[Path]()
+        self.seen: set[tuple[tuple[tuple[int, str], int], ...]] = set()
+        self.time = self.program.add(1.0, upper=INFINITE)
+        ranks = division.trial.local if rank is None else division.trial.local[rank : rank + 1]
+        self.stages = sorted(s for stages in ranks for s in stages)
+        self.n: dict[int, dict[int, list[int]]] = {}
+        for s in self.stages:
+            self.n[s] = {r: [self._count(r, k, n) for k in offered[r]] for r, n in division.runs[s].items()}
+            for r, n in division.runs[s].items():
+                self.program.row([(v, 1.0) for v in self.n[s][r]], float(n), float(n))
+        for stages in ranks:
+            self._memory(stages, flags)
+        names = sorted({side for r in offered for o in self.options(r) for side in (o.entry, o.exit)})
+        self.layouts = _Layouts()
+        self.several = len(names) > 1 and rank is None
+        if self.several:
+            self._layouts(names)
+
+    def _count(self, region: int, place: int, most: int) -> int:
+        cost = self.share * self.division.busy(region, place) / self.trial.p.ranks * self.scale
+        return self.program.add(cost, upper=float(most), whole=True)
+
+    def options(self, region: int) -> list[Option]:
+        """The options of a region that are looked at."""
+        return [self.division.option(region, k) for k in self.offered[region]]
+
+    def _memory(self, stages: Sequence[int], flags: bool) -> None:
+        rows = self.trial.rows[stages[0]]
+        unit = max(rows.cap_bytes, 1.0) if rows.cap_bytes < INFINITE else 1.0
+        held = [(s, r, v) for s in stages for r, v in self.n[s].items()]
+        always = max(min(o.work for o in self.trial.problem.options[r]) for _, r, _ in held)
+        work = self.program.add(lower=always / unit, upper=INFINITE)
+        if flags and rows.cap_bytes < INFINITE:
+            self._working(held, always, work, unit)
+        table = {(s, r): [unit_bytes(o, self.trial.rows[s]) for o in self.options(r)] for s, r, _ in held}
+        for i, cap in enumerate(rows.caps):
+            if cap == INFINITE:
+                continue
+            terms = [(v, b[i] / unit) for s, r, vs in held for v, b in zip(vs, table[s, r], strict=True)]
+            extra = [(work, 1.0)] if i < rows.activations else []
+            self.program.row([*terms, *extra], high=cap / unit)
+
+    def _working(self, held: Sequence[tuple[int, int, list[int]]], always: float, work: int, unit: float) -> None:
+        for s, r, variables in held:
+            for v, option in zip(variables, self.options(r), strict=True):
+                if option.work > always:
+                    flag = self.program.add(whole=True)
+                    self.program.row([(flag, float(self.division.runs[s][r])), (v, -1.0)], low=0.0)
+                    self.program.row([(work, 1.0), (flag, -(option.work - always) / unit)], low=always / unit)
+
+    def _layouts(self, names: Sequence[str]) -> None:
+        program, found = self.program, self.layouts
+        for s, mine in self.n.items():
+            found.used[s] = {name: program.add(whole=True) for name in names}
+            found.handed[s] = {name: program.add(whole=True) for name in names} if s else {}
+            for r, variables in mine.items():
+                count = float(self.division.runs[s][r])
+                for name, flag in found.used[s].items():
+                    sides = [v for v, o in zip(variables, self.options(r), strict=True) if name in (o.entry, o.exit)]
+                    program.row([(flag, count), *((v, -1.0) for v in sides)], low=0.0)
+            found.changed[s] = program.add(upper=float(len(names)))
+            program.row([(found.changed[s], 1.0), *((v, -1.0) for v in found.used[s].values())], low=-1.0)
+        for s in self.stages[1:]:
+            program.row([(v, 1.0) for v in found.handed[s].values()], 1.0, 1.0)
+            for name, flag in found.handed[s].items():
+                for side in (s - 1, s):
+                    program.row([(found.used[side][name], 1.0), (flag, -1.0)], low=0.0)
+
+    @cached_property
+    def seconds(self) -> dict[int, tuple[list[int], Floats]]:
+        """By stage: variables, and the forward, backward, weight, finish, send forward, send backward seconds of each."""
+        found = {}
+        for s, mine in self.n.items():
+            variables = [v for vs in mine.values() for v in vs]
+            times = [
+                np.hstack([self.division.times[r][list(self.offered[r])], np.zeros((len(vs), 2))])
+                for r, vs in mine.items()
+            ]
+            more = self._handing(s) if self.several else []
+            found[s] = [*variables, *(v for v, _ in more)], np.vstack([*times, *(np.array([t]) for _, t in more)])
+        return found
+
+    def _handing(self, s: int) -> list[tuple[int, tuple[float, ...]]]:
+        """What layouts cost in a stage: changes inside it, and what it hands on."""
+        start, end = self.division.spans[s]
+        found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change, 0.0, 0.0, 0.0, 0.0))]
+        for name, v in self.layouts.handed.get(s + 1, {}).items():
+            found.append((v, (0.0, 0.0, 0.0, 0.0, self.trial.problem.send(end, name)[0], 0.0)))
+        for name, v in self.layouts.handed[s].items():
+            found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.trial.problem.send(start, name)[1])))
+        return found
+
+    @cached_property
+    def _change(self) -> tuple[float, float]:
+        """The least seconds of a change of layout; nothing where an option may itself be one."""
+        turning = any(o.entry != o.exit for r in self.offered for o in self.options(r))
+        change = self.trial.problem.change.values()
+        if turning or not change:
+            return 0.0, 0.0
+        return min(f for f, _ in change), min(b for _, b in change)
+
+    def _constant(self, s: int) -> tuple[float, ...]:
+        """Seconds of handing on where there is one layout."""
+        if self.several:
+            return (0.0,) * 6
+        layout = next(o.entry for r in self.n[s] for o in self.options(r))
+        return (0.0,) * 4 + self.trial.sends(*self.division.spans[s], (layout, layout))
+
+    def path(self, path: Path) -> bool:
+        """Add T >= the length of a path; False where it is known."""
+        key = tuple(sorted(path.counts.items()))
+        if key in self.seen:
+            return False
+        self.seen.add(key)
+        self.paths.append(path)
+        weights = np.zeros((len(self.division.spans), 6))
+        for (stage, part), n in key:
+            weights[stage] += n * PARTS[part]
+        terms, low = [(self.time, 1.0)], path.constant
+        for s, (variables, seconds) in self.seconds.items():
+            if weights[s].any():
+                lengths = seconds @ weights[s] * self.scale
+                terms += [(v, -x) for v, x in zip(variables, lengths.tolist(), strict=True) if x]
+                low += float(weights[s] @ np.array(self._constant(s)))
+        self.program.row(terms, low=low * self.scale)
+        return True
+
+    def counts(self, values: Floats) -> Counts:
+        """Counts of a solution that are not nothing."""
+        return {
+            (s, r, k): float(values[v])
+            for s, mine in self.n.items()
+            for r, variables in mine.items()
+            for k, v in zip(self.offered[r], variables, strict=True)
+            if values[v] > USED
+        }
+
+    def table(self, values: Floats) -> Table:
+        """Seconds of every stage under a solution, in the simulator's order."""
+        rows = [np.array(self._constant(s)) + values[v] @ t for s, (v, t) in self.seconds.items()]
+        forward, backward, weight, finish, ahead, back = np.array(rows).T.tolist()
+        return [forward, backward, weight, ahead, back, finish]
+
+
+USED = 1e-6
+"""From here on a count is not nothing."""
