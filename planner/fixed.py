@@ -48,10 +48,10 @@ SEEDS = 16
 SMALL = 1500
 """Counts up to which the program is also solved in whole numbers, with a bound of its own."""
 
-TRIES = 4
+TRIES = 3
 """Solves for whole plans."""
 
-NODES = 200
+NODES = 60
 
 SHARE = 0.6
 """Weight of the mean busy seconds of the ranks beside the step: of two equal solutions, the one that is quick everywhere."""
@@ -92,7 +92,7 @@ class Fixed:
             return relaxed.low
         for taken in Rounding(self.division, relaxed.counts, relaxed.table, scale).plans():
             self._attempt(taken)
-        if self._enough(relaxed.low, min(limit, self.trial.seconds)):
+        if relaxed.low >= min(limit, self.trial.seconds) * (1 - 2 * self.trial.gap):
             return relaxed.low
         if sum(len(self.division.every[r]) for runs in self.division.runs for r in runs) <= SMALL:
             return max(relaxed.low, self._whole(relaxed.paths, limit, scale))
@@ -154,7 +154,7 @@ class Fixed:
         for path in paths:
             model.path(path)
         for _ in range(TRIES):
-            answer = model.program.solve(gap=trial.gap / 4, nodes=NODES)
+            answer = model.program.solve(gap=trial.gap / 2, nodes=NODES)
             if not answer.values:
                 return INFINITE if answer.bound == INFINITE else max(low, answer.bound / scale)
             low = max(low, answer.bound / scale)

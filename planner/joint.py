@@ -43,6 +43,10 @@ CLOSE = 5e-4
 WIDE = 3e-3
 
 
+TOLD = 100
+"""Shapes bounded between two lines of progress."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is planned, ready for the search."""
@@ -291,6 +295,7 @@ class JointSearch:
         self.records: list[ShapeRecord] = []
         self.refused: list[PinError] = []
         self.closed = math.inf
+        self.raised = 0
 
     def run(self) -> Found:
         """Search to the end, or an interrupt once there is a plan. Raises PinError where no shape meets the pins."""
@@ -317,7 +322,9 @@ class JointSearch:
         return Found(self.best, self._ranked(), self.closed, interrupted)
 
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
-        self.tell(Event("bound", item.shape.told(), self.seconds if self.best is not None else None))
+        if self.raised % TOLD == 0:
+            self.tell(Event("bound", item.shape.told(), self.seconds if self.best is not None else None))
+        self.raised += 1
         try:
             bound = max(item.bound, self.bench.talk_bound(item.shape))
             if bound < self.seconds * (1 - self.gap):
