@@ -148,6 +148,8 @@ class Costs:
         self.overlap, self.repeated = overlap, repeated
         self._sizes = shape.sizes
         self._ops: dict[tuple[object, ...], Run] = {}
+        self._sorts: dict[int, tuple[Op, int]] = {}  # with the op, which keeps its id its own
+        self._numbered: dict[tuple[object, ...], int] = {}
         self._chains: dict[tuple[object, ...], Chain | None] = {}
         self._collectives: dict[tuple[str, float, int], float] = {}
         self.sources: dict[str, dict[str, float]] = {"compute": {}, "communication": {}}
@@ -176,21 +178,8 @@ class Costs:
         sizes = self.local_sizes(op, choice)
         if sizes is None:
             return None
-        operands = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.operands)
-        results = tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in op.results)
         inside = self._inside(op, tensors, choice, sizes)
-        key = (
-            op.target,
-            op.kind,
-            op.factors,
-            sizes,
-            operands,
-            results,
-            op.flops,
-            op.backward_flops,
-            inside,
-            len(op.saved),
-        )
+        key = (self._sort(op, tensors), sizes, inside)
         if key not in self._ops:
             rounds = self._rounds(choice)
             forward, backward = self.prices.op(op, sizes, tensors)
@@ -200,6 +189,18 @@ class Costs:
                 self.sources["compute"].setdefault(forward.source, forward.error)
             self._ops[key] = self._added(there, back, inside, rounds)
         return self._ops[key]
+
+    def _sort(self, op: Op, tensors: Mapping[str, Tensor]) -> int:
+        """A number that ops of equal price share; worked out once per op (to hash its factors takes longer than to look it up)."""
+        known = self._sorts.get(id(op))
+        if known is None:
+            sides = tuple(
+                tuple((tensors[u.tensor].dtype, tensors[u.tensor].differentiable, u.factors) for u in uses)
+                for uses in (op.operands, op.results)
+            )
+            full = (op.target, op.kind, op.factors, *sides, op.flops, op.backward_flops, len(op.saved))
+            known = self._sorts[id(op)] = op, self._numbered.setdefault(full, len(self._numbered))
+        return known[1]
 
     def _rounds(self, choice: Sequence[str]) -> int:
         """In how many blocks of keys an op runs: as many as its ring has ranks."""
