@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from shardwright.errors import PinError
-from shardwright.planner.pins import KEYS, Pins, check_executed, mesh_shapes, microbatch_counts, parse_pins
+from shardwright.planner.capability import check_pins
+from shardwright.planner.pins import KEYS, Pins, parse_pins
+from shardwright.planner.shapes import mesh_shapes, microbatch_counts
 
 GOOD = {
     "tp": "2", "dp": "2", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "zero": "3", "micro_batch": "4", "recompute": "none",
@@ -29,11 +31,11 @@ def test_values_are_typed() -> None:
 @pytest.mark.parametrize("text", ["pp=2", "cp=2", "ep=4", "vpp=2", "recompute=full", "offload=params", "schedule=zbv"])
 def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
     with pytest.raises(PinError, match=f"{text} is not supported yet"):
-        check_executed(parse_pins([text]))
+        check_pins(parse_pins([text]))
 
 
 def test_neutral_values_run_here() -> None:
-    check_executed(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
+    check_pins(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_mesh_shapes_are_all_factorisations_or_the_pinned_one() -> None:
     ("texts", "devices", "batch", "says"),
     [
         (["tp=3"], 4, 8, "tp=3 does not divide"), (["dp=4", "tp=4"], 8, 8, "needs 16 devices"), (["dp=4"], 4, 6, "batch of 6"),
-        (["sequence_parallel=on", "tp=1"], 4, 8, "needs a model axis"), (["tp!=1"], 1, 8, "leave no mesh"),
+        (["sequence_parallel=on", "tp=1"], 4, 8, "needs a model axis"), (["tp!=1"], 1, 8, "leave no shape"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_named(texts: list[str], devices: int, batch: int, says: str) -> None:
