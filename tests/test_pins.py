@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+import plans
 import pytest
-from shardwright.errors import PinError
-from shardwright.planner.capability import check_pins
+from shardwright.errors import PinError, PlanError
+from shardwright.planner.capability import MASK, check_pins, check_plan
 from shardwright.planner.pins import KEYS, Pins, parse_pins
 from shardwright.planner.shapes import mesh_shapes, microbatch_counts
 
@@ -36,6 +38,37 @@ def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
 
 def test_neutral_values_run_here() -> None:
     check_pins(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
+
+
+def with_(**changes: object) -> plans.p.Plan:
+    """The hand-made plan with a changed pipeline."""
+    return plans.plan(pipeline=msgspec.structs.replace(plans.plan().pipeline, **changes))
+
+
+def with_regions(**changes: object) -> plans.p.Plan:
+    return plans.plan(regions=tuple(msgspec.structs.replace(r, **changes) for r in plans.regions()))
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (with_(ranks=2), "pipeline stages"),
+        (with_(chunks=2), "chunks of stages"),
+        (with_(experts=2), "expert parallelism"),
+        (with_(schedule="zbv"), "schedule"),
+        (plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)), "context parallelism"),
+        (with_regions(recompute=("gelu",)), "recompute"),
+        (with_regions(offload=("optimizer",)), "offload"),
+    ],
+)
+def test_a_plan_of_what_the_runtime_lacks_is_refused(plan: plans.p.Plan, says: str) -> None:
+    with pytest.raises(PlanError, match=f"the plan uses .*{says}"):
+        check_plan(plan)
+
+
+def test_what_runs_passes() -> None:
+    check_plan(plans.plan())
+    assert {one.key for one in MASK} < set(KEYS)
 
 
 @pytest.mark.parametrize(
