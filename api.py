@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import PinError, UsageError
 from .job import Clock, Job, Say
+from .planner.capability import check_pins
 from .planner.cluster import Cluster
-from .planner.pins import Pins, check_executed, parse_pins
+from .planner.pins import Pins, parse_pins
 from .planner.plan import Plan, Source
 from .planner.precision import choose_precision, model_precision
 
@@ -76,7 +77,7 @@ def plan_model(
     clock, parsed = Clock(say), parse_pins(pins)
     runnable = (cluster if isinstance(cluster, str) else cluster.spec).startswith("local")
     if runnable:
-        check_executed(parsed)
+        check_pins(parsed)
     where = cluster_of(cluster, memory_limit, store)
     precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
 

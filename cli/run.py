@@ -32,13 +32,13 @@ def command(
     After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
     Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
-    from ..planner.legal import check_executed
+    from ..planner.capability import check_plan
     from ..planner.planfile import load_plan
     from .edited import is_stale, priced_again
     from .launch import Nodes, check_world, torchrun_arguments, under_torchrun
 
     loaded = load_plan(plan)
-    check_executed(loaded)
+    check_plan(loaded)
     if is_stale(loaded) and not under_torchrun():
         from .tables import progress
 

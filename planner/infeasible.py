@@ -14,12 +14,13 @@ from .costs import Shape
 from .evaluate import Evaluation
 from .memory import facts
 from .outline import Op, Tensor
-from .pins import Pins, microbatch_counts
+from .pins import Pins
 from .plan import MeshAxis, Precision
 from .prices import FREE, Price
 from .progress import Event, Progress
 from .rebatch import rebatch
 from .search import Candidate, Problem
+from .shapes import microbatch_counts
 
 ROUNDS = 10
 """Solves spent on one least-memory plan; what is found is a plan, so its peak is an honest figure even when cut short."""

@@ -9,22 +9,6 @@ from .assign import Assignment
 from .choices import states
 from .outline import Op, Outline
 from .placement import local_dims
-from .plan import Plan
-
-
-def check_executed(plan: Plan) -> None:
-    """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
-    said = {
-        "pipeline stages": plan.pipeline.ranks > 1, "context parallelism": any(a.role == "context" for a in plan.mesh),
-        "expert parallelism": plan.pipeline.experts > 1, "recompute": any(r.recompute for r in plan.regions),
-        "offload": any(r.offload for r in plan.regions),
-    }  # fmt: skip
-    for what, there in said.items():
-        if there:
-            raise PlanError(
-                f"the plan uses {what}, which is not supported yet where a plan is run; plan with --cluster local[:N] for a "
-                "plan that runs here"
-            )
 
 
 def check_choices(outline: Outline, assignment: Assignment, axis_sizes: tuple[int, ...]) -> None:

@@ -8,7 +8,6 @@ order on each rank, so the counts at each action are those of every run, however
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +15,6 @@ import numpy.typing as npt
 from .schedules import Action, Lists
 
 Counts = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LiveRow:
-    """Counts of live microbatches by local chunk while an action of `kind` of local chunk `chunk` runs."""
-
-    kind: str
-    chunk: int
-    counts: Counts
 
 
 def local_chunks(placement: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -41,38 +31,22 @@ def live_vectors(lists: Lists, placement: Sequence[int], *, two_part: bool = Fal
     """
     found = []
     for actions, stages in zip(lists, local_chunks(placement), strict=True):
-        moments = {counts for _, _, counts in _moments(actions, stages, two_part)}
-        found.append(_greatest(moments))
+        found.append(_greatest(_moments(actions, stages, two_part)))
     return tuple(found)
 
 
-def live_rows(lists: Lists, placement: Sequence[int], *, two_part: bool = False) -> tuple[tuple[LiveRow, ...], ...]:
-    """As `live_vectors`, but by what runs at the moment, for rows that add working memory of the running action exactly."""
-    found = []
-    for actions, stages in zip(lists, local_chunks(placement), strict=True):
-        moments: dict[tuple[str, int], set[Counts]] = {}
-        for kind, chunk, counts in _moments(actions, stages, two_part, every=True):
-            moments.setdefault((kind, chunk), set()).add(counts)
-        rows = [LiveRow(*running, counts) for running in sorted(moments) for counts in _greatest(moments[running])]
-        found.append(tuple(rows))
-    return tuple(found)
-
-
-def _moments(
-    actions: Sequence[Action], stages: tuple[int, ...], two_part: bool, every: bool = False
-) -> set[tuple[str, int, Counts]]:
-    """(kind, local chunk, counts) while each action runs; unless `every`, only where counts are about to fall."""
+def _moments(actions: Sequence[Action], stages: tuple[int, ...], two_part: bool) -> set[Counts]:
+    """Counts wherever they are about to fall."""
     chunks = len(stages)
     local = {s: c for c, s in enumerate(stages)}
     counts = [0] * (2 * chunks if two_part else chunks)
-    seen: set[tuple[str, int, Counts]] = set()
+    seen: set[Counts] = set()
     for action in actions:
         kind, chunk = action.kind, local[action.stage]
         if kind == "F":
             counts[chunk] += 1
-            if not every:
-                continue
-        seen.add((kind, chunk, tuple(counts)))
+            continue
+        seen.add(tuple(counts))
         if kind == "B" or (kind == "I" and two_part):
             counts[chunk] -= 1
         if kind == "I" and two_part:
@@ -82,7 +56,7 @@ def _moments(
     if any(a.kind in "BI" for a in actions) or not actions:
         return seen
     # Forwards only: nothing is kept, each runs alone.
-    return {("F", c, tuple(int(c == d) for d in range(len(counts)))) for c in {local[a.stage] for a in actions}}
+    return {tuple(int(local[a.stage] == d) for d in range(len(counts))) for a in actions}
 
 
 def _greatest(moments: set[Counts]) -> tuple[Counts, ...]:

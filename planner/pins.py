@@ -114,14 +114,6 @@ KEYS: Mapping[str, Key] = MappingProxyType(
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
 
-EXECUTED: Mapping[str, tuple[Value, ...]] = MappingProxyType(
-    {
-        "pp": (1,), "cp": (1,), "ep": (1,), "vpp": (1,), "recompute": ("none",), "offload": ("none",),
-        "attention": ("flash",), "schedule": ("none", "gpipe", "1f1b"),
-    }
-)  # fmt: skip
-"""The capability mask of the runtime: values it executes, where it does not execute all."""
-
 _FIELDS = (
     "tp",
     "dp",
@@ -163,7 +155,7 @@ def parse_pins(texts: Iterable[str]) -> Pins:
         _read(reading, text, key, value, forbid=sign == "!=")
     for key, wanted in reading.forbidden:
         if reading.values.get(key) == wanted:
-            raise PinError(f"pins contradict each other: {reading.said[key]} and {key}!={_spelled(wanted)}")
+            raise PinError(f"pins contradict each other: {reading.said[key]} and {key}!={spelled(wanted)}")
     known = {key: reading.values.get(key) for key in _FIELDS}
     return Pins(**known, forbidden=tuple(sorted(set(reading.forbidden), key=str)), texts=kept)  # type: ignore[arg-type]
 
@@ -181,79 +173,12 @@ def _read(reading: _Reading, text: str, key: str, value: str, *, forbid: bool) -
         reading.forbidden.append((key, read))
         return
     if spec.built and read not in spec.built:
-        raise PinError(f"{text} is not supported yet; {key}={_spelled(spec.built[0])} is the only value built")
+        raise PinError(f"{text} is not supported yet; {key}={spelled(spec.built[0])} is the only value built")
     if key in reading.values and reading.values[key] != read:
         raise PinError(f"pins contradict each other: {reading.said[key]} and {text}")
     reading.values[key], reading.said[key] = read, text
 
 
-def check_executed(pins: Pins) -> None:
-    """Raise PinError for a pinned value that the runtime does not execute."""
-    for key, values in EXECUTED.items():
-        wanted = getattr(pins, key)
-        if wanted is not None and wanted not in values:
-            raise PinError(
-                f"{key}={_spelled(wanted)} is not supported yet where a plan is to run here; {key}={_spelled(values[0])} "
-                "is the only value executed (plan for a named cluster, such as h100-sxm:8x1, to price it)"
-            )
-
-
-def _spelled(value: Value) -> str:
+def spelled(value: Value) -> str:
+    """A value as the command line spells it."""
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
-
-
-def mesh_shapes(pins: Pins, devices: int, batch: int) -> tuple[tuple[int, int], ...]:
-    """All (data, model) sizes with data * model = devices that the pins allow and whose data axis divides the batch.
-
-    Larger data axes first. Raises PinError where nothing is left, naming what does not divide.
-    """
-    dp, tp = _quotients(pins, devices)
-    found = [(d, devices // d) for d in range(devices, 0, -1) if devices % d == 0]
-    found = [(d, t) for d, t in found if (dp is None or d == dp) and (tp is None or t == tp)]
-    found = [(d, t) for d, t in found if not pins.forbids("dp", d) and not pins.forbids("tp", t)]
-    if pins.sequence_parallel:
-        found = [(d, t) for d, t in found if t > 1]
-        if not found:
-            raise PinError("sequence_parallel=on needs a model axis: pin tp=N with N > 1, or use more devices")
-    if not found:
-        raise PinError(f"the pins {', '.join(pins.texts)} leave no mesh for {devices} devices")
-    fitting = [(d, t) for d, t in found if batch % d == 0]
-    if not fitting:
-        raise PinError(
-            f"a batch of {batch} does not divide over dp={' or '.join(str(d) for d, _ in found)}; change --batch"
-        )
-    return tuple(fitting)
-
-
-def _quotients(pins: Pins, devices: int) -> tuple[int | None, int | None]:
-    dp, tp = pins.dp, pins.tp
-    if dp is not None and tp is not None and dp * tp != devices:
-        raise PinError(f"dp={dp} tp={tp} needs {dp * tp} devices, the cluster has {devices}")
-    for key, value in (("dp", dp), ("tp", tp)):
-        if value is not None and devices % value:
-            raise PinError(f"{key}={value} does not divide the {devices} devices")
-    if dp is None and tp is not None:
-        dp = devices // tp
-    return dp, (devices // dp if dp is not None else tp)
-
-
-def microbatch_counts(pins: Pins, batch: int, data: int, blockers: tuple[str, ...]) -> tuple[int, ...]:
-    """Numbers of microbatches to consider with `data` data-parallel ranks, fewest first; raises PinError if none is left."""
-    local = batch // data
-    counts = [m for m in range(1, local + 1) if local % m == 0 and not pins.forbids("micro_batch", local // m)]
-    if pins.micro_batch is not None:
-        if local % pins.micro_batch:
-            raise PinError(
-                f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {data} data ranks"
-            )
-        counts = [local // pins.micro_batch]
-    if blockers:
-        if pins.micro_batch is not None and counts != [1]:
-            raise PinError(
-                f"micro_batch={pins.micro_batch} would cut the batch, but it cannot be cut: {blockers[0]}; "
-                f"use micro_batch={local}"
-            )
-        counts = [m for m in counts if m == 1]
-    if not counts:
-        raise PinError(f"the pins {', '.join(pins.texts)} leave no number of microbatches for {local} samples per rank")
-    return tuple(counts)

@@ -18,11 +18,12 @@ from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .memory import Facts, Point, Setting
 from .outline import Outline
-from .pins import Pins, microbatch_counts
+from .pins import Pins
 from .plan import ShapeRecord
 from .progress import Event, Progress
 from .region import Choice, Form, RegionProgram, Solution
 from .rows import Group, Rows, Savers, savers
+from .shapes import microbatch_counts
 from .space import Space
 from .template import Template, build
 

@@ -10,6 +10,7 @@ from ..errors import PinError
 from .cluster import Cluster
 from .pins import Pins
 from .placing import axis_orders
+from .refusals import why_batch, why_devices, why_micro_batch, why_model_axis, why_together
 from .schedules import SCHEDULES, fault
 
 FREE_SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
@@ -167,26 +168,17 @@ def _allowed(pins: Pins, key: str, value: int) -> bool:
 
 def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
     """What leaves no shape, as far as one thing alone does."""
-    known = [(k, getattr(pins, k)) for k in ("pp", "tp", "cp", "dp") if getattr(pins, k) is not None]
-    product = math.prod(v for _, v in known)
-    told = " ".join(f"{k}={v}" for k, v in known)
-    if known and (cluster.devices % product or (len(known) == 4 and product != cluster.devices)):
-        if len(known) == 1:
-            return f"{told} does not divide the {cluster.devices} devices"
-        return f"{told} needs {product} devices, the cluster has {cluster.devices}"
-    if pins.dp is not None and room.batch % pins.dp:
-        return f"a batch of {room.batch} does not divide over dp={pins.dp}; change --batch"
+    stages = ""
     if pins.pp is not None and pins.pp * (pins.vpp or 1) > room.units:
-        return f"pp={pins.pp} x {pins.vpp or 1} chunks is more stages than the model has units to cut ({room.units})"
-    if room.blockers and pins.micro_batch is not None:
-        return f"micro_batch={pins.micro_batch} would cut the batch, but it cannot be cut: {room.blockers[0]}"
-    if pins.sequence_parallel and pins.tp == 1:
-        return "sequence_parallel=on needs a model axis: pin tp=N with N > 1"
-    if pins.micro_batch is not None and pins.dp is not None and room.batch // pins.dp % pins.micro_batch:
-        local = room.batch // pins.dp
-        return f"micro_batch={pins.micro_batch} does not divide the {local} samples of each of {pins.dp} data ranks"
-    return _why_schedule(room, pins) or (
-        f"the pins {', '.join(pins.texts) or '(none)'} leave no shape for {cluster.devices} devices and a batch of {room.batch}"
+        stages = f"pp={pins.pp} x {pins.vpp or 1} chunks is more stages than the model has units to cut ({room.units})"
+    return (
+        why_devices(pins, cluster.devices)
+        or (why_batch(room.batch, (pins.dp,)) if pins.dp is not None else "")
+        or stages
+        or why_micro_batch(pins, room.batch, pins.dp, room.blockers)
+        or why_model_axis(pins, cluster.devices)
+        or _why_schedule(room, pins)
+        or why_together(pins, cluster.devices, room.batch)
     )
 
 
@@ -203,3 +195,39 @@ def _why_schedule(room: Room, pins: Pins) -> str:
         most = max(room.batch // (pins.dp or 1) // (pins.micro_batch or 1), 1)
         return fault(name, pins.pp, pins.vpp or least, most)
     return ""
+
+
+# -- plans that run: one stage, data and model axes
+
+
+def mesh_shapes(pins: Pins, devices: int, batch: int) -> tuple[tuple[int, int], ...]:
+    """All (data, model) sizes with data * model = devices that the pins allow and whose data axis divides the batch.
+
+    Larger data axes first. Raises PinError where nothing is left, naming what does not divide.
+    """
+    found = [
+        (d, devices // d) for d in reversed(divisors(devices))
+        if _allowed(pins, "dp", d) and _allowed(pins, "tp", devices // d) and (d < devices or not pins.sequence_parallel)
+    ]  # fmt: skip
+    if not found:
+        raise PinError(
+            why_devices(pins, devices, ("dp", "tp"))
+            or why_model_axis(pins, devices)
+            or why_together(pins, devices, batch)
+        )
+    if problem := why_batch(batch, [d for d, _ in found]):
+        raise PinError(problem)
+    return tuple((d, t) for d, t in found if batch % d == 0)
+
+
+def microbatch_counts(pins: Pins, batch: int, data: int, blockers: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers of microbatches to consider with `data` data-parallel ranks, fewest first; raises PinError if none is left."""
+    local = batch // data
+    if problem := why_micro_batch(pins, batch, data, blockers):
+        raise PinError(problem)
+    counts = [local // b for b in reversed(divisors(local)) if _allowed(pins, "micro_batch", b)]
+    if blockers:
+        counts = [m for m in counts if m == 1]
+    if not counts:
+        raise PinError(f"the pins {', '.join(pins.texts)} leave no number of microbatches for {local} samples per rank")
+    return tuple(counts)

@@ -13,6 +13,7 @@ from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import byte_masks, fused_attention, math_attention
+from .capability import check_pins
 from .cluster import Cluster
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
@@ -22,7 +23,7 @@ from .legal import check_choices
 from .memory import Setting, facts
 from .objectives import housed
 from .outline import Outline
-from .pins import Pins, check_executed, mesh_shapes, parse_pins
+from .pins import Pins, parse_pins
 from .plan import (
     VERSION,
     MeshAxis,
@@ -43,7 +44,7 @@ from .relax import explain_joint
 from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
-from .shapes import Arrangement, Room, arrangements
+from .shapes import Arrangement, Room, arrangements, mesh_shapes
 from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
@@ -77,7 +78,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
         )
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
-    check_executed(request.pins)
+    check_pins(request.pins)
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()

@@ -16,8 +16,9 @@ from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepa
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, transfer
+from ..planner.capability import check_plan
 from ..planner.cluster import Cluster
-from ..planner.legal import check_choices, check_executed
+from ..planner.legal import check_choices
 from ..planner.outline import Outline
 from ..planner.plan import Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
@@ -40,7 +41,7 @@ def apply(
     """
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
-    check_executed(plan)
+    check_plan(plan)
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardwright.planner.outline import Outline, Parameter, Region, Saved
-from solver_outlines import Builder
-
-BOTH = (Saved("operand", 0), Saved("operand", 1))
+from shardwright.planner.outline import Outline, Region, Saved
+from solver_outlines import BOTH, Blocks
 
 
 @dataclass(frozen=True)
@@ -24,10 +22,6 @@ class Form:
     eager: bool = False
     groups: int = 1
     shift: bool = False
-
-    @property
-    def hidden(self) -> list[int]:
-        return [self.heads, self.width]
 
 
 def decoder(form: Form) -> Outline:
@@ -47,52 +41,28 @@ def decoder(form: Form) -> Outline:
         Region("r0", (before,), (("wte",),)), Region("r1", tuple(instances), tuple(parameters)),
         Region("r2", (last,), (("wh",),)),
     )  # fmt: skip
-    found = tuple(Parameter((n,), n, True) for n, t in make.tensors.items() if t.role == "parameter")
-    b, s = form.batch, form.seq
-    return Outline(make.tensors, tuple(make.ops), regions, found, ("ids", "labels"), "mean", (), b, b * s, str(form))
+    return make.outline(regions, str(form))
 
 
-class _Decoder(Builder):
+class _Decoder(Blocks):
     def __init__(self, form: Form) -> None:
-        super().__init__()
+        super().__init__(form.batch, form.seq, form.heads, form.width)
         self.form = form
-        self.token = {"size": form.seq, "token": True}
-        self.sample = {"size": form.batch, "batch": True, "token": True}
-        self.rows = {"b": self.sample, "s": self.token}
-        self.cols = {"h": {"size": form.heads}, "e": {"size": form.width}}
-        self.lead = [[form.batch], [form.seq]]
 
     def embed(self) -> str:
         f = self.form
-        for name in ("ids", "labels"):
-            self.tensor(name, self.lead, "input", False, "int64")
+        self.inputs()
         self.tensor("places", [[f.seq]], "constant", False)
-        self.tensor("wte", [[f.vocab], f.hidden], "parameter")
-        self.tensor("x", [*self.lead, f.hidden])
         self.tensor("cos", [[f.seq]], grad=False)
         self.op("rope", "elementwise", [("places", ["s"])], [("cos", ["s"])], {"s": self.token})
-        self.op("embed", "embedding", [("ids", ["b", "s"]), ("wte", ["v", "he"])], [("x", ["b", "s", "he"])],
-                {**self.rows, "v": {"size": f.vocab, "split": "vocab_embedding"}, **self.cols},
-                saved=(Saved("operand", 0),), linear=((1,),))  # fmt: skip
+        self.embedding("x", f.vocab)
         return "x"
 
-    def norm(self, at: str, x: str) -> str:
-        f = self.form
-        self.tensor(at, [f.hidden], "parameter")
-        self.tensor(f"{at}.y", [*self.lead, f.hidden])
-        fixed = {c: spec | {"split": "never"} for c, spec in self.cols.items()}
-        self.op(f"{at}.norm", "norm", [(x, ["b", "s", "he"]), (at, ["he"])], [(f"{at}.y", ["b", "s", "he"])],
-                self.rows | fixed, target="aten.rms_norm",
-                saved=(*BOTH, Saved("new", 0, (0, 1), f.batch * f.seq * 4)))  # fmt: skip
-        return f"{at}.y"
+    def normed(self, at: str, x: str) -> str:
+        return self.norm(f"{at}.norm", at, f"{at}.y", x)
 
-    def linear(self, name: str, x: str, spelled: str, inner, out: str, outer) -> str:
-        sizes = [[i["size"] for i in side.values()] for side in (outer, inner)]
-        self.tensor(name, sizes, "parameter")
-        self.tensor(f"{name}.y", [*self.lead, sizes[0]])
-        self.op(f"{name}.mm", "matmul", [(x, ["b", "s", spelled]), (name, [out, spelled])], [(f"{name}.y", ["b", "s", out])],
-                self.rows | inner | outer, projection=True, linear=((0,), (1,)), target="aten.linear", saved=BOTH)  # fmt: skip
-        return f"{name}.y"
+    def projection(self, name: str, x: str, spelled: str, inner, out: str, outer) -> str:
+        return self.linear(f"{name}.mm", name, f"{name}.y", x, spelled, inner, out, outer)
 
     def headed(self, name: str, x: str, heads: int, rotary: bool = True) -> str:
         """[b, s, (h e)] as [b, h, s, e], turned by the rotary table, repeated for its group of queries."""
@@ -115,14 +85,13 @@ class _Decoder(Builder):
     def attention(self, at: str, x: str) -> str:
         f = self.form
         few = f.heads // f.groups
-        outer = {"g": {"size": f.heads}, "d": {"size": f.width}}
         less = {"g": {"size": few}, "d": {"size": f.width}}
-        q = self.headed(f"{at}.q", self.linear(f"{at}.wq", x, "he", self.cols, "gd", outer), f.heads)
-        k = self.headed(f"{at}.k", self.linear(f"{at}.wk", x, "he", self.cols, "gd", less), few)
-        v = self.headed(f"{at}.v", self.linear(f"{at}.wv", x, "he", self.cols, "gd", less), few, rotary=False)
+        q = self.headed(f"{at}.q", self.projection(f"{at}.wq", x, "he", self.cols, "gd", self.projected), f.heads)
+        k = self.headed(f"{at}.k", self.projection(f"{at}.wk", x, "he", self.cols, "gd", less), few)
+        v = self.headed(f"{at}.v", self.projection(f"{at}.wv", x, "he", self.cols, "gd", less), few, rotary=False)
         a = self.tensor(f"{at}.a", [[f.batch], [f.heads], [f.seq], [f.width]])
         (self.eager if f.eager else self.fused)(at, q, k, v, a)
-        y = self.tensor(f"{at}.ay", [*self.lead, f.hidden])
+        y = self.tensor(f"{at}.ay", [*self.lead, self.hidden])
         self.op(
             f"{at}.back",
             "view",
@@ -131,7 +100,7 @@ class _Decoder(Builder):
             self.rows | self.cols,
             linear=((0,),),
         )
-        return self.linear(f"{at}.wo", y, "he", self.cols, "gd", outer)
+        return self.projection(f"{at}.wo", y, "he", self.cols, "gd", self.projected)
 
     def heads(self) -> tuple[str, dict[str, int]]:
         """The heads of attention as it sees them, spelled and with sizes: in groups where keys are shared."""
@@ -181,45 +150,23 @@ class _Decoder(Builder):
         self.op(f"{at}.pv", "matmul", [(f"{at}.soft", dims), (v, ["b", "h", "t", "e"])], [(a, ["b", "h", "s", "e"])],
                 square | {"e": f.width}, linear=((0,), (1,)), saved=BOTH)  # fmt: skip
 
-    def add(self, name: str, left: str, right: str) -> str:
-        self.tensor(name, [*self.lead, self.form.hidden])
-        self.op(f"{name}.add", "elementwise", [(left, ["b", "s", "he"]), (right, ["b", "s", "he"])], [(name, ["b", "s", "he"])],
-                self.rows | self.cols, linear=((0, 1),), target="aten.add")  # fmt: skip
-        return name
-
     def layer(self, at: str, x: str) -> str:
-        f = self.form
-        y = self.add(f"{at}.mid", x, self.attention(at, self.norm(f"{at}.n1", x)))
-        wide = {"f": {"size": 4 * f.heads * f.width}}
-        up = self.linear(f"{at}.wg", self.norm(f"{at}.n2", y), "he", self.cols, "f", wide)
-        self.tensor(f"{at}.s", [*self.lead, [4 * f.heads * f.width]])
-        self.op(f"{at}.silu", "elementwise", [(up, ["b", "s", "f"])], [(f"{at}.s", ["b", "s", "f"])], self.rows | wide,
-                saved=(Saved("operand", 0),), target="aten.silu")  # fmt: skip
-        return self.add(f"{at}.out", y, self.linear(f"{at}.wd", f"{at}.s", "f", wide, "he", self.cols))
+        attended = self.attention(at, self.normed(f"{at}.n1", x))
+        y = self.add(f"{at}.mid.add", f"{at}.mid", x, attended)
+        size = 4 * self.form.heads * self.form.width
+        inner = {"f": {"size": size}}
+        up = self.projection(f"{at}.wg", self.normed(f"{at}.n2", y), "he", self.cols, "f", inner)
+        down = self.projection(
+            f"{at}.wd", self.wide(f"{at}.silu", "aten.silu", f"{at}.s", up, size), "f", inner, "he", self.cols
+        )
+        return self.add(f"{at}.out.add", f"{at}.out", y, down)
 
     def head(self, x: str) -> None:
         f = self.form
         if f.shift:  # positions rolled by one: they meet without attention
-            self.tensor("rolled", [*self.lead, f.hidden])
+            self.tensor("rolled", [*self.lead, self.hidden])
             self.op("roll", "other", [(x, ["b", "s", "he"])], [("rolled", ["b", "s", "he"])],
                     self.rows | {"s": self.token | {"split": "never"}} | self.cols, target="aten.roll")  # fmt: skip
             x = "rolled"
-        logits = self.linear("wh", x, "he", self.cols, "v", {"v": {"size": f.vocab}})
-        self.tensor("total", [])
-        self.op("loss", "loss", [(logits, ["b", "s", "v"]), ("labels", ["b", "s"])], [("total", [])],
-                self.rows | {"v": {"size": f.vocab, "split": "vocab_loss"}},
-                saved=(Saved("operand", 1), Saved("new", 0, (0, 1, 2), f.batch * f.seq * f.vocab * 4)))  # fmt: skip
-        self.tensor("valid", self.lead, grad=False, dtype="bool")
-        self.op("ne", "elementwise", [("labels", ["b", "s"])], [("valid", ["b", "s"])], self.rows)
-        self.tensor("count", [], grad=False)
-        self.op("sum", "reduction", [("valid", ["b", "s"])], [("count", [])], self.rows, linear=((0,),))
-        self.tensor("mean", [])
-        self.op(
-            "div",
-            "elementwise",
-            [("total", []), ("count", [])],
-            [("mean", [])],
-            {},
-            linear=((0,),),
-            saved=(Saved("operand", 1),),
-        )
+        logits = self.projection("wh", x, "he", self.cols, "v", {"v": {"size": f.vocab}})
+        self.mean_loss(logits, f.vocab)

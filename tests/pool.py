@@ -29,6 +29,12 @@ from typing import Any
 CALLS = 250
 """After so many calls the ranks are started afresh: every mesh leaves process groups with three threads each, which DTensor's
 caches keep, and in a long sweep hundreds of them slow everything down."""
+PRELOADED = [
+    "torch", "torch._dynamo", "torch.export", "torch.distributed.tensor", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "shardwright.passes.prepare", "shardwright.runtime.apply",
+    "shardwright.runtime.verify",
+]  # fmt: skip
+"""Imported once, by the process that ranks are forked from; nothing of it starts a thread."""
 GRACE_SECONDS = 5.0
 """How long the other ranks may take to answer after one has failed (they may hang in a collective)."""
 
@@ -102,7 +108,8 @@ class Pool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.mkdtemp(prefix="ranks")
         for rank in range(self.world_size):
             here, there = context.Pipe()

@@ -12,6 +12,7 @@ from shardwright.planner.plan import Precision, Source
 
 FP32 = Precision("fp32", "float32", "float32", "float32", "float32")
 SOURCE = Source("module", "test", 8)
+BOTH = (Saved("operand", 0), Saved("operand", 1))
 
 
 @dataclass(frozen=True)
@@ -82,109 +83,131 @@ class Builder:
         self.ops.append(Op(name, target, kind, side(uses), side(results), found, **more))
 
 
+class Blocks(Builder):
+    """The pieces of a language model over [batch, token, (heads width)] that both outlines are made of."""
+
+    def __init__(self, batch: int, seq: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.token = {"size": seq, "token": True}
+        self.sample = {"size": batch, "batch": True, "token": True}
+        self.rows = {"b": self.sample, "s": self.token}
+        self.cols = {"h": {"size": heads}, "e": {"size": width}}
+        self.projected = {"g": {"size": heads}, "d": {"size": width}}
+        self.lead, self.hidden, self.places = [[batch], [seq]], [heads, width], batch * seq
+
+    def inputs(self) -> None:
+        for name in ("ids", "labels"):
+            self.tensor(name, self.lead, "input", False, "int64")
+
+    def embedding(self, result: str, vocab: int, **more) -> None:
+        self.tensor("wte", [[vocab], self.hidden], "parameter")
+        self.tensor(result, [*self.lead, self.hidden])
+        self.op("embed", "embedding", [("ids", ["b", "s"]), ("wte", ["v", "he"])], [(result, ["b", "s", "he"])],
+                {**self.rows, "v": {"size": vocab, "split": "vocab_embedding"}, **self.cols},
+                saved=(Saved("operand", 0),), linear=((1,),), **more)  # fmt: skip
+
+    def norm(self, name: str, weight: str, result: str, x: str) -> str:
+        self.tensor(weight, [self.hidden], "parameter")
+        self.tensor(result, [*self.lead, self.hidden])
+        fixed = {c: spec | {"split": "never"} for c, spec in self.cols.items()}
+        self.op(name, "norm", [(x, ["b", "s", "he"]), (weight, ["he"])], [(result, ["b", "s", "he"])],
+                self.rows | fixed, target="aten.rms_norm",
+                saved=(*BOTH, Saved("new", 0, (0, 1), self.places * 4)))  # fmt: skip
+        return result
+
+    def linear(self, name: str, weight: str, result: str, x: str, spelled: str, inner, out: str, outer) -> str:
+        """A product of `x` (its last dim `spelled`, of factors `inner`) and a new weight, to a dim `out` of `outer`."""
+        sizes = [[i["size"] for i in side.values()] for side in (outer, inner)]
+        self.tensor(weight, sizes, "parameter")
+        self.tensor(result, [*self.lead, sizes[0]])
+        self.product(name, weight, result, x, spelled, inner, out, outer)
+        return result
+
+    def product(self, name: str, weight: str, result: str, x: str, spelled: str, inner, out: str, outer) -> None:
+        self.op(name, "matmul", [(x, ["b", "s", spelled]), (weight, [out, spelled])], [(result, ["b", "s", out])],
+                self.rows | inner | outer, projection=True, linear=((0,), (1,)), target="aten.linear", saved=BOTH)  # fmt: skip
+
+    def add(self, name: str, result: str, left: str, right: str) -> str:
+        self.tensor(result, [*self.lead, self.hidden])
+        self.op(name, "elementwise", [(left, ["b", "s", "he"]), (right, ["b", "s", "he"])], [(result, ["b", "s", "he"])],
+                self.rows | self.cols, linear=((0, 1),), target="aten.add")  # fmt: skip
+        return result
+
+    def wide(self, name: str, target: str, result: str, x: str, size: int) -> str:
+        """The activation between the two products of an MLP."""
+        self.tensor(result, [*self.lead, [size]])
+        self.op(name, "elementwise", [(x, ["b", "s", "f"])], [(result, ["b", "s", "f"])],
+                self.rows | {"f": {"size": size}}, target=target, saved=(Saved("operand", 0),))  # fmt: skip
+        return result
+
+    def mean_loss(self, logits: str, vocab: int) -> None:
+        """A summed loss, divided by the number of labels that count."""
+        self.tensor("total", [])
+        self.op("loss", "loss", [(logits, ["b", "s", "v"]), ("labels", ["b", "s"])], [("total", [])],
+                self.rows | {"v": {"size": vocab, "split": "vocab_loss"}},
+                saved=(Saved("operand", 1), Saved("new", 0, (0, 1, 2), self.places * vocab * 4)))  # fmt: skip
+        self.tensor("valid", self.lead, grad=False, dtype="bool")
+        self.op("ne", "elementwise", [("labels", ["b", "s"])], [("valid", ["b", "s"])], self.rows)
+        self.tensor("count", [], grad=False)
+        self.op("sum", "reduction", [("valid", ["b", "s"])], [("count", [])], self.rows, linear=((0,),))
+        self.tensor("mean", [])
+        self.op("div", "elementwise", [("total", []), ("count", [])], [("mean", [])], {}, linear=((0,),),
+                saved=(Saved("operand", 1),))  # fmt: skip
+
+    def outline(self, regions: tuple[Region, ...], fingerprint: str) -> Outline:
+        names = [n for n, t in self.tensors.items() if t.role == "parameter"]
+        found = tuple(Parameter((n,), n, True) for n in names)
+        batch = self.sample["size"]
+        return Outline(self.tensors, tuple(self.ops), regions, found, ("ids", "labels"), "mean", (), batch,
+                       self.places, fingerprint)  # fmt: skip
+
+
 def transformer(
     layers: int = 2, batch: int = 8, seq: int = 16, hidden: int = 32, heads: int = 4, vocab: int = 64
 ) -> Outline:
     """Embedding, `layers` pre-norm blocks (attention, mlp), tied head and a summed loss divided by a count."""
-    b, s, h = batch, seq, hidden
-    e = h // heads
-    make = Builder()
-    token = {"size": s, "token": True}
-    sample = {"size": b, "batch": True, "token": True}
-    make.tensor("ids", [[b], [s]], "input", False, "int64")
-    make.tensor("labels", [[b], [s]], "input", False, "int64")
-    make.tensor("wte", [[vocab], [heads, e]], "parameter")
-    make.tensor("x0", [[b], [s], [heads, e]])
-    head, part = heads, e
-    make.op("embed", "embedding", [("ids", ["b", "s"]), ("wte", ["v", "he"])], [("x0", ["b", "s", "he"])],
-            {"b": sample, "s": token, "v": {"size": vocab, "split": "vocab_embedding"}, "h": head, "e": part},
-            saved=(Saved("operand", 0),), flops=float(b * s * h), linear=((1,),))  # fmt: skip
+    make = Blocks(batch, seq, heads, hidden // heads)
+    make.inputs()
+    make.embedding("x0", vocab, flops=float(batch * seq * hidden))
     instances, parameters, x = [], [], "x0"
     for k in range(layers):
         start = len(make.ops)
-        x = _layer(make, k, x, sample, token, b, s, heads, e)
+        x = _layer(make, k, x)
         instances.append(tuple(op.name for op in make.ops[start:]))
         parameters.append(tuple(f"l{k}.{n}" for n in ("n1", "q", "o", "n2", "up", "down")))
     start = len(make.ops)
-    rows = {"b": sample, "s": token}
-    make.tensor("logits", [[b], [s], [vocab]])
-    make.op("head", "matmul", [(x, ["b", "s", "he"]), ("wte", ["v", "he"])], [("logits", ["b", "s", "v"])],
-            rows | {"h": head, "e": part, "v": vocab}, projection=True, linear=((0,), (1,)), target="aten.linear",
-            saved=(Saved("operand", 0), Saved("operand", 1)))  # fmt: skip
-    make.tensor("total", [])
-    make.op("loss", "loss", [("logits", ["b", "s", "v"]), ("labels", ["b", "s"])], [("total", [])],
-            rows | {"v": {"size": vocab, "split": "vocab_loss"}},
-            saved=(Saved("operand", 1), Saved("new", 0, (0, 1, 2), b * s * vocab * 4)))  # fmt: skip
-    make.tensor("mask", [[b], [s]], grad=False, dtype="bool")
-    make.op("ne", "elementwise", [("labels", ["b", "s"])], [("mask", ["b", "s"])], rows)
-    make.tensor("count", [], grad=False)
-    make.op("count", "reduction", [("mask", ["b", "s"])], [("count", [])], rows, linear=((0,),))
-    make.tensor("mean", [])
-    make.op(
-        "div",
-        "elementwise",
-        [("total", []), ("count", [])],
-        [("mean", [])],
-        {},
-        linear=((0,),),
-        saved=(Saved("operand", 1),),
-    )
+    make.tensor("logits", [*make.lead, [vocab]])
+    make.product("head", "wte", "logits", x, "he", make.cols, "v", {"v": {"size": vocab}})
+    make.mean_loss("logits", vocab)
     regions = (
         Region("r0", (("embed",),), (("wte",),)),
         Region("r1", tuple(instances), tuple(parameters)),
         Region("r2", (tuple(op.name for op in make.ops[start:]),), ((),)),
     )
-    names = [n for n, t in make.tensors.items() if t.role == "parameter"]
-    found = tuple(Parameter((n,), n, True) for n in names)
-    return Outline(
-        make.tensors, tuple(make.ops), regions, found, ("ids", "labels"), "mean", (), b, b * s, f"t{layers}{b}{s}{h}"
-    )
+    return make.outline(regions, f"t{layers}{batch}{seq}{hidden}")
 
 
-def _layer(make: Builder, k: int, x: str, sample, token, b: int, s: int, heads: int, e: int) -> str:
-    h = [heads, e]
-    f = 4 * heads * e
-    rows = {"b": sample, "s": token}
-    cols = {"h": {"size": heads}, "e": {"size": e}}
-    fixed = {"h": {"size": heads, "split": "never"}, "e": {"size": e, "split": "never"}}
-    t = lambda n, dims: make.tensor(f"l{k}.{n}", dims)  # noqa: E731
-    p = lambda n, dims: make.tensor(f"l{k}.{n}", dims, "parameter")  # noqa: E731
+def _layer(make: Blocks, k: int, x: str) -> str:
+    heads, e = make.hidden
+    wide = {"f": {"size": 4 * heads * e}}
 
     def norm(name: str, source: str) -> str:
-        p(name, [h])
-        t(f"{name}y", [[b], [s], h])
-        make.op(f"l{k}.norm_{name}", "norm", [(source, ["b", "s", "he"]), (f"l{k}.{name}", ["he"])],
-                [(f"l{k}.{name}y", ["b", "s", "he"])], rows | fixed, target="aten.rms_norm",
-                saved=(Saved("operand", 0), Saved("operand", 1), Saved("new", 0, (0, 1), b * s * 4)))  # fmt: skip
-        return f"l{k}.{name}y"
+        return make.norm(f"l{k}.norm_{name}", f"l{k}.{name}", f"l{k}.{name}y", source)
 
-    def linear(name: str, source: str, spelled: str, inner, out: str, outer, result) -> str:
-        p(name, [[i["size"] for i in outer.values()], [i["size"] for i in inner.values()]])
-        t(f"{name}y", result)
-        make.op(f"l{k}.lin_{name}", "matmul", [(source, ["b", "s", spelled]), (f"l{k}.{name}", [out, spelled])],
-                [(f"l{k}.{name}y", ["b", "s", out])], rows | inner | outer, projection=True, linear=((0,), (1,)),
-                target="aten.linear", saved=(Saved("operand", 0), Saved("operand", 1)))  # fmt: skip
-        return f"l{k}.{name}y"
+    def linear(name: str, source: str, spelled: str, inner, out: str, outer) -> str:
+        return make.linear(f"l{k}.lin_{name}", f"l{k}.{name}", f"l{k}.{name}y", source, spelled, inner, out, outer)
 
-    def add(name: str, left: str, right: str) -> str:
-        t(name, [[b], [s], h])
-        make.op(f"l{k}.add_{name}", "elementwise", [(left, ["b", "s", "he"]), (right, ["b", "s", "he"])],
-                [(f"l{k}.{name}", ["b", "s", "he"])], rows | cols, linear=((0, 1),), target="aten.add")  # fmt: skip
-        return f"l{k}.{name}"
-
-    q = linear("q", norm("n1", x), "he", cols, "gd", {"g": {"size": heads}, "d": {"size": e}}, [[b], [s], h])
-    t("a", [[b], [s], h])
+    q = linear("q", norm("n1", x), "he", make.cols, "gd", make.projected)
+    make.tensor(f"l{k}.a", [*make.lead, make.hidden])
     make.op(f"l{k}.attn", "attention", [(q, ["b", "s", "ge"])], [(f"l{k}.a", ["b", "s", "ge"])],
-            rows | {"s": token | {"split": "never"}, "g": {"size": heads}, "e": {"size": e, "split": "never"}},
-            saved=(Saved("operand", 0), Saved("result", 0)), flops=float(4 * b * s * s * heads * e))  # fmt: skip
-    o = linear("o", f"l{k}.a", "he", cols, "gd", {"g": {"size": heads}, "d": {"size": e}}, [[b], [s], h])
-    y = add("r1", x, o)
-    up = linear("up", norm("n2", y), "he", cols, "f", {"f": {"size": f}}, [[b], [s], [f]])
-    t("g", [[b], [s], [f]])
-    make.op(f"l{k}.gelu", "elementwise", [(up, ["b", "s", "f"])], [(f"l{k}.g", ["b", "s", "f"])],
-            rows | {"f": {"size": f}}, target="aten.gelu", saved=(Saved("operand", 0),))  # fmt: skip
-    down = linear("down", f"l{k}.g", "f", {"f": {"size": f}}, "he", cols, [[b], [s], h])
-    return add("r2", y, down)
+            make.rows | {"s": make.token | {"split": "never"}, "g": {"size": heads}, "e": {"size": e, "split": "never"}},
+            saved=(Saved("operand", 0), Saved("result", 0)),
+            flops=float(4 * make.places * make.token["size"] * heads * e))  # fmt: skip
+    o = linear("o", f"l{k}.a", "he", make.cols, "gd", make.projected)
+    y = make.add(f"l{k}.add_r1", f"l{k}.r1", x, o)
+    up = linear("up", norm("n2", y), "he", make.cols, "f", wide)
+    g = make.wide(f"l{k}.gelu", "aten.gelu", f"l{k}.g", up, 4 * heads * e)
+    return make.add(f"l{k}.add_r2", f"l{k}.r2", y, linear("down", g, "f", wide, "he", make.cols))
 
 
-__all__ = ["FP32", "SOURCE", "Builder", "FakePrices", "replace", "transformer"]
+__all__ = ["BOTH", "FP32", "SOURCE", "Blocks", "Builder", "FakePrices", "replace", "transformer"]

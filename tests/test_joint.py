@@ -61,6 +61,17 @@ def free(which: str = "model", spec: str = SPEC) -> Plan:
     return plan_with({"model": model, "attending": attending}[which](), spec=spec)
 
 
+@cache
+def made(*pins: str) -> Plan:
+    """The plan of `model()` under pins, made once for all tests that look at it."""
+    return plan_with(model(), *pins) if pins else free()
+
+
+@cache
+def ringed() -> Plan:
+    return plan_with(attending(), "cp=2")
+
+
 def again(plan: Plan, outline: Outline, spec: str = SPEC) -> Plan:
     return reprice(plan, outline, cluster(spec), Prices(cluster(spec), "bfloat16"))
 
@@ -112,7 +123,7 @@ def test_a_plan_goes_to_a_file_and_back(which: str, spec: str) -> None:
 @pytest.mark.parametrize("pins", [(), ("pp=2", "zero=1"), ("tp=2", "recompute=selective")])
 def test_two_searches_give_the_same_file(pins: tuple[str, ...]) -> None:
     outline = transformer(layers=6, batch=16, seq=512, hidden=512, heads=8, vocab=1024)
-    assert dump_plan(plan_with(model(), *pins)) == dump_plan(plan_with(outline, *pins))
+    assert dump_plan(made(*pins)) == dump_plan(plan_with(outline, *pins))
 
 
 # -- pins
@@ -143,7 +154,7 @@ PINNED: dict[tuple[str, ...], Callable[[Plan], bool]] = {
 
 @pytest.mark.parametrize("pins", PINNED, ids=" ".join)
 def test_a_pinned_plan_has_what_was_pinned_and_is_no_faster_than_the_free_one(pins: tuple[str, ...]) -> None:
-    plan, best = plan_with(model(), *pins), free()
+    plan, best = made(*pins), free()
     check(plan, model())
     assert plan.pins == pins
     assert PINNED[pins](plan), dump_plan(plan)
@@ -151,7 +162,7 @@ def test_a_pinned_plan_has_what_was_pinned_and_is_no_faster_than_the_free_one(pi
 
 
 def test_context_parallelism_can_be_pinned_where_attention_can_be_a_ring() -> None:
-    plan = plan_with(attending(), "cp=2")
+    plan = ringed()
     check(plan, attending())
     assert sizes(plan)["cp"] == 2
     assert free("attending").search.bound_seconds <= plan.predicted.step_seconds
@@ -221,7 +232,7 @@ def replaced(struct, **fields):
     ids=" ".join,
 )  # fmt: skip
 def test_an_unchanged_plan_is_priced_as_it_was(pins: tuple[str, ...]) -> None:
-    plan = parse_plan(dump_plan(plan_with(model(), *pins)))
+    plan = parse_plan(dump_plan(made(*pins)))
     same = again(plan, model())
     assert same.edited
     assert same.predicted.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
@@ -233,7 +244,7 @@ def test_an_unchanged_plan_is_priced_as_it_was(pins: tuple[str, ...]) -> None:
 
 
 def test_context_plans_are_priced_again() -> None:
-    plan = plan_with(attending(), "cp=2")
+    plan = ringed()
     same = again(plan, attending())
     assert same.predicted.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
     assert same.predicted.peak_bytes_per_device == pytest.approx(plan.predicted.peak_bytes_per_device, rel=1e-9)

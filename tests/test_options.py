@@ -72,9 +72,8 @@ def by_label(found: list[Option]) -> dict[tuple[int, str], Option]:
 @pytest.mark.parametrize(("level", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_memory_table(level: int, gigabytes: float) -> None:
     """ZeRO (Rajbhandari et al. 2020), figure 1: 7.5 B parameters on 64 devices, mixed-precision Adam."""
-    weights = [Weights(7.5e9, 1e6, True, False, False, True)]
-    memory = storing()._memory(weights, data(64), level)
-    assert (memory["static"] + memory["gradient"]) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    (found,) = storing().options(0, NAMED, numbers(elements=7.5e9), data(64), (level,))
+    assert (found.static + found.gradient) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 def test_collectives_of_every_level() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+import plans
 import pytest
-from shardwright.errors import PinError
-from shardwright.planner.pins import KEYS, Pins, check_executed, mesh_shapes, microbatch_counts, parse_pins
+from shardwright.errors import PinError, PlanError
+from shardwright.planner.capability import MASK, check_pins, check_plan
+from shardwright.planner.pins import KEYS, Pins, parse_pins
+from shardwright.planner.shapes import mesh_shapes, microbatch_counts
 
 GOOD = {
     "tp": "2", "dp": "2", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "zero": "3", "micro_batch": "4", "recompute": "none",
@@ -29,11 +33,42 @@ def test_values_are_typed() -> None:
 @pytest.mark.parametrize("text", ["pp=2", "cp=2", "ep=4", "vpp=2", "recompute=full", "offload=params", "schedule=zbv"])
 def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
     with pytest.raises(PinError, match=f"{text} is not supported yet"):
-        check_executed(parse_pins([text]))
+        check_pins(parse_pins([text]))
 
 
 def test_neutral_values_run_here() -> None:
-    check_executed(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
+    check_pins(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
+
+
+def with_(**changes: object) -> plans.p.Plan:
+    """The hand-made plan with a changed pipeline."""
+    return plans.plan(pipeline=msgspec.structs.replace(plans.plan().pipeline, **changes))
+
+
+def with_regions(**changes: object) -> plans.p.Plan:
+    return plans.plan(regions=tuple(msgspec.structs.replace(r, **changes) for r in plans.regions()))
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (with_(ranks=2), "pipeline stages"),
+        (with_(chunks=2), "chunks of stages"),
+        (with_(experts=2), "expert parallelism"),
+        (with_(schedule="zbv"), "schedule"),
+        (plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)), "context parallelism"),
+        (with_regions(recompute=("gelu",)), "recompute"),
+        (with_regions(offload=("optimizer",)), "offload"),
+    ],
+)
+def test_a_plan_of_what_the_runtime_lacks_is_refused(plan: plans.p.Plan, says: str) -> None:
+    with pytest.raises(PlanError, match=f"the plan uses .*{says}"):
+        check_plan(plan)
+
+
+def test_what_runs_passes() -> None:
+    check_plan(plans.plan())
+    assert {one.key for one in MASK} < set(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +112,7 @@ def test_mesh_shapes_are_all_factorisations_or_the_pinned_one() -> None:
     ("texts", "devices", "batch", "says"),
     [
         (["tp=3"], 4, 8, "tp=3 does not divide"), (["dp=4", "tp=4"], 8, 8, "needs 16 devices"), (["dp=4"], 4, 6, "batch of 6"),
-        (["sequence_parallel=on", "tp=1"], 4, 8, "needs a model axis"), (["tp!=1"], 1, 8, "leave no mesh"),
+        (["sequence_parallel=on", "tp=1"], 4, 8, "needs a model axis"), (["tp!=1"], 1, 8, "leave no shape"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_named(texts: list[str], devices: int, batch: int, says: str) -> None:

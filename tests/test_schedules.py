@@ -8,7 +8,7 @@ import time
 import pytest
 from shardwright.errors import PinError, PlanError
 from shardwright.planner.engine import ScheduleError, compile_lists
-from shardwright.planner.live import _greatest, live_rows, live_vectors, local_chunks
+from shardwright.planner.live import _greatest, live_vectors, local_chunks
 from shardwright.planner.schedules import SCHEDULES, Action, actions, fault, parse_action, stage_rank
 
 GRID = [
@@ -183,16 +183,6 @@ def replayed(of_rank: tuple[Action, ...], stages: tuple[int, ...], two_part: boo
 
 def covers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(a >= b for a, b in zip(one, other, strict=True))
-
-
-def test_rows_say_what_runs_at_the_greatest_moment() -> None:
-    rows = live_rows(actions("1f1b", 2, 1, 4), (0, 1))
-    assert [(r.kind, r.chunk, r.counts) for r in rows[0]] == [("B", 0, (2,)), ("F", 0, (2,))]
-    assert [(r.kind, r.chunk, r.counts) for r in rows[1]] == [("B", 0, (1,)), ("F", 0, (1,))]
-    for name, ranks, chunks, m in (("zbv", 3, 2, 6), ("interleaved", 2, 3, 4)):
-        lists, placement = actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks)
-        for of_rank, vectors in zip(live_rows(lists, placement), live_vectors(lists, placement), strict=True):
-            assert _greatest({row.counts for row in of_rank}) == vectors
 
 
 def test_greatest_vectors_of_random_sets() -> None:

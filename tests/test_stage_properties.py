@@ -23,9 +23,9 @@ from shardwright.planner.stages import Memory, Pipeline, StageProblem, StageSolu
 
 GAP = 1e-7
 
-SMALL = range(300, 322)
-LONG = range(400, 414)
-"""Seeds of problems of 9 to 12 units."""
+SMALL, MORE_SMALL = range(300, 311), range(311, 322)
+LONG, MORE_LONG = range(400, 408), range(408, 414)
+"""Seeds of problems of 9 to 12 units; `MORE_` are for the night."""
 
 SECONDS = ("forward", "backward", "weight", "finish")
 BYTES = ("static", "gradient", "saved", "work", "step", "host", "host_saved", "disk")
@@ -44,10 +44,22 @@ def scaled(o: Option, names: Sequence[str], by: float) -> Option:
     return replace(o, **{name: by * getattr(o, name) for name in names})
 
 
-@cache
+@pytest.fixture(autouse=True, params=[False, pytest.param(True, marks=pytest.mark.nightly)], ids=["some", "more"])
+def seeds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on other seeds at night."""
+    if request.param:
+        monkeypatch.setattr(sys.modules[__name__], "SMALL", MORE_SMALL)
+        monkeypatch.setattr(sys.modules[__name__], "LONG", MORE_LONG)
+
+
 def solved() -> tuple[tuple[StageProblem, StageSolution], ...]:
     """Problems to change something in, with their solutions."""
-    drawn = [*map(random_problem, SMALL), *(random_problem(seed, 12) for seed in LONG)]
+    return solved_of(SMALL, LONG)
+
+
+@cache
+def solved_of(small: range, long: range) -> tuple[tuple[StageProblem, StageSolution], ...]:
+    drawn = [*map(random_problem, small), *(random_problem(seed, 12) for seed in long)]
     return tuple((mine, solve(mine)) for mine in drawn)
 
 
