@@ -39,7 +39,7 @@ def cluster(spec: str = SMALL) -> Cluster:
 def model(which: str = "plain") -> Outline:
     if which == "attending":
         return decoder(Form(layers=3, batch=8, seq=512, heads=8, width=64, vocab=1024))
-    return transformer(layers=4, batch=8, seq=512, hidden=1024, heads=8, vocab=1024)
+    return transformer(layers=3, batch=8, seq=512, hidden=1024, heads=8, vocab=1024)
 
 
 def request(outline: Outline, objective: str, *pins: str, limit: int | None = None, spec: str = SMALL) -> Request:
