@@ -27,8 +27,8 @@ _REGION = {
 }  # fmt: skip
 _CONSEQUENCES = ("forward_seconds", "backward_seconds", "finish_seconds", "peak_bytes")
 _ORDER = ("version", "edited", "model", "cluster", "objective", "phase", "goal", "optimizer", "precision", "semantics",
-          "memory limit", "pins", "mesh", "pipeline", "stages", "placements", "parameters", "recompute", "offload", "notes", "search", "runners_up",
-          "frontier", "predicted")  # fmt: skip
+          "memory limit", "pins", "mesh", "pipeline", "stages", "placements", "parameters", "recompute", "offload", "notes",
+          "search", "runners_up", "frontier", "predicted")  # fmt: skip
 # Numbers that name something.
 _LABELS = ("rank", "zero", "borrowed_zero", "first", "version", "seed")
 # How records in a list are matched: the fields that name them.
