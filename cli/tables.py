@@ -149,6 +149,9 @@ def optimum_text(plan: Plan) -> str:
         proven = (
             f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
         )
+    if plan.objective == "memory":
+        known = plan.search.bound_seconds > 0.0
+        proven = f"{proven}, of those that need no more memory" if known else "nothing is proven of its seconds"
     return f"{proven}, search interrupted" if plan.search.interrupted else proven
 
 

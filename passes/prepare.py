@@ -48,6 +48,8 @@ def inference_inputs(model: nn.Module, kwargs: Any) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     optional = "labels" in known and known["labels"].default is not inspect.Parameter.empty
     found = {k: v for k, v in dict(kwargs).items() if k != "labels" or not optional}
+    if "decoder_input_ids" in known and "labels" in kwargs and "labels" not in found:
+        found.setdefault("decoder_input_ids", kwargs["labels"])  # what the model would have made of them, in shape
     if "logits_to_keep" in known:
         found.setdefault("logits_to_keep", 1)
     return found

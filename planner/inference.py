@@ -8,7 +8,7 @@ over (planner/factors.py names factors; equal ones are joined here through the o
 them, and attention reads what it keeps. That is only right where positions meet in causal attention and nowhere else, so what
 mixes them otherwise (a reduction over positions, a convolution, recurrences, attention to an encoder) is refused by name.
 
-Keys and values are kept as attention's own distinct ones: where views repeat them for groups of queries (grouped-query
+An encoder, where every position attends to all, keeps nothing. Keys and values are kept as attention's own distinct ones: where views repeat them for groups of queries (grouped-query
 attention) the op is wired to what was repeated, which is what kernels of inference read.
 """
 
@@ -71,8 +71,20 @@ def _without(region: Region, needed: set[str]) -> Region | None:
 def _cached(outline: Outline) -> Outline:
     """Attention wired to its distinct keys and values, and keeping them."""
     makers = {use.tensor: op for op in outline.ops if op.kind == "view" for use in op.results}
-    ops = tuple(_keeping(op, outline.tensors, makers) if _attends(op) else op for op in outline.ops)
+    classes = _classes(outline)
+    ops = tuple(
+        _keeping(op, outline.tensors, makers) if _attends(op) and not _sees_all(op, classes) else op
+        for op in outline.ops
+    )
     return replace(outline, ops=ops)
+
+
+def _sees_all(op: Op, classes: Classes) -> bool:
+    """Whether every position attends to every other one (an encoder): no token comes after, and nothing is kept for one."""
+    ring = ring_of(op)
+    if ring is None or ring.causal or len(op.operands) > 3:
+        return False
+    return _class(op, ring.query, classes) == _class(op, ring.key, classes)
 
 
 def _attends(op: Op) -> bool:

@@ -17,7 +17,7 @@ def check_executed(plan: Plan) -> None:
     said = {
         "pipeline stages": plan.pipeline.ranks > 1, "context parallelism": any(a.role == "context" for a in plan.mesh),
         "expert parallelism": plan.pipeline.experts > 1, "recompute": any(r.recompute for r in plan.regions),
-        "offload": any(r.offload for r in plan.regions),
+        "offload": any(r.offload for r in plan.regions), f"a phase of inference ({plan.phase})": bool(plan.phase),
     }  # fmt: skip
     for what, there in said.items():
         if there:

@@ -11,10 +11,11 @@ import pytest
 from attention_outlines import Form, decoder
 from click.testing import CliRunner
 from shardwright.cli.main import main
-from shardwright.errors import PinError
+from shardwright.errors import PinError, PlanError
 from shardwright.planner.cluster import Cluster, default_limit_bytes
 from shardwright.planner.goal import Aim
 from shardwright.planner.inference import forward_only, inference_outline
+from shardwright.planner.legal import check_executed
 from shardwright.planner.outline import Factor, Op, Outline, Use
 from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan, Source
@@ -86,6 +87,14 @@ def test_keys_and_values_are_kept_once(form: Form, phase: str) -> None:
     heads = form.heads // form.groups
     assert kept == form.layers * 2 * 2 * form.batch * heads * form.seq * form.width
     assert all(op.kind == "attention" for op in found.ops if op.saved)
+
+
+def test_an_encoder_keeps_nothing() -> None:
+    found = outline("prefill", replace(FORM, causal=False))
+    assert not any(op.saved for op in found.ops)
+    assert "cache" not in {
+        c for c, n in plan("prefill", spec="h100-sxm:1", form=replace(FORM, causal=False)).predicted.memory.items() if n
+    }
 
 
 def test_decoding_runs_over_one_position() -> None:
@@ -199,6 +208,8 @@ def test_stages_hand_one_microbatch_on() -> None:
 def test_a_plan_of_inference_goes_to_a_file_and_is_priced_again() -> None:
     found = plan("decode", "tp=2", spec="h100-sxm:2")
     read = parse_plan(dump_plan(found))
+    with pytest.raises(PlanError, match="a phase of inference"):
+        check_executed(read)
     assert (read.phase, read.edited) == ("decode", False)
     where = cluster("h100-sxm:2")
     again = reprice(read, outline("decode"), where, Prices(where, "bfloat16"))

@@ -345,3 +345,20 @@ def test_prices_follow_the_cluster() -> None:
     prices = priced_on(Prices(cluster(), "bfloat16"), small)
     assert isinstance(prices, Prices)
     assert prices.cluster is small
+
+
+def test_the_page_says_what_was_sought() -> None:
+    from shardwright.cli.goals import goal_text, point_rows, trial_rows
+    from shardwright.cli.report.build import build
+    from shardwright.cli.tables import headline, optimum_text
+
+    few = plan("devices", Aim(target_seconds=fastest(2).predicted.step_seconds * 1.0001))
+    assert "fewest devices with a step of at most" in headline(few)["objective"]
+    assert len(trial_rows(few)) == len(few.goal.trials)  # type: ignore[union-attr]
+    page = build(with_frontier())
+    assert "Frontier: time, memory, devices" in page
+    assert all(cell in page for row in point_rows(with_frontier()) for cell in row[:4])
+    assert goal_text(with_frontier()) == ""
+    lean = plan("memory", None, "dp=4", "offload=none")
+    assert "no plan of the space needs less than" in goal_text(lean)
+    assert "of those that need no more memory" in optimum_text(lean)
