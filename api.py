@@ -11,9 +11,11 @@ from .errors import PinError, UsageError
 from .job import Clock, Job, Say
 from .planner.capability import check_pins
 from .planner.cluster import Cluster
+from .planner.goal import Aim
 from .planner.pins import Pins, parse_pins
 from .planner.plan import Plan, Source
-from .planner.precision import choose_precision, model_precision
+from .planner.precision import choose_precision, inference_precision, model_precision
+from .planner.pursue import settled
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +37,20 @@ def make_plan(
     model: nn.Module, example_inputs: Any, cluster: Cluster | str, *, optimizer: str = "adamw",
     memory_limit: int | str | None = None, pins: Sequence[str] = (), objective: str = "throughput",
     loss_fn: Callable[..., Any] | None = None, seed: int = 0, store: Path | None = None, say: Say | None = None,
-    runnable: bool = True,
+    runnable: bool = True, aim: Aim | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a live module (its parameters may be on meta) for a cluster; no device and no process group are needed.
 
     With `runnable` (the default) the plan is one that `apply_plan` executes; without, the whole space is searched: pipelines,
-    recompute, offload, context and expert parallelism too.
+    recompute, offload, context and expert parallelism too. `objective` is "throughput", or with `runnable` off one of
+    "latency", "memory", "devices" and "cost"; `aim` (planner/goal.py) holds what comes with it: a phase of inference, a target,
+    a price, and whether a frontier is wanted.
 
     `example_inputs`: a dict of keyword inputs, a tuple of positional ones, or one tensor, at the global batch. `store` is
     the profile store that measurements of this machine are kept in. Raises CaptureError, PinError, ClusterError, or
     Infeasible, which carries the nearest settings that fit.
     """
+    aim = settled(objective, aim or Aim(), runnable=runnable)
     args, kwargs = split_inputs(example_inputs)
     parsed, where = parse_pins(pins), cluster_of(cluster, memory_limit, store)
     dtype = str(next((p.dtype for p in model.parameters()), "torch.float32")).removeprefix("torch.")
@@ -56,7 +61,7 @@ def make_plan(
     source = Source("module", type(model).__name__, _leading(args, kwargs), seed=seed)
     job = Job.create(
         model, args, kwargs, where, parsed, precision, source, optimizer=optimizer, objective=objective, loss_fn=loss_fn,
-        store=store, clock=Clock(say), runnable=runnable,
+        store=store, clock=Clock(say), runnable=runnable, aim=aim,
     )  # fmt: skip
     return job.solve()
 
@@ -65,28 +70,34 @@ def plan_model(
     spec: str, cluster: Cluster | str, *, batch: int | str | None = None, seq: int | None = None,
     optimizer: str = "adamw", memory_limit: int | str | None = None, pins: Sequence[str] = (),
     objective: str = "throughput", seed: int = 0, store: Path | None = None, say: Say | None = None,
-    show: Callable[[Mapping[str, float]], None] | None = None,
+    show: Callable[[Mapping[str, float]], None] | None = None, aim: Aim | None = None,
 ) -> PlanResult:  # fmt: skip
     """Plan a model named on the command line (`hf:NAME`, `hf:config.json`, `file.py:function`).
 
     For this machine (`local`, `local-cpu`) the plan is one that it can run; for any other cluster the whole space is searched.
-    `batch` "auto" takes the batch with the best throughput that fits. `show` receives the estimate before the search.
+    `batch` "auto" takes the batch with the best throughput that fits. `show` receives the estimate before the search. `objective`
+    and `aim` are those of `make_plan`; inference is planned in the compute dtype alone unless a precision is pinned.
     """
     from .passes.models import load_model
 
     clock, parsed = Clock(say), parse_pins(pins)
     runnable = (cluster if isinstance(cluster, str) else cluster.spec).startswith("local")
+    aim = settled(objective, aim or Aim(), runnable=runnable)
+    if batch == "auto" and objective != "throughput":
+        raise UsageError(f"batch=auto seeks throughput; give a batch for objective={objective}")
     if runnable:
         check_pins(parsed)
     where = cluster_of(cluster, memory_limit, store)
     precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
+    if aim.phase:
+        precision = inference_precision(precision, parsed.precision)
 
     def job_at(size: int) -> Job:
         with clock.phase("load"):
             loaded = load_model(spec, batch=size, seq=seq, seed=seed, device="meta")
         return Job.create(
             loaded.model, loaded.args, loaded.kwargs, where, parsed, precision, loaded.source, optimizer=optimizer,
-            objective=objective, loss_fn=None, store=store, clock=clock, runnable=runnable,
+            objective=objective, loss_fn=None, store=store, clock=clock, runnable=runnable, aim=aim,
         )  # fmt: skip
 
     default = data_ranks(parsed, where)

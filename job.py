@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import Infeasible, PinError
 from .planner.cluster import Cluster, default_limit_bytes
+from .planner.goal import Aim
 from .planner.outline import Outline
 from .planner.pins import Pins
 from .planner.plan import Plan, Precision, Source
 from .planner.precision import state_bytes
 from .planner.prices import Prices
 from .planner.progress import Event
+from .planner.pursue import pursue, settled
 from .planner.rebatch import rebatch
 from .planner.solve import Request, solve
 
@@ -59,29 +61,34 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned. `measure` prices an outline on the cluster; `outline` is the model at the batch of the inputs."""
+    """What is planned. `outline` is the model at the batch of the inputs, in the phase of `aim`; `prices` are the cluster's."""
 
     outline: Outline
     cluster: Cluster
     prices: Prices
     request: Request
     clock: Clock
+    aim: Aim = field(default_factory=Aim)
 
     @classmethod
     def create(
         cls, model: nn.Module, args: Any, kwargs: Any, cluster: Cluster, pins: Pins, precision: Precision, source: Source,
         *, optimizer: str, objective: str, loss_fn: Callable[..., Any] | None, store: Path | None, clock: Clock,
-        runnable: bool = False,
+        runnable: bool = False, aim: Aim | None = None,
     ) -> Job:  # fmt: skip
         """Capture, outline and price `model`; its parameters and inputs are only looked at.
 
         `runnable` keeps the plan to what the runtime executes.
         """
         from .passes.kernels import dropping_attention
-        from .passes.prepare import prepare
+        from .passes.prepare import prepare, prepare_phase
 
+        aim = settled(objective, aim or Aim(), runnable=runnable)
         with clock.phase("capture"):
-            summary = prepare(model, args, kwargs, precision.compute, loss_fn=loss_fn)
+            if aim.phase:
+                summary = prepare_phase(model, args, kwargs, precision.compute, aim.phase)
+            else:
+                summary = prepare(model, args, kwargs, precision.compute, loss_fn=loss_fn)
         if pins.optimizer is not None:
             optimizer = pins.optimizer
         pins.check("optimizer", optimizer)
@@ -93,23 +100,24 @@ class Job:
             source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,
             frozenset(dropping_attention(summary.calls)),
         )  # fmt: skip
-        return cls(summary.outline, cluster, prices, request, clock)
+        return cls(summary.outline, cluster, prices, request, clock, aim)
 
     def solve(self) -> Plan:
         """The plan; raises Infeasible or PinError."""
         with self.clock.phase("solve"):
-            return solve(self.outline, self.cluster, self.prices, self.request)
+            return pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
 
     def estimate(self) -> dict[str, float]:
         """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""
         sizes = {p.tensor: self.outline.tensors[p.tensor].elements for p in self.outline.parameters}
-        trainable = sum(sizes[p.tensor] for p in self.outline.parameters if p.trainable)
+        training = not self.aim.phase
+        trainable = sum(sizes[p.tensor] for p in self.outline.parameters if p.trainable and training)
         kept = state_bytes(self.request.precision, self.request.optimizer)
         total = sum(sizes.values())
         return {
             "parameters": total,
             "trainable": trainable,
-            "parameter_bytes": float(total * (kept.parameter + kept.master)),
+            "parameter_bytes": float(total * (kept.parameter + (kept.master if training else 0))),
             "gradient_bytes": float(trainable * kept.gradient),
             "optimizer_bytes": float(trainable * kept.moments),
             "batch": self.outline.batch,

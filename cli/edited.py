@@ -28,7 +28,7 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
         return plan
     from ..passes.measure import measured_prices
     from ..passes.models import rebuild
-    from ..passes.prepare import prepare
+    from ..passes.prepare import prepare, prepare_phase
     from ..planner.cluster import Cluster
     from ..planner.planmatch import check_results
     from ..planner.solve import reprice
@@ -37,7 +37,8 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     tell.note(f"{path} was edited: pricing it again")
     tell("capture")
     loaded = rebuild(plan.source, device="meta")
-    summary = prepare(loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
+    given = (loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
+    summary = prepare_phase(*given, plan.phase) if plan.phase else prepare(*given)
     tell("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MEMORY = {
     "optimizer": "optimizer states", "saved": "saved activations", "gathered": "gathered weights",
-    "buffers": "inputs and buffers",
+    "buffers": "inputs and buffers", "cache": "keys and values",
 }  # fmt: skip
 _TIME = {
     "activation_communication": "communication of activations", "parameter_communication": "communication of parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,21 @@ class Batch(click.ParamType["int | str"]):
         return int(value)
 
 
+class AboveZero(click.ParamType[float]):
+    """A number above zero."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            self.fail(f"{value!r}: expected a number above zero", param, ctx)
+        return number
+
+
 class OutputFile(click.ParamType[Path]):
     """A file to write: its folder must be there before any work starts."""
 
@@ -62,7 +78,7 @@ class OutputFile(click.ParamType[Path]):
         return path
 
 
-BYTES, BATCH, OUTPUT = Bytes(), Batch(), OutputFile()
+BYTES, BATCH, OUTPUT, ABOVE_ZERO = Bytes(), Batch(), OutputFile(), AboveZero()
 
 
 def output_option(*names: str, **settings: Any) -> Callable[[Command], Command]:

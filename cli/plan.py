@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import BATCH, BYTES, json_option, output_option
+from ..planner.goal import OBJECTIVES, PHASES
+from .options import ABOVE_ZERO, BATCH, BYTES, json_option, output_option
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
-
-OBJECTIVES = ("throughput",)
 
 
 @click.command("plan")
@@ -22,7 +21,18 @@ OBJECTIVES = ("throughput",)
 @click.option("--batch", type=BATCH, metavar="N|auto", help="Global batch in sequences (samples).")
 @click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
 @click.option("--memory-limit", type=BYTES, metavar="SIZE", help="Per device, such as 12GiB [default: 92 % of it].")
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True)
+@click.option(
+    "--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True, help="What is sought."
+)
+@click.option(
+    "--phase", type=click.Choice(PHASES), help="Plan inference: the whole prompt, or one token [latency: decode]."
+)
+@click.option("--target-seconds", type=ABOVE_ZERO, metavar="S", help="Most seconds of a step (devices, cost).")
+@click.option(
+    "--target-tokens-per-second", type=ABOVE_ZERO, metavar="N", help="Least throughput of all devices (devices, cost)."
+)
+@click.option("--price-per-device-hour", type=ABOVE_ZERO, metavar="USD", help="For cost [default: the list price].")
+@click.option("--frontier", is_flag=True, help="Also find the plans that none beats in time, memory and devices.")
 @click.option("--pin", "pins", multiple=True, metavar="K=V", help="Fix (K=V) or forbid (K!=V) part of the plan.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @output_option("-o", "--output", help="Plan file to write.")
@@ -30,18 +40,22 @@ OBJECTIVES = ("throughput",)
 @json_option
 def command(
     model: str, cluster: str, batch: int | str | None, seq: int | None, memory_limit: int | None, objective: str,
-    pins: tuple[str, ...], seed: int, output: Path | None, report: Path | None, as_json: bool,
+    phase: str | None, target_seconds: float | None, target_tokens_per_second: float | None,
+    price_per_device_hour: float | None, frontier: bool, pins: tuple[str, ...], seed: int, output: Path | None,
+    report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Find the fastest plan for MODEL that fits the memory of cluster C.
+    """Find the fastest plan for MODEL that fits the memory of cluster C, or the best by another objective.
 
     MODEL is hf:NAME (gpt2, llama3-8b, ...), hf:config.json, or file.py:function. No GPU and no weights are needed.
     """
     from ..api import plan_model
     from ..garbage import held_back, leave_unswept
+    from ..planner.goal import Aim
     from ..planner.planfile import save_plan
     from ..profiles.store import default_path
     from . import tables
 
+    aim = Aim(phase or "", target_seconds, target_tokens_per_second, price_per_device_hour, frontier)
     leave_unswept()
     with held_back(), tables.progress() as tell:
 
@@ -50,7 +64,7 @@ def command(
 
         result = plan_model(
             model, cluster, batch=batch, seq=seq, memory_limit=memory_limit, pins=pins, objective=objective, seed=seed,
-            store=default_path(), say=tell, show=estimated,
+            store=default_path(), say=tell, show=estimated, aim=aim,
         )  # fmt: skip
     if output is not None:
         save_plan(result.plan, output)

@@ -17,6 +17,8 @@ from rich.text import Text
 from ..planner.plan import Plan
 from .candidates import NUMBERS, searched
 from .figures import bytes_text, count_text, memory_text, percent_text, seconds_text, time_text
+from .goals import NUMBERS as GOAL_NUMBERS
+from .goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from .placements import alike, summaries
 from .stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 
@@ -103,7 +105,7 @@ def plan_tables(plan: Plan, seconds: Mapping[str, float] | None = None) -> Group
     ]  # fmt: skip
     if plan.predicted.traffic:
         parts.append(_traffic(plan))
-    parts += [_search(plan, seconds or {}), *_notes(plan)]
+    parts += [*_goals(plan), _search(plan, seconds or {}), *_notes(plan)]
     return Group(*(each for part in parts for each in (part, Text())))
 
 
@@ -116,7 +118,7 @@ def headline(plan: Plan) -> dict[str, str]:
     found = {
         "model": f"{source.model} ({shape})",
         "cluster": f"{plan.cluster.get('spec') or plan.cluster.get('name')}, {devices} devices",
-        "training": f"{plan.precision.recipe} ({plan.precision.compute}), {plan.optimizer}",
+        **kind_text(plan),
         **({"pipeline": pipeline} if pipeline else {}),
         "step": f"{seconds_text(predicted.step_seconds)} predicted, give or take {percent_text(predicted.error)}",
         "throughput": f"{predicted.tokens_per_second_per_device:,.0f} tokens per second and device",
@@ -124,8 +126,17 @@ def headline(plan: Plan) -> dict[str, str]:
         "memory": f"{bytes_text(predicted.peak_bytes_per_device)} of {bytes_text(plan.memory_limit_bytes)} per device",
         "semantics": plan.semantics + (", edited: no certificate" if plan.edited else ""),
         "optimum": optimum_text(plan),
+        **({"objective": goal} if (goal := goal_text(plan)) else {}),
     }
     return found | ({"pins": " ".join(plan.pins)} if plan.pins else {})
+
+
+def kind_text(plan: Plan) -> dict[str, str]:
+    """What is planned: training with its optimizer, or a phase of inference."""
+    precision = f"{plan.precision.recipe} ({plan.precision.compute})"
+    if plan.phase:
+        return {"inference": f"{plan.phase}, {precision}"}
+    return {"training": f"{precision}, {plan.optimizer}"}
 
 
 def optimum_text(plan: Plan) -> str:
@@ -138,6 +149,9 @@ def optimum_text(plan: Plan) -> str:
         proven = (
             f"within {percent_text(plan.search.gap)} of the proven bound ({seconds_text(plan.search.bound_seconds)})"
         )
+    if plan.objective == "memory":
+        known = plan.search.bound_seconds > 0.0
+        proven = f"{proven}, of those that need no more memory" if known else "nothing is proven of its seconds"
     return f"{proven}, search interrupted" if plan.search.interrupted else proven
 
 
@@ -237,6 +251,21 @@ def _search(plan: Plan, seconds: Mapping[str, float]) -> RenderableType:
         spent = ", ".join(f"{name} {seconds_text(value)}" for name, value in seconds.items())
         lines.append(Text(f"took {seconds_text(sum(seconds.values()))}: {spent}", style="dim"))
     return Group(*lines)
+
+
+def _goals(plan: Plan) -> list[RenderableType]:
+    """The numbers of devices looked at, and the frontier, where they were asked for."""
+    found: list[RenderableType] = []
+    for title, columns, rows in (
+        ("Numbers of devices", TRIALS, trial_rows(plan)), ("Frontier: time, memory, devices", POINTS, point_rows(plan)),
+    ):  # fmt: skip
+        right = tuple(i for i, name in enumerate(columns) if name in GOAL_NUMBERS)
+        made = table(*columns, title=title, right=right, gap=2)
+        for cells in rows:
+            made.add_row(*map(Text, cells))
+        if rows:
+            found.append(made)
+    return found
 
 
 def _notes(plan: Plan) -> list[RenderableType]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import UsageError
 from ..garbage import held_back
+from ..planner.inference import inference_outline
 from .capture import capture
 from .discover import discover_node
 from .skeleton import skeleton, to_meta
@@ -24,6 +28,41 @@ def prepare(
     """Summarise `model` without touching it: the capture is made from a weightless copy in dtype `compute`."""
     args, kwargs = cast_inputs((args, kwargs), other_dtypes(model, compute), compute)
     return prepare_bare(in_dtype(skeleton(model), compute), args, kwargs, loss_fn=loss_fn, lift=lift, cache=cache)
+
+
+def prepare_phase(model: nn.Module, args: Any, kwargs: Any, compute: str, phase: str) -> Summary:
+    """Summarise the forward pass of `model` in a phase of inference (planner/inference.py), in eval mode and without labels.
+
+    What of the graph depends on parameters is found by capturing it as if the sum of its outputs were a loss.
+    """
+    args, kwargs = cast_inputs((args, kwargs), other_dtypes(model, compute), compute)
+    bare = in_dtype(skeleton(model), compute).eval()
+    for parameter in bare.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    summary = prepare_bare(bare, args, inference_inputs(bare, kwargs), loss_fn=_sum)
+    return replace(summary, outline=inference_outline(summary.outline, phase))
+
+
+def inference_inputs(model: nn.Module, kwargs: Any) -> dict[str, Any]:
+    """Keyword inputs without optional labels; of logits only those of the last position, where the model can leave out the rest."""
+    known = inspect.signature(model.forward).parameters
+    optional = "labels" in known and known["labels"].default is not inspect.Parameter.empty
+    found = {k: v for k, v in dict(kwargs).items() if k != "labels" or not optional}
+    if "decoder_input_ids" in known and "labels" in kwargs and "labels" not in found:
+        found.setdefault("decoder_input_ids", kwargs["labels"])  # what the model would have made of them, in shape
+    if "logits_to_keep" in known:
+        found.setdefault("logits_to_keep", 1)
+    return found
+
+
+def _sum(output: Any) -> Tensor:
+    leaves = [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    if not leaves:
+        raise UsageError("the model returns no floating tensor: there is nothing to infer")
+    total = leaves[0].sum()
+    for leaf in leaves[1:]:
+        total = total + leaf.sum()
+    return total
 
 
 def prepare_bare(

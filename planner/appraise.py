@@ -102,8 +102,9 @@ def _memory(
         "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
         "buffers": bench.given_bytes(), "reserve": float(bench.task.setting.reserve),
     }  # fmt: skip
-    running = {**held, "gradients": 0.0 if once else gradients, "saved": saved, "temporaries": work}
-    stepping = {**held, "gradients": gradients, "saved": 0.0, "temporaries": math.fsum(o.step for o in mine)}
+    kept = "saved" if training else "cache"
+    running = {**held, "gradients": 0.0 if once else gradients, kept: saved, "temporaries": work}
+    stepping = {**held, "gradients": gradients, kept: 0.0, "temporaries": math.fsum(o.step for o in mine)}
     return max((running, stepping), key=lambda m: sum(m.values()))
 
 

@@ -38,7 +38,7 @@ DROPOUTS = frozenset({"aten.dropout", "aten.native_dropout"})
 
 def fused_attention(outline: Outline) -> Outline:
     """Every attention op as one fused kernel."""
-    return _each(outline, _fused)
+    return _each(outline, _fused) if outline.training else outline  # inference keeps what it keeps whatever the kernel
 
 
 def math_attention(outline: Outline, dropping: Collection[str] = ()) -> Outline:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from . import rule_experts
 from .assign import Assignment
+from .attention import MATH
 from .choices import states
 from .costs import Call, Costs
 from .experts import ExpertFacts, expert_ops
@@ -254,9 +255,9 @@ class _Walk:
         return found
 
     def _kept(self) -> float:
-        """Bytes of what the backward pass needs and does not make again."""
+        """Bytes of what the backward pass needs and does not make again; of inference, the keys and values that are kept."""
         if not self.part.outline.training:
-            return 0.0
+            return self._cached()
         needed: dict[tuple[str, Placement], None] = {}
         total = 0.0
         rerun = self.design.again
@@ -282,6 +283,14 @@ class _Walk:
             elif makers.get(root) not in rerun:
                 bases.setdefault(base)
         return total + sum(local_bytes(self.bench.tensors[r], p, self.bench.sizes) for r, p in bases)
+
+    def _cached(self) -> float:
+        """Bytes that attention keeps for the tokens to come (planner/inference.py)."""
+        return sum(
+            new_bytes(op, item, self.bench.full(op, choice), self.bench.sizes)
+            for op, choice in zip(self.part.outline.ops, self.design.choices, strict=True)
+            for item in op.saved if item.source == "new" and op.target != MATH
+        )  # fmt: skip
 
     def _alive(self, kept: float) -> tuple[float, float]:
         """(most alive in the backward pass with everything saved, most alive in forward beyond what is kept)."""

@@ -32,6 +32,7 @@ MASK = (
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
     Executed("recompute", ("none",), "recompute", lambda plan: _said(any(r.recompute for r in plan.regions))),
     Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
+    Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),
 )  # fmt: skip
 """Keys that are not here are executed whatever their value."""
@@ -40,7 +41,7 @@ MASK = (
 def check_pins(pins: Pins) -> None:
     """Raise PinError for a pinned value that the runtime does not execute."""
     for one in MASK:
-        wanted = getattr(pins, one.key)
+        wanted = getattr(pins, one.key, None)  # what is no pin cannot be pinned
         if wanted is not None and wanted not in one.values:
             raise PinError(
                 f"{one.key}={spelled(wanted)} is not supported yet where a plan is to run here; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from .joint import Found, Solved, Workbench
 from .options import Option
 from .outline import Outline
 from .plan import Plan, ShapeRecord
+from .screen import Screen
 from .shapes import Arrangement
 from .spell import plan_of
 from .stageproblem import Held, StageSolution
@@ -65,6 +67,18 @@ def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request
         outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=cluster.host is not None
     )
     return any(peak <= request.memory_limit_bytes for _, _, _, peak in _smallest(bench, shapes))
+
+
+def limited(bench: Workbench, limit: int) -> Workbench:
+    """A workbench under another memory limit; prices and options, which no limit changes, are shared."""
+    made = copy.copy(bench)
+    made.task, made.screen = replace(bench.task, limit_bytes=limit), Screen()
+    return made
+
+
+def least_peak(bench: Workbench, shapes: Sequence[Arrangement]) -> int | None:
+    """The peak of the plan of least memory among those looked at; None where no shape can run."""
+    return min((peak for _, _, _, peak in _smallest(bench, shapes)), default=None)
 
 
 def _smallest(bench: Workbench, shapes: Sequence[Arrangement]) -> Iterator[Cut]:

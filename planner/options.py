@@ -244,7 +244,7 @@ class Storing:
     ) -> Option:  # fmt: skip
         compute_back = n.compute_backward + n.again
         memory = _summed([self._memory(s.weights, s.data, level, away) for s in stored])
-        saved = n.saved if self.training else 0.0
+        saved = n.saved  # of inference, the keys and values
         transient = max(n.peak - n.saved, 0.0) if self.training else 0.0
         copied = self._copied(away, n, stored, level, talk.update, saved)
         talked, talked_back = self.hidden(n.compute_forward, talk.forward), self.hidden(compute_back, talk.backward)

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from .goal import Goal, Point
+
 VERSION = 1
 
 
@@ -175,7 +177,9 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole plan. `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
+    """The whole plan. `phase` is of inference, "" for a training step; `goal` says how an objective beside seconds was met.
+
+    `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
 
     version: int
     source: Source
@@ -196,5 +200,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runners_up: tuple[ShapeRecord, ...] = ()
     notes: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
+    phase: str = ""
+    goal: Goal | None = None
+    frontier: tuple[Point, ...] = ()
     edited: bool = False
     digest: str = ""

@@ -26,9 +26,9 @@ _REGION = {
     "offload": "offload",
 }  # fmt: skip
 _CONSEQUENCES = ("forward_seconds", "backward_seconds", "finish_seconds", "peak_bytes")
-_ORDER = ("version", "edited", "model", "cluster", "objective", "optimizer", "precision", "semantics", "memory limit", "pins",
-          "mesh", "pipeline", "stages", "placements", "parameters", "recompute", "offload", "notes", "search", "runners_up",
-          "predicted")  # fmt: skip
+_ORDER = ("version", "edited", "model", "cluster", "objective", "phase", "goal", "optimizer", "precision", "semantics",
+          "memory limit", "pins", "mesh", "pipeline", "stages", "placements", "parameters", "recompute", "offload", "notes",
+          "search", "runners_up", "frontier", "predicted")  # fmt: skip
 # Numbers that name something.
 _LABELS = ("rank", "zero", "borrowed_zero", "first", "version", "seed")
 # How records in a list are matched: the fields that name them.

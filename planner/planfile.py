@@ -80,6 +80,14 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     found["source"] = _present(found["source"])
     found["search"]["shapes"] = [_present(record) for record in found["search"]["shapes"]]
     found["runners_up"] = [_present(record) for record in found["runners_up"]]
+    for key in ("phase", "goal", "frontier"):
+        if not found[key]:
+            del found[key]
+    if found.get("goal"):
+        found["goal"] = _present(found["goal"])
+        found["goal"]["trials"] = [_present(trial) for trial in found["goal"]["trials"]]
+    if found.get("frontier"):
+        found["frontier"] = [_present(point) for point in found["frontier"]]
     return found
 
 

@@ -196,6 +196,11 @@ def model_precision(dtype: str) -> Precision:
     return RECIPES[_BY_MODEL[dtype]].precision()
 
 
+def inference_precision(precision: Precision, recipe: str | None) -> Precision:
+    """The precision of inference: parameters are kept in the compute dtype, unless a recipe is pinned."""
+    return precision if recipe is not None else model_precision(precision.compute)
+
+
 def _default(device: Device) -> Recipe:
     if device.kind == "cpu":
         return RECIPES["fp32"]

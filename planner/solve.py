@@ -71,11 +71,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
 
     The whole space is searched (planner/joint.py), or what the runtime executes of it where the plan is to be run.
     """
-    if len(cluster.pool_list()) > 1:
-        raise ClusterError(
-            f"{cluster.name}: planning over several kinds of devices is not supported yet; plan for one of "
-            + " or ".join(pool.name or pool.device.name for pool in cluster.pool_list())
-        )
+    one_kind(cluster)
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
@@ -87,9 +83,26 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     return _plan(outline, cluster, request, found, found.best)
 
 
+def one_kind(cluster: Cluster) -> None:
+    """Raise ClusterError for a cluster of several kinds of devices."""
+    if len(cluster.pool_list()) > 1:
+        raise ClusterError(
+            f"{cluster.name}: planning over several kinds of devices is not supported yet; plan for one of "
+            + " or ".join(pool.name or pool.device.name for pool in cluster.pool_list())
+        )
+
+
 def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan:
     """The best plan of the whole space; a second search offers host memory and disk where the first finds nothing."""
-    for tiers in _tiers(cluster, request.pins):
+    plan = search_joint(outline, cluster, prices, request)
+    if plan is None:
+        raise explain_joint(outline, cluster, prices, request)
+    return plan
+
+
+def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
+    """The same, None where nothing fits."""
+    for tiers in tiers_of(cluster, request.pins):
         bench, shapes = make_bench(outline, cluster, prices, request, tiers=tiers)
         found = JointSearch(bench, shapes, request.progress).run()
         if found.best is not None:
@@ -98,7 +111,7 @@ def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: 
                 fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts,
                 notes=outline.notes,
             )  # fmt: skip
-    raise explain_joint(outline, cluster, prices, request)
+    return None
 
 
 def make_bench(
@@ -112,7 +125,7 @@ def make_bench(
     return bench, arrangements(cluster, room, request.pins)
 
 
-def _tiers(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
+def tiers_of(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
     """Whether to offer the host: not at first, only where something is pinned there, or never."""
     if pins.offload not in (None, "none"):
         return (True,)

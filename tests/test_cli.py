@@ -27,8 +27,9 @@ from shardwright.planner.planfile import load_plan, save_plan
 
 SURFACE = {
     "demo": {"--json"},
-    "plan": {"MODEL", "--cluster", "--batch", "--seq", "--memory-limit", "--objective", "--pin", "--seed", "--output",
-             "--report", "--json"},
+    "plan": {"MODEL", "--cluster", "--batch", "--seq", "--memory-limit", "--objective", "--phase", "--target-seconds",
+             "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--seed", "--output", "--report",
+             "--json"},
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint", "--json"},
     "check": {"MODEL", "--batch", "--seq", "--json"},
     "report": {"PLAN", "--output", "--measured", "--json"},

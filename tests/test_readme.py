@@ -21,7 +21,10 @@ def _blocks(language: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    return [line[2:] for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    """Commands shown in the README and in docs/."""
+    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [b for page in pages for b in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+    return list(dict.fromkeys(line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")))
 
 
 def test_python_runs() -> None:
@@ -55,6 +58,16 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("line", [c for c in _commands() if "--objective" in c or "--frontier" in c])
+def test_objectives_are_planned(line: str, tmp_path: Path) -> None:
+    """Every command with an objective of its own prints a plan."""
+    program = [sys.executable, "-m", "shardwright.cli.main", *shlex.split(line)[1:], "--json"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '"predicted"' in done.stdout
 
 
 @pytest.mark.nightly

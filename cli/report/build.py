@@ -21,6 +21,8 @@ from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
 from ..candidates import NUMBERS, candidates, searched
 from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
+from ..goals import NUMBERS as GOAL_NUMBERS
+from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
@@ -71,13 +73,18 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         seconds_text=seconds_text,
         searched=searched(plan),
         runners_up=candidates(plan, plan.runners_up),
-        numbers=NUMBERS,
+        numbers=NUMBERS | GOAL_NUMBERS,
         axes=mesh_rows(plan),
         pipeline=pipeline_text(plan),
         stages=stage_rows(plan),
         variants=variant_rows(plan),
         again=_again,
         microbatches=microbatch_text(plan),
+        goal=goal_text(plan),
+        trials=trial_rows(plan),
+        trial_columns=TRIALS,
+        points=point_rows(plan),
+        point_columns=POINTS,
         optimum=optimum_text(plan),
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
@@ -110,7 +117,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         found.append(("sequence", str(source.seq)))
     pipeline = pipeline_text(plan)
     where = str(plan.cluster.get("spec") or plan.cluster.get("name") or "")
-    found += [("cluster", where), ("precision", precision.recipe), ("optimizer", plan.optimizer)]
+    found += [("cluster", where), ("precision", precision.recipe)]
+    found += [("inference", plan.phase)] if plan.phase else [("optimizer", plan.optimizer)]
     found += [("pipeline", pipeline)] if pipeline else []
     return found + [("pinned", pin) for pin in plan.pins]
 
