@@ -39,13 +39,14 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Case:
-    """A model (a name as on the command line, or a Hugging Face config), a cluster, and the batch."""
+    """A model (a name as on the command line, or a Hugging Face config), a cluster, the batch, and a limit on memory per device."""
 
     name: str
     model: str | Mapping[str, Any]
     cluster: str
     batch: int
     seq: int | None = None
+    memory_limit: str | None = None
 
     def load(self) -> Loaded:
         """The model on the meta device."""
@@ -96,23 +97,27 @@ class Answer:
     search_seconds: float = 0.0
 
 
-def compare(case: Case, peers: Sequence[Peer] = PEERS) -> Iterator[Answer]:
-    """Our plan of a case, and every peer's. Raises ShardwrightError where we have none."""
-    loaded, cluster = case.load(), cluster_of(case.cluster)
-    job = Job.create(
+def job_of(case: Case) -> Job:
+    """A case, captured and priced."""
+    loaded, cluster = case.load(), cluster_of(case.cluster, case.memory_limit)
+    return Job.create(
         loaded.model, loaded.args, loaded.kwargs, cluster, parse_pins(()), choose_precision(cluster.device), loaded.source,
         optimizer="adamw", objective="throughput", loss_fn=None, store=None, clock=Clock(),
     )  # fmt: skip
+
+
+def compare(name: str, job: Job, peers: Sequence[Peer] = PEERS) -> Iterator[Answer]:
+    """Our plan of a job, then every peer's. Raises ShardwrightError where we have none."""
     start = time.perf_counter()
     plan = job.solve()
-    yield _ours(case, plan, time.perf_counter() - start)
-    for peer, desk in zip(peers, _desks(job, peers), strict=True):
+    yield _ours(name, plan, time.perf_counter() - start)
+    for peer, desk in zip(peers, desks(job, peers), strict=True):
         start = time.perf_counter()
         found = peer.plan(desk)
-        yield _answer(case, peer, plan, found, time.perf_counter() - start)
+        yield _answer(name, peer, plan, found, time.perf_counter() - start)
 
 
-def _desks(job: Job, peers: Iterable[Peer]) -> Iterator[Desk]:
+def desks(job: Job, peers: Iterable[Peer]) -> Iterator[Desk]:
     """One desk for the peers that see the host and one for the others, with the same designs of regions."""
     made: dict[bool, Desk] = {}
     for peer in peers:
@@ -125,22 +130,22 @@ def _desks(job: Job, peers: Iterable[Peer]) -> Iterator[Desk]:
         yield made[tiers]
 
 
-def _ours(case: Case, plan: Plan, seconds: float) -> Answer:
+def _ours(case: str, plan: Plan, seconds: float) -> Answer:
     pipeline = plan.pipeline
     mesh = " ".join(f"{a.name}={a.size}" for a in plan.mesh)
     told = f"pp={pipeline.ranks} {mesh} ep={pipeline.experts} {pipeline.schedule} x{pipeline.chunks}, "
     told += f"{pipeline.microbatches} x {pipeline.micro_batch}, gap {plan.search.gap:.2%}"
     return Answer(
-        case.name, "shardwright", plan.predicted.step_seconds, 1.0, plan.predicted.peak_bytes_per_device, told,
+        case, "shardwright", plan.predicted.step_seconds, 1.0, plan.predicted.peak_bytes_per_device, told,
         search_seconds=seconds,
     )  # fmt: skip
 
 
-def _answer(case: Case, peer: Peer, plan: Plan, found: Planned | None, seconds: float) -> Answer:
+def _answer(case: str, peer: Peer, plan: Plan, found: Planned | None, seconds: float) -> Answer:
     if found is None:
-        return Answer(case.name, peer.name, search_seconds=seconds)
+        return Answer(case, peer.name, search_seconds=seconds)
     return Answer(
-        case.name, peer.name, found.seconds, found.seconds / plan.predicted.step_seconds, found.peak_bytes, told(found),
+        case, peer.name, found.seconds, found.seconds / plan.predicted.step_seconds, found.peak_bytes, told(found),
         found.seconds < plan.search.bound_seconds * (1 - SLACK), seconds,
     )  # fmt: skip
 
@@ -198,7 +203,7 @@ def main() -> None:
         if given.case is not None and case.name not in given.case:
             continue
         try:
-            for answer in compare(case, peers):
+            for answer in compare(case.name, job_of(case), peers):
                 found.append(answer)
                 print(f"{case.name} {answer.peer}: {answer.search_seconds:.1f} s", file=sys.stderr)
         except ShardwrightError as error:
