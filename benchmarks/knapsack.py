@@ -35,7 +35,7 @@ def quickest(
             e: np.array([here[k] + (change.get((k, e), 0.0) if k != e else 0.0) for k in layouts]) for e in layouts
         }
         for k, item in enumerate(items):
-            if item.size > capacity:
+            if item.size > capacity or any(_better(other, item, n < k) for n, other in enumerate(items) if n != k):
                 continue
             ways = entered[item.entry][:, : capacity + 1 - item.size]
             seconds = ways.min(0) + item.seconds
@@ -54,3 +54,10 @@ def quickest(
         picks.append(k)
         room, layout = room - items[k].size, layouts[before]
     return float(here[end][-1]), picks[::-1]
+
+
+def _better(one: Item, two: Item, first: bool) -> bool:
+    """Whether one item makes another of the same layouts needless; of equal ones the first stays."""
+    if (one.entry, one.exit) != (two.entry, two.exit) or one.seconds > two.seconds or one.size > two.size:
+        return False
+    return first or one.seconds < two.seconds or one.size < two.size

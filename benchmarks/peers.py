@@ -18,7 +18,7 @@ alpa        Zheng et al. 2022 (arXiv 2201.12023), sections 4-5, and its released
             Not modelled: submeshes of unlike shape, sharding op by op beyond our styles, its clustering of ops into layers.
 galvatron   Miao et al. 2022 (arXiv 2211.13878), Wang et al. 2024 (arXiv 2307.02031), and its released code. Modelled: even
             stages; per layer a program over sharding style, ZeRO (0 or 2 for all, 3 by layer) and recompute (off or full) with
-            memory in 1/2048 of the device; each stage alone; 1F1B (GPipe takes as long and holds more); powers of two.
+            memory in 1/8192 of the device; each stage alone; 1F1B (GPipe takes as long and holds more); powers of two.
             Not modelled: layers of one plan on meshes of unlike shape, its share of memory held back (20 %).
 mist        Zhu et al. 2025 (arXiv 2503.19050), sections 4-5. Modelled: one ZeRO level and one offload per stage, so many of its
             first layers recomputed; stages within two layers of the mean, by (m - 1) max t + sum t; 1F1B; Megatron sharding
@@ -45,7 +45,7 @@ ZERO = (0, 1, 2, 3)
 SPREAD = 2
 """Mist's stages have the mean number of layers, give or take so many."""
 
-BUCKETS = 2048
+BUCKETS = 8192
 """Parts of a device's memory that Galvatron's program counts in."""
 
 WORKS = 3
@@ -212,10 +212,13 @@ def _galvatron_plan(desk: Desk, shape: Arrangement, cuts: tuple[int, ...], base:
     }  # fmt: skip
     change = {pair: sum(both) for pair, both in desk.bench.change(shape).items()}
     chosen: list[Option] = []
-    slowest = 0.0
-    total = 0.0
+    slowest = total = 0.0
+    known: dict[tuple[tuple[int, ...], int], tuple[float, list[Option]] | None] = {}
     for stage, (i, j) in enumerate(pairwise(cuts)):
-        answer = _layers(desk, shape, [offers[r] for r in desk.units[i:j]], desk.live(shape, stage), change)
+        key = desk.units[i:j], desk.live(shape, stage)
+        if key not in known:
+            known[key] = _layers(desk, shape, [offers[r] for r in key[0]], key[1], change)
+        answer = known[key]
         if answer is None:
             return None
         seconds, options = answer
@@ -236,8 +239,10 @@ def _layers(
     for work in works[:: max(1, -(-len(works) // WORKS))]:
         room = cap - work
         allowed = [[o for o in mine if o.work <= work] for mine in offers]
+        if room <= 0:
+            continue
         items = [[_item(o, m, alive, once, room) for o in mine] for mine in allowed]
-        answer = quickest(items, BUCKETS, change) if room > 0 else None
+        answer = quickest(items, BUCKETS, change)
         if answer is not None and (best is None or answer[0] < best[0]):
             best = answer[0], [mine[k] for mine, k in zip(allowed, answer[1], strict=True)]
     return best
@@ -246,7 +251,7 @@ def _layers(
 def _item(option: Option, m: int, alive: int, once: bool, room: float) -> Item:
     running = option.static + (0.0 if once else option.gradient) + alive * option.saved
     held = max(running, option.static + option.gradient + option.step)
-    size = math.ceil(held / room * BUCKETS) if room > 0 else BUCKETS + 1
+    size = math.ceil(held / room * BUCKETS)
     return Item(option.seconds + option.finish / m, size, option.entry, option.exit)
 
 

@@ -75,8 +75,8 @@ CASES = (
     Case("llama3-70b-64", "hf:llama3-70b", "h100-sxm:8x8", 256, 4096),
     Case("llama3-70b-512", "hf:llama3-70b", "h100-sxm:8x64", 1024, 8192),
     Case("mixtral-8x7b-64", "hf:mixtral-8x7b", "h100-sxm:8x8", 512, 4096),
-    Case("t5-3b-32", T5_3B, "v100-sxm-32gb:8x4", 512, 512),
-    Case("bert-large-16", BERT_LARGE, "rtx-3090:4x4", 512, 512),
+    Case("t5-3b-32", T5_3B, "v100-sxm-32gb:8x4", 256, 512),
+    Case("bert-large-16", BERT_LARGE, "rtx-3090:4x4", 1024, 512),
     Case("vit-huge-16", VIT_HUGE, "a100-pcie-40gb:4x4", 1024),
     Case("unet-16", f"{HERE / 'models' / 'unet.py'}:unet", "l4:8x2", 256),
 )
@@ -188,6 +188,11 @@ def show(found: Sequence[Answer]) -> None:
         print(f"{name:13}{plans:>9}{row['median']:9.3f}{row['worst']:9.3f}{row['violations']:12.0f}")
 
 
+def _line(a: Answer) -> str:
+    figures = f"{a.seconds:9.3f}{a.ratio:8.3f}{a.peak_bytes / 1e9:7.1f}" if a.seconds else f"{'-':>9}{'-':>8}{'-':>7}"
+    return f"{a.case:17}{a.peer:13}{figures}{a.search_seconds:7.1f}s  {a.told}{'  VIOLATION' if a.violates else ''}"
+
+
 def main() -> None:
     """Compare, print; exits with 1 where a peer is faster than our bound, or we have no plan."""
     parser = argparse.ArgumentParser(description="Other planners' plans in the same prices.")
@@ -205,7 +210,7 @@ def main() -> None:
         try:
             for answer in compare(case.name, job_of(case), peers):
                 found.append(answer)
-                print(f"{case.name} {answer.peer}: {answer.search_seconds:.1f} s", file=sys.stderr)
+                print(_line(answer), file=sys.stderr)
         except ShardwrightError as error:
             failed = True
             print(f"{case.name}: no plan of ours: {error}", file=sys.stderr)
