@@ -84,7 +84,10 @@ class Strip:
 
 
 class Desk:
-    """One case: shapes, options and memory as the peers see them. `batch` is in samples."""
+    """One case: shapes, options and memory as the peers see them.
+
+    `layer` says of each unit whether it is one of the model's layers: where none is repeated, each is.
+    """
 
     def __init__(self, bench: Workbench, shapes: Iterable[Arrangement]) -> None:
         self.bench = bench
@@ -92,13 +95,13 @@ class Desk:
         regions = bench.task.outline.regions
         whole = all(r.repeats == 1 for r in regions)
         self.layer = tuple(whole or regions[r].repeats > 1 for r in self.units)
-        """Whether each unit is one of the model's layers: where none is repeated, each is."""
         usual = ("pp", "dp", "ep", "cp", "tp")
         self.shapes = tuple(s for s in shapes if s.cp == 1 and s.order == usual)
         self._offers: dict[tuple[object, ...], list[Option]] = {}
 
     @property
     def layers(self) -> int:
+        """How many layers the model has."""
         return sum(self.layer)
 
     # -- options

@@ -77,7 +77,7 @@ CASES = (
     Case("mixtral-8x7b-64", "hf:mixtral-8x7b", "h100-sxm:8x8", 512, 4096),
     Case("t5-3b-32", T5_3B, "v100-sxm-32gb:8x4", 256, 512),
     Case("bert-large-16", BERT_LARGE, "rtx-3090:4x4", 1024, 512),
-    Case("vit-huge-16", VIT_HUGE, "a100-pcie-40gb:4x4", 1024),
+    Case("vit-huge-16", VIT_HUGE, "a100-pcie-40gb:4x4", 4096),
     Case("unet-16", f"{HERE / 'models' / 'unet.py'}:unet", "l4:8x2", 256),
 )
 

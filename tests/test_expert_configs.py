@@ -22,7 +22,8 @@ from published_runs import read_runs  # noqa: E402
 
 QUESTIONS = expert_configs.pick(expert_configs.cases(read_runs(HERE / "data" / "published_runs.jsonl")), None)
 ALWAYS = (
-    "vtrain-single-0000-tp1dp1pp2-mb8",
+    "vtrain-single-0000-tp1dp1pp2-mb8", "vtrain-single-0084-tp1dp2pp1-mb8", "vtrain-single-0928-tp1dp1pp2-mb1",
+    "vtrain-single-0762-tp1dp1pp4-mb4", "vtrain-single-0712-tp1dp1pp2-mb1", "mosaic-a100_80gb-132-125m-s16384-g8",
 )  # fmt: skip
 """Questions of every run: of several sets, and quick."""
 
