@@ -17,15 +17,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
 
 from published_runs import Run, add_arguments, read_runs
 from run_jobs import Jobs, one_thread, solve
 from shardwright.errors import Infeasible, ShardwrightError
+from shardwright.job import Job
 
 T = TypeVar("T")
+UNBOUNDED = 1 << 50
+"""A memory limit that nothing exceeds."""
+
 SLACK = 1e-9
 """Relative difference below which two predicted times are equal."""
 
@@ -42,7 +46,8 @@ class Case:
 class Pinned:
     """One published configuration, priced. `status` is "priced", "over memory", "refused" or "no free plan".
 
-    `ratio` is free seconds / pinned seconds; `error` the message where it could not be priced.
+    `ratio` is free seconds / pinned seconds; `error` the message where it has no price, or fits only without a limit: then
+    `pinned_seconds` are those of its best plan of any size, and nothing is compared.
     """
 
     id: str
@@ -112,7 +117,7 @@ def priced(case: Case, jobs: Jobs) -> list[Pinned]:
         try:
             plans.append((run, solve(job, run.pins).predicted))
         except Infeasible as error:
-            failed.append(_failed(run, "over memory", error))
+            failed.append(_over(run, job, error))
         except ShardwrightError as error:
             failed.append(_failed(run, "refused", error))
     if not plans:
@@ -128,6 +133,17 @@ def priced(case: Case, jobs: Jobs) -> list[Pinned]:
         )
         for run, found in plans
     ]  # fmt: skip
+
+
+def _over(run: Run, job: Job, error: Infeasible) -> Pinned:
+    """A configuration that our memory model refuses, priced as if it fitted: it may well be faster than what does."""
+    try:
+        found = solve(job, run.pins, UNBOUNDED).predicted
+    except ShardwrightError as other:
+        return _failed(run, "refused", other)
+    return replace(
+        _failed(run, "over memory", error), pinned_seconds=found.step_seconds, peak_bytes=found.peak_bytes_per_device
+    )
 
 
 def _failed(run: Run, status: str, error: Exception) -> Pinned:

@@ -63,9 +63,10 @@ class Jobs:
         )  # fmt: skip
 
 
-def solve(job: Job, pins: Sequence[str]) -> Plan:
-    """The plan of a job under pins; raises PinError, Infeasible, or another ShardwrightError."""
-    return replace(job, request=replace(job.request, pins=parse_pins(pins))).solve()
+def solve(job: Job, pins: Sequence[str], limit_bytes: int | None = None) -> Plan:
+    """The plan of a job under pins, with another memory limit if given; raises ShardwrightError (PinError, Infeasible, ...)."""
+    limit = job.request.memory_limit_bytes if limit_bytes is None else limit_bytes
+    return replace(job, request=replace(job.request, pins=parse_pins(pins), memory_limit_bytes=limit)).solve()
 
 
 def one_thread() -> None:

@@ -28,14 +28,24 @@ class Known:
 
     def independent(self, node: fx.Node) -> bool:
         """Whether a node depends on constants only."""
-        if node not in self._independent:
-            if node.op == "placeholder":
-                known = node.name in self._constants
-            else:
-                known = node.op == "call_function" and is_tensor(fake(node)) and not is_random(node)
-                known = known and all(self.independent(n) for n in node.all_input_nodes)
-            self._independent[node] = known
+        todo = [node]  # a stack of our own: graphs are deeper than Python's may be
+        while todo and node not in self._independent:
+            here = todo[-1]
+            possible = self._foldable(here)
+            inputs = here.all_input_nodes if possible else []
+            unknown = next((n for n in inputs if n not in self._independent), None)
+            if unknown is not None and all(self._independent.get(n, True) for n in inputs):
+                todo.append(unknown)
+                continue
+            self._independent[here] = possible and all(self._independent.get(n, False) for n in inputs)
+            todo.pop()
         return self._independent[node]
+
+    def _foldable(self, node: fx.Node) -> bool:
+        """Whether a node is known where its inputs are."""
+        if node.op == "placeholder":
+            return node.name in self._constants
+        return node.op == "call_function" and is_tensor(fake(node)) and not is_random(node)
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The value of a node; None where it depends on an input or it or something it needs exceeds the limit."""

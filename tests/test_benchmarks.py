@@ -290,6 +290,7 @@ def test_what_cannot_be_priced_is_reported(capsys: pytest.CaptureFixture[str]) -
     refused = expert_configs.priced(case, run_jobs.Jobs())
     over = expert_configs.priced(expert_configs.Case("synthetic", (impossible,)), tight)
     assert [p.status for p in refused + over] == ["refused", "over memory"]
+    assert over[0].pinned_seconds > 0
     assert "tp=3" in refused[0].error
     expert_configs.show(refused + over)
     assert "over memory" in capsys.readouterr().out

@@ -13,9 +13,10 @@ from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.passes.base import Program, run_passes
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.cleanup import cleanup_passes
+from shardwright.passes.constants import Known
 from shardwright.passes.lift import exact, lift_casts, without_dropout
 from test_capture import targets
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 
@@ -199,6 +200,20 @@ def test_constants_are_folded() -> None:
     fills = [n for n, t in _calls(captured) if t == "aten.full.default"]
     assert len(fills) == 1
     assert not any("arange" in t for t in targets(captured))
+
+
+def test_what_is_known_of_graphs_deeper_than_the_stack() -> None:
+    graph = fx.Graph()
+    first, other = graph.placeholder("constant"), graph.placeholder("x")
+    ends = []
+    for node in (first, other):
+        node.meta["val"] = torch.empty(2, device="meta")
+        for _ in range(2000):
+            node = graph.call_function(torch.ops.aten.neg.default, (node,))
+            node.meta["val"] = torch.empty(2, device="meta")
+        ends.append(node)
+    known = Known({"constant": torch.ones(2)}, 16)
+    assert [known.independent(node) for node in ends] == [True, False]
 
 
 def test_random_and_large_values_are_not_folded() -> None:
