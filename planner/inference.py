@@ -9,8 +9,8 @@ them, and attention reads what it keeps. That is only right where positions meet
 mixes them otherwise (a reduction over positions, a convolution, recurrences, attention to an encoder) is refused by name.
 
 An encoder, where every position attends to all, keeps nothing. Keys and values are kept as attention's own distinct ones: where
-views repeat them for groups of queries (grouped-query
-attention) the op is wired to what was repeated, which is what kernels of inference read.
+views repeat them for groups of queries (grouped-query attention) the op is wired to what was repeated, which is what kernels of
+inference read.
 """
 
 from __future__ import annotations

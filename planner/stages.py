@@ -66,7 +66,8 @@ class StageSolve(Division):
         low = 0.0
         if self.p.chunks > 1 and not self.problem.exact and self.gap > EXACT:
             low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
-            if low == INFINITE or low >= min(self.seconds, self.limit) * (1 - self.gap) or len(line) > LISTED:
+            done = self.gap >= WIDE or len(line) > LISTED or low >= min(self.seconds, self.limit) * (1 - self.gap)
+            if low == INFINITE or (done and self.best is not None) or low >= self.limit:
                 return self._solution(min(low, self.limit) if low < INFINITE else low, TRIES)
             self.least = low
         elif self.limit < INFINITE and self._hopeless():
