@@ -29,7 +29,7 @@ from .labels import Floats, unit_bytes
 from .options import Option, end_to_end
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
-from .rounding import Rounding
+from .rounding import Rounding, Taken
 from .stageproblem import Column
 from .trial import Trial
 
@@ -78,7 +78,7 @@ class Fixed:
     """The program of one division; plans go to the trial it belongs to."""
 
     def __init__(self, trial: Trial, spans: Spans) -> None:
-        self.trial, self.division = trial, Divided(trial, spans)
+        self.trial, self.spans, self.division = trial, spans, Divided(trial, [[span] for span in spans])
 
     def solve(self, limit: float) -> float:
         """Look for plans below `limit`; returns a bound for all plans of the division (inf: none fits)."""
@@ -108,13 +108,13 @@ class Fixed:
             least = {r: float(times[:, part].min()) for r, times in division.times.items()}
             found.append([sum(n * least[r] for r, n in runs.items()) for runs in division.runs])
         sides = sorted({(o.entry, o.exit) for r in division.regions for o in trial.problem.options[r]})
-        sends = [[trial.sends(start, end, side) for side in sides] for start, end in division.spans]
+        sends = [[division.sends(s, side) for side in sides] for s in range(len(division.arcs))]
         return [*found[:3], *([min(t[k] for t in mine) for mine in sends] for k in (0, 1)), found[3]]
 
     def _relaxed(self, limit: float, least: Table, low: float, scale: float) -> _Relaxed:
         share, nearly, options = SHARE * self.trial.gap, NEARLY * self.trial.gap, self.trial.problem.options
-        cover = {r: _cover(options[r], self.trial.p.microbatches, nearly) for r in self.division.regions}
-        model = Model(self.division, cover, scale, flags=False, share=share)
+        offered = {r: cover(options[r], self.trial.p.microbatches, nearly) for r in self.division.regions}
+        model = Model(self.division, offered, scale, flags=False, share=share)
         lost = (1 + share) * (1 + 2 * nearly)
         found, still = _Relaxed(low, model.paths, {}), 0
         middle: Floats | None = None
@@ -171,6 +171,14 @@ class Fixed:
                 break
         return low
 
+    def attempt(self, counts: Counts) -> float:
+        """Try whole counts out; inf where they make no plan."""
+        taken: Taken = {s: {r: [] for r in runs} for s, runs in enumerate(self.division.runs)}
+        for (s, r, k), n in counts.items():
+            if r in taken[s]:
+                taken[s][r] += [k] * round(n)
+        return self._attempt(taken)
+
     def _attempt(self, taken: Mapping[int, Mapping[int, list[int]]]) -> float:
         """Try a plan out; inf where its layouts cannot be put in an order, or it does not fit."""
         columns = [self._column(s, taken[s]) for s in sorted(taken)]
@@ -180,7 +188,7 @@ class Fixed:
         return self.trial.attempt(tuple(found))
 
     def _column(self, s: int, taken: Mapping[int, list[int]]) -> Column | None:
-        problem, (start, end) = self.trial.problem, self.division.spans[s]
+        problem, (start, end) = self.trial.problem, self.spans[s]
         picked = {r: [problem.options[r][k] for k in mine] for r, mine in taken.items()}
         units = in_order(problem.line.regions[start:end], picked, problem.change)
         if not units:
@@ -194,7 +202,7 @@ class Fixed:
         )  # fmt: skip
 
 
-def _cover(options: Sequence[Option], microbatches: int, nearly: float) -> list[int]:
+def cover(options: Sequence[Option], microbatches: int, nearly: float) -> list[int]:
     """Places of options such that every other one has one of them beside it that holds no more and is nearly as quick.
 
     Exchanged for it, a step grows by at most twice the share `nearly`: once for every microbatch, and once for the finish.

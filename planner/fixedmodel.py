@@ -27,19 +27,41 @@ Table = Sequence[Sequence[float]]
 
 
 class Divided:
-    """A division of the chain, and what its stages are made of."""
+    """Where the chain may be divided, and what stages are made of: `arcs` lists the intervals that each stage may hold.
 
-    def __init__(self, trial: Trial, spans: Spans) -> None:
-        self.trial, self.spans = trial, spans
-        self.runs = [dict[int, int]() for _ in spans]
-        for s, (start, end) in enumerate(spans):
-            for region, count in trial.problem.line.runs(start, end):
-                self.runs[s][region] = self.runs[s].get(region, 0) + count
+    One interval each is a division; with more of them the division is part of the program. `runs` are the most units of each
+    region in any of them.
+    """
+
+    def __init__(self, trial: Trial, arcs: Sequence[Spans]) -> None:
+        self.trial, self.arcs = trial, arcs
+        self.runs = [dict[int, int]() for _ in arcs]
+        for s, mine in enumerate(arcs):
+            for start, end in mine:
+                for region, count in self.units(start, end).items():
+                    self.runs[s][region] = max(self.runs[s].get(region, 0), count)
         self.regions = sorted({r for runs in self.runs for r in runs})
         self.times: dict[int, Floats] = {
             r: np.array([[o.forward, o.backward, o.weight, o.finish] for o in trial.problem.options[r]])
             for r in self.regions
         }
+
+    def units(self, start: int, end: int) -> dict[int, int]:
+        """Units of each region in an interval."""
+        found: dict[int, int] = {}
+        for region, count in self.trial.problem.line.runs(start, end):
+            found[region] = found.get(region, 0) + count
+        return found
+
+    def working(self, s: int) -> float:
+        """Working memory that a stage has in any plan."""
+        options = self.trial.problem.options
+        return min(max(min(o.work for o in options[r]) for r in self.units(*arc)) for arc in self.arcs[s])
+
+    def sends(self, s: int, layouts: tuple[str, str]) -> tuple[float, float]:
+        """The least seconds of handing on what leaves a stage, forward and back."""
+        found = [self.trial.sends(start, end, layouts) for start, end in self.arcs[s]]
+        return min(f for f, _ in found), min(b for _, b in found)
 
     @cached_property
     def every(self) -> Offered:
@@ -72,15 +94,11 @@ class Model:
     """
 
     def __init__(
-        self, division: Divided, offered: Offered, scale: float, *, flags: bool, share: float = 0.0, rank: int | None = None
+        self, division: Divided, offered: Offered, scale: float, *, flags: bool, share: float = 0.0,
+        rank: int | None = None, whole: bool = True,
     ) -> None:  # fmt: skip
-        self.division, self.trial, self.offered, self.scale, self.share = (
-            division,
-            division.trial,
-            offered,
-            scale,
-            share,
-        )
+        self.division, self.trial, self.offered = division, division.trial, offered
+        self.scale, self.share, self.whole = scale, share, whole
         self.program, self.paths = Program(), list[Path]()
         self.seen: set[tuple[tuple[tuple[int, str], int], ...]] = set()
         self.time = self.program.add(1.0, upper=INFINITE)
@@ -89,8 +107,7 @@ class Model:
         self.n: dict[int, dict[int, list[int]]] = {}
         for s in self.stages:
             self.n[s] = {r: [self._count(r, k, n) for k in offered[r]] for r, n in division.runs[s].items()}
-            for r, n in division.runs[s].items():
-                self.program.row([(v, 1.0) for v in self.n[s][r]], float(n), float(n))
+        self.x = self._divide()
         for stages in ranks:
             self._memory(stages, flags)
         names = sorted({side for r in offered for o in self.options(r) for side in (o.entry, o.exit)})
@@ -101,7 +118,34 @@ class Model:
 
     def _count(self, region: int, place: int, most: int) -> int:
         cost = self.share * self.division.busy(region, place) / self.trial.p.ranks * self.scale
-        return self.program.add(cost, upper=float(most), whole=True)
+        return self.program.add(cost, upper=float(most), whole=self.whole)
+
+    def _divide(self) -> dict[int, list[int]]:
+        """Which interval each stage holds, and that its units are those of it."""
+        program, found, nodes = self.program, dict[int, list[int]](), dict[tuple[int, int], list[tuple[int, float]]]()
+        for s in self.stages:
+            arcs = self.division.arcs[s]
+            found[s] = [program.add(lower=float(len(arcs) == 1), whole=True) for _ in arcs]
+            program.row([(v, 1.0) for v in found[s]], 1.0, 1.0)
+            units = [self.division.units(*arc) for arc in arcs]
+            for r, variables in self.n[s].items():
+                held = [(v, -float(n[r])) for v, n in zip(found[s], units, strict=True) if r in n]
+                program.row([*((v, 1.0) for v in variables), *held], 0.0, 0.0)
+            for v, (start, end) in zip(found[s], arcs, strict=True):
+                if s:
+                    nodes.setdefault((s, start), []).append((v, -1.0))
+                if s + 1 < len(self.division.arcs):
+                    nodes.setdefault((s + 1, end), []).append((v, 1.0))
+        if len(self.stages) == len(self.division.arcs):
+            for node in sorted(nodes):
+                program.row(nodes[node], 0.0, 0.0)
+        return found
+
+    def spans(self, values: Floats) -> list[tuple[int, int]]:
+        """The division of a solution."""
+        return [
+            self.division.arcs[s][max(range(len(xs)), key=lambda k: (values[xs[k]], -k))] for s, xs in self.x.items()
+        ]
 
     def options(self, region: int) -> list[Option]:
         """The options of a region that are looked at."""
@@ -111,7 +155,7 @@ class Model:
         rows = self.trial.rows[stages[0]]
         unit = max(rows.cap_bytes, 1.0) if rows.cap_bytes < INFINITE else 1.0
         held = [(s, r, v) for s in stages for r, v in self.n[s].items()]
-        always = max(min(o.work for o in self.trial.problem.options[r]) for _, r, _ in held)
+        always = max(self.division.working(s) for s in stages)
         work = self.program.add(lower=always / unit, upper=INFINITE)
         if flags and rows.cap_bytes < INFINITE:
             self._working(held, always, work, unit)
@@ -165,12 +209,11 @@ class Model:
 
     def _handing(self, s: int) -> list[tuple[int, tuple[float, ...]]]:
         """What layouts cost in a stage: changes inside it, and what it hands on."""
-        start, end = self.division.spans[s]
         found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change, 0.0, 0.0, 0.0, 0.0))]
         for name, v in self.layouts.handed.get(s + 1, {}).items():
-            found.append((v, (0.0, 0.0, 0.0, 0.0, self.trial.problem.send(end, name)[0], 0.0)))
+            found.append((v, (0.0, 0.0, 0.0, 0.0, self.division.sends(s, (name, name))[0], 0.0)))
         for name, v in self.layouts.handed[s].items():
-            found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.trial.problem.send(start, name)[1])))
+            found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.division.sends(s, (name, name))[1])))
         return found
 
     @cached_property
@@ -187,7 +230,7 @@ class Model:
         if self.several:
             return (0.0,) * 6
         layout = next(o.entry for r in self.n[s] for o in self.options(r))
-        return (0.0,) * 4 + self.trial.sends(*self.division.spans[s], (layout, layout))
+        return (0.0,) * 4 + self.division.sends(s, (layout, layout))
 
     def path(self, path: Path) -> bool:
         """Add T >= the length of a path; False where it is known."""
@@ -196,7 +239,7 @@ class Model:
             return False
         self.seen.add(key)
         self.paths.append(path)
-        weights = np.zeros((len(self.division.spans), 6))
+        weights = np.zeros((len(self.division.arcs), 6))
         for (stage, part), n in key:
             weights[stage] += n * PARTS[part]
         terms, low = [(self.time, 1.0)], path.constant

@@ -18,6 +18,7 @@ from dataclasses import replace
 from .counts import best_counts
 from .division import Division
 from .fixed import TRIES, Fixed
+from .free import Free
 from .labels import FEW, GRID, MOST, Bags, Limit
 from .master import Master, PathRow
 from .options import end_to_end
@@ -57,17 +58,17 @@ class StageSolve(Division):
         if len(line) < count:
             return StageSolution(None, INFINITE, INFINITE)
         if count == 1:
-            if (
-                self.limit < INFINITE
-                and self.coarse.floor([(line.runs(0, len(line)), self.rows[0])], self.busy) > self.limit
-            ):
-                return StageSolution(None, INFINITE, self.limit)
             return self._single()
-        low = 0.0
+        return self._several()
+
+    def _several(self) -> StageSolution:
+        """Several stages."""
+        line, count = self.problem.line, self.p.stages
+        listed = FEW_UNITS if self.gap >= WIDE else LISTED
         if self.p.chunks > 1 and not self.problem.exact and self.gap > EXACT:
             low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
-            done = self.gap >= WIDE or len(line) > LISTED or low >= min(self.seconds, self.limit) * (1 - self.gap)
-            if low == INFINITE or (done and self.best is not None) or low >= self.limit:
+            done = low >= min(self.seconds, self.limit) * (1 - self.gap)
+            if done or (self.best is not None and len(line) > listed):
                 return self._solution(min(low, self.limit) if low < INFINITE else low, TRIES)
             self.least = low
         elif self.limit < INFINITE and self._hopeless():
@@ -82,8 +83,12 @@ class StageSolve(Division):
         low = outer_bound(self, self._rows(), limit)
         if low >= limit * (1 - self.gap):
             return self._solution(low, 0)
-        if not self.problem.exact and self.gap >= WIDE and len(line) > LISTED:
-            return self._wide(arcs)
+        if self.p.chunks == 1 and not self.problem.exact and self.gap > EXACT:
+            low = max(low, Free(self, line.arcs(count, limit / self.p.microbatches)).solve(limit))
+            self.least = max(self.least, low)
+            if len(line) > listed or low >= min(self.seconds, self.limit) * (1 - self.gap):
+                return self._solution(low, TRIES)
+            limit = min(self.seconds, self.limit)
         found = self._columns(limit)
         if all(found.columns) and self._relaxed(found, limit) < limit * (1 - self.gap):
             self._program(self._near(arcs), limit, rounds=POLISH, gap=max(self.gap, 2e-3))
@@ -94,13 +99,6 @@ class StageSolve(Division):
             # Nothing beats the known plan: its value is the bound, up to the limit that was asked for.
             return self._solution(limit - found.slack, 0)
         return self._close(found, limit)
-
-    def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
-        """Where a gap of some thousandths will do: a better plan among a few mixtures of each arc, bounded without listing all."""
-        limit = min(self.seconds, self.limit)
-        self._program(self._near(arcs), limit, rounds=POLISH, gap=self.gap)
-        low = outer_bound(self, self._rows(), min(self.seconds, self.limit))
-        return self._solution(low, POLISH)
 
     def _hopeless(self) -> bool:
         """Whether no division has every rank done within the limit, each unit by itself and memory at its best price."""
@@ -122,7 +120,9 @@ class StageSolve(Division):
 
     def _single(self) -> StageSolution:
         """One stage: the step is microbatches x (forward + backward) + finish, so one column of seconds is exact."""
-        problem = self.problem
+        problem, line = self.problem, self.problem.line
+        if self.coarse.floor([(line.runs(0, len(line)), self.rows[0])], self.busy) > self.limit:
+            return StageSolution(None, INFINITE, self.limit)
         counted = self._counted() if not problem.exact and len(problem.line) > FEW_UNITS else None
         if counted is not None and (counted.bound_seconds >= min(counted.step_seconds * (1 - self.gap), self.limit)):
             return counted

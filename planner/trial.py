@@ -99,8 +99,6 @@ class Trial:
 
     def _fits(self, path: tuple[Column, ...]) -> bool:
         """Whether the chunks of every rank fit together."""
-        if self.p.chunks == 1:
-            return True
         for stages in self.local:
             rows = self.rows[stages[0]]
             total = np.sum([path[s].bytes for s in stages], axis=0)
