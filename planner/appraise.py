@@ -67,7 +67,10 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
     busiest = max(range(shape.pp), key=lambda r: (sum(times[s][0] + times[s][1] for s in ready.local[r]), -r))
     return Appraisal(
         step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
-        _traffic(bench, shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]),
+        (
+            *_traffic(bench, shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]),
+            *_handed(bench, shape, ready.local[busiest], ready.placement, cuts, options),
+        ),
     )  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def _memory(
 
 
 def _traffic(bench: Workbench, shape: Arrangement, options: Sequence[Option]) -> tuple[Traffic, ...]:
-    """Collectives of the busiest rank inside its stages; hand-overs between stages are counted by the timeline."""
+    """Collectives of the busiest rank inside its stages."""
     total: dict[tuple[str, str], list[float]] = {}
     names = ("cp", "tp") if shape.cp > 1 else ("tp",)
     for option in options:
@@ -130,6 +133,25 @@ def _traffic(bench: Workbench, shape: Arrangement, options: Sequence[Option]) ->
         Traffic(name, axis, round(count), round(size), seconds)
         for (name, axis), (count, size, seconds) in sorted(total.items())
     )
+
+
+def _handed(
+    bench: Workbench, shape: Arrangement, stages: Sequence[int], placement: Sequence[int], cuts: Sequence[int],
+    options: Sequence[Option],
+) -> tuple[Traffic, ...]:  # fmt: skip
+    """What a rank sends to the ranks of the stages after and before its own; bytes are its own part."""
+    count = size = seconds = 0.0
+    for s in stages:
+        borders = []
+        if s + 1 < len(placement) and placement[s + 1] != placement[s]:
+            borders.append((cuts[s + 1], options[cuts[s + 1] - 1].exit, 0))
+        if s and placement[s - 1] != placement[s] and bench.task.outline.training:
+            borders.append((cuts[s], options[cuts[s]].entry, 1))
+        for at, layout, way in borders:
+            count += shape.microbatches
+            size += shape.microbatches * bench.crossing_bytes(shape, at, layout)
+            seconds += shape.microbatches * bench.send(shape, at, layout)[way]
+    return (Traffic("send", "pp", round(count), round(size), seconds),) if count else ()
 
 
 def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Prediction:

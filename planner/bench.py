@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -16,7 +16,7 @@ from . import rule_experts
 from .assign import Assignment
 from .attention import MATH
 from .choices import states
-from .costs import Call, Costs
+from .costs import Call, Chain, Costs
 from .experts import ExpertFacts, expert_ops
 from .front import Design
 from .memory import Setting, buffer, local_bytes, new_bytes
@@ -234,7 +234,7 @@ class _Walk:
         calls: dict[Call, int] = {}
         for call in (c for s in steps for c in s.calls):
             calls[call] = calls.get(call, 0) + 1
-        for call in (c for chain in chains for c in chain.calls):
+        for call in (*(c for chain in chains for c in chain.calls), *self._called_again()):
             calls[call] = calls.get(call, 0) + 1
         parts = {"compute": compute + back, "activation_communication": talk + talk_back, "recompute": again}
         return Numbers(
@@ -243,16 +243,25 @@ class _Walk:
         )  # fmt: skip
 
     def _again(self) -> float:
-        found = 0.0
-        for name in self.design.again:
-            step = self.steps[name]
-            found += step.forward + step.inside
-        for root, state in self.design.regather:
+        """Seconds of what the backward pass runs and gathers again."""
+        steps = [self.steps[name] for name in sorted(self.design.again)]
+        return sum(s.forward + s.inside for s in steps) + sum(
+            c.forward + c.copies_forward for c in self._gathered_again()
+        )
+
+    def _called_again(self) -> Iterator[Call]:
+        """The collectives of that."""
+        for name in sorted(self.design.again):
+            yield from (call for call in self.steps[name].calls if not call.backward)
+        for chain in self._gathered_again():
+            yield from (call for call in chain.calls if not call.backward)
+
+    def _gathered_again(self) -> Iterator[Chain]:
+        for root, state in sorted(self.design.regather):
             for (name, p, q), chain in self.chains.items():
                 alias, placement = buffer(self.part.facts, name, q)
                 if alias == root and str(placement[-1]) == state and chain is not None and p != q:
-                    found += chain.forward + chain.copies_forward
-        return found
+                    yield chain
 
     def _kept(self) -> float:
         """Bytes of what the backward pass needs and does not make again; of inference, the keys and values that are kept."""
