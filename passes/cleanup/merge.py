@@ -3,8 +3,9 @@
     a = cos(x); b = cos(x)        becomes        a = cos(x)
     y = mul(a, b)                                y = mul(a, a)
 
-Two calls are equal when target, arguments (types included: 1 is not 1.0) and keyword arguments are. Random ops are
-never merged.
+Two calls are equal when target, arguments (types included: 1 is not 1.0) and keyword arguments are. Random ops are never
+merged, nor are calls that read nothing (fills, ranges): zeros of one size may be positions by positions here and samples by
+positions there, and one tensor for both would tie the batch to the sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class MergeEqual:
     def apply(self, program: Program) -> Program:
         seen: dict[Hashable, fx.Node] = {}
         for node in program.graph.nodes:
-            if node.op != "call_function" or is_random(node):
+            if node.op != "call_function" or is_random(node) or not node.all_input_nodes:
                 continue
             key = (node.target, _key(node.args), _key(node.kwargs))
             first = seen.setdefault(key, node)
