@@ -210,7 +210,7 @@ def _pins(
         pins.append(f"sequence_parallel={'on' if stated['sp'] else 'off'}")
     pins += _recompute(str(stated.get("recompute") or ""), lost)
     pins += _offload(str(stated.get("offload") or ""), lost)
-    pins += _kernels(str(model.get("attention") or ""))
+    pins += _attention(str(model.get("attention") or ""))
     return tuple(pins)
 
 
@@ -270,19 +270,15 @@ def _offload(text: str, lost: list[str]) -> list[str]:
     return ["offload=params"]
 
 
-def _kernels(text: str) -> list[str]:
-    """`attention=` and `kernels=` from a row's words; "fused" alone is a fused softmax, which keeps the scores."""
+def _attention(text: str) -> list[str]:
+    """`attention=` from a row's words; "fused" alone is a fused softmax, which keeps the scores.
+
+    Fused norms and the like are not priced (`kernels=eager` is the only value built), so they are not pinned.
+    """
     low = text.lower()
-    pins = []
     if "flash" in low and "unfused" not in low:
-        pins.append("attention=flash")
-    elif low:
-        pins.append("attention=math")
-    if low == "torch":
-        pins.append("kernels=eager")
-    elif low == "fused" or "rms kernel" in low:
-        pins.append("kernels=fused")
-    return pins
+        return ["attention=flash"]
+    return ["attention=math"] if low else []
 
 
 def by_set(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -57,7 +57,6 @@ class Key:
 
     read: Callable[[str, str], Value]
     built: tuple[Value, ...] = ()
-    allowed: str = ""
 
 
 def _count(key: str, text: str) -> int:
@@ -109,7 +108,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "precision": Key(_one_of(*RECIPES)),
         "optimizer": Key(_optimizer),
         "attention": Key(_one_of("flash", "math")),
-        "kernels": Key(_one_of("fused", "eager")),
+        "kernels": Key(_one_of("eager", "fused"), built=("eager",)),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""

@@ -77,7 +77,7 @@ def test_what_runs_passes() -> None:
     [
         ("tpp=2", "did you mean tp"), ("tp", "K=V"), ("tp=", "K=V"), ("tp=two", "number"), ("tp=0", "at least 1"),
         ("zero=4", "0, 1, 2, 3"), ("sequence_parallel=yes", "on or off"), ("dtype=bf17", "bf16"), ("optimizer=muon", "muon"),
-        ("nonsense=1", "known:"),
+        ("nonsense=1", "known:"), ("kernels=fused", "kernels=eager is the only value built"),
     ],
 )  # fmt: skip
 def test_bad_pins_name_what_was_expected(text: str, says: str) -> None:
