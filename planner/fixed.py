@@ -108,7 +108,7 @@ class Fixed:
             least = {r: float(times[:, part].min()) for r, times in division.times.items()}
             found.append([sum(n * least[r] for r, n in runs.items()) for runs in division.runs])
         sides = sorted({(o.entry, o.exit) for r in division.regions for o in trial.problem.options[r]})
-        sends = [[trial.sends(start, end, side) for side in sides] for start, end in division.spans]
+        sends = [[trial.sends(s, *span, side) for side in sides] for s, span in enumerate(division.spans)]
         return [*found[:3], *([min(t[k] for t in mine) for mine in sends] for k in (0, 1)), found[3]]
 
     def _relaxed(self, limit: float, least: Table, low: float, scale: float) -> _Relaxed:
@@ -180,7 +180,7 @@ class Fixed:
         return self.trial.attempt(tuple(found))
 
     def _column(self, s: int, taken: Mapping[int, list[int]]) -> Column | None:
-        problem, (start, end) = self.trial.problem, self.division.spans[s]
+        problem, (start, end) = self.trial.here[s], self.division.spans[s]
         picked = {r: [problem.options[r][k] for k in mine] for r, mine in taken.items()}
         units = in_order(problem.line.regions[start:end], picked, problem.change)
         if not units:
@@ -190,7 +190,7 @@ class Fixed:
         layouts = units[0].entry, units[-1].exit
         return Column(
             s, start, end, layouts, end_to_end(units, problem.change), tuple(held.tolist()), max(o.work for o in units),
-            tuple(place[id(o)] for o in units), self.trial.sends(start, end, layouts),
+            tuple(place[id(o)] for o in units), self.trial.sends(s, start, end, layouts),
         )  # fmt: skip
 
 

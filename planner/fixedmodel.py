@@ -33,7 +33,7 @@ class Divided:
         self.trial, self.spans = trial, spans
         self.runs = [dict[int, int]() for _ in spans]
         for s, (start, end) in enumerate(spans):
-            for region, count in trial.problem.line.runs(start, end):
+            for region, count in trial.here[s].line.runs(start, end):
                 self.runs[s][region] = self.runs[s].get(region, 0) + count
         self.regions = sorted({r for runs in self.runs for r in runs})
         self.times: dict[int, Floats] = {
@@ -166,18 +166,17 @@ class Model:
     def _handing(self, s: int) -> list[tuple[int, tuple[float, ...]]]:
         """What layouts cost in a stage: changes inside it, and what it hands on."""
         start, end = self.division.spans[s]
-        found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change, 0.0, 0.0, 0.0, 0.0))]
+        found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change(s), 0.0, 0.0, 0.0, 0.0))]
         for name, v in self.layouts.handed.get(s + 1, {}).items():
-            found.append((v, (0.0, 0.0, 0.0, 0.0, self.trial.problem.send(end, name)[0], 0.0)))
+            found.append((v, (0.0, 0.0, 0.0, 0.0, self.trial.problem.handing(s + 1, end, name)[0], 0.0)))
         for name, v in self.layouts.handed[s].items():
-            found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.trial.problem.send(start, name)[1])))
+            found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.trial.problem.handing(s, start, name)[1])))
         return found
 
-    @cached_property
-    def _change(self) -> tuple[float, float]:
+    def _change(self, s: int) -> tuple[float, float]:
         """The least seconds of a change of layout; nothing where an option may itself be one."""
         turning = any(o.entry != o.exit for r in self.offered for o in self.options(r))
-        change = self.trial.problem.change.values()
+        change = self.trial.here[s].change.values()
         if turning or not change:
             return 0.0, 0.0
         return min(f for f, _ in change), min(b for _, b in change)
@@ -187,7 +186,7 @@ class Model:
         if self.several:
             return (0.0,) * 6
         layout = next(o.entry for r in self.n[s] for o in self.options(r))
-        return (0.0,) * 4 + self.trial.sends(*self.division.spans[s], (layout, layout))
+        return (0.0,) * 4 + self.trial.sends(s, *self.division.spans[s], (layout, layout))
 
     def path(self, path: Path) -> bool:
         """Add T >= the length of a path; False where it is known."""

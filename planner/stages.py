@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .counts import best_counts
 from .division import Division
@@ -23,8 +24,11 @@ from .master import Master, PathRow
 from .options import end_to_end
 from .outer import outer_bound
 from .paths import makespan
+from .pooled import PooledBound, neighbours
 from .program import INFINITE
+from .screen import Held as Live
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
+from .trial import merged
 
 NEAR = (0.0, 0.1, 0.3)
 """Which mixtures of an arc the first search for a better plan looks at (0: the quickest)."""
@@ -44,6 +48,12 @@ WIDE = 2e-3
 ROUNDS = 8
 """Solves per shape: each adds the critical paths of the plan found before."""
 
+MOVES = 24
+"""Divisions over unlike devices that are solved at the most."""
+
+FAR = 1e3
+"""How many times longer than its least a step over unlike devices is looked for; beyond, memory is what is short."""
+
 FEW_UNITS = 12
 """Units of one stage up to which all its mixtures are listed; beyond, a program over counts is quicker."""
 
@@ -56,6 +66,8 @@ class StageSolve(Division):
         line, count = self.problem.line, self.p.stages
         if len(line) < count:
             return StageSolution(None, INFINITE, INFINITE)
+        if self.problem.pools:
+            return self._pooled()
         if count == 1:
             if (
                 self.limit < INFINITE
@@ -93,6 +105,34 @@ class StageSolve(Division):
             # Nothing beats the known plan: its value is the bound, up to the limit that was asked for.
             return self._solution(limit - found.slack, 0)
         return self._close(found, limit)
+
+    def _pooled(self) -> StageSolution:
+        """Unlike devices: one division even in seconds and memory, then neighbours of the best while they help.
+
+        The bound is one for all divisions (planner/pooled.py).
+        """
+        held = Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
+        bounded = PooledBound(self.problem, held, self.ready.splits)
+        longest = FAR * max(pool.line.before[-1] for pool in self.problem.pools) * self.p.microbatches
+        most = min(self.limit, longest)
+        low = bounded.seconds(0.0, most)
+        if low >= self.limit * (1 - self.gap):
+            return StageSolution(None, INFINITE, min(low, self.limit))
+        if low >= longest:
+            return StageSolution(None, INFINITE, INFINITE)
+        here, left, tried = bounded.first(low, most), MOVES, set[tuple[int, ...]]()
+        queue = [here]
+        while queue and left and low < self.seconds * (1 - self.gap):
+            cuts, known, queue = queue[0], self.seconds, queue[1:]
+            tried.add(tuple(cuts))
+            left -= 1
+            Fixed(self, list(pairwise(cuts))).solve(min(self.seconds, self.limit))
+            if self.seconds < known or left == MOVES - 1:
+                found = [c for c in neighbours(cuts) if tuple(c) not in tried]
+                queue = sorted(found, key=lambda c: (bounded.judged(c), c))
+        if self.best is None:
+            return StageSolution(None, INFINITE, low)
+        return self._solution(low, MOVES - left)
 
     def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
         """Where a gap of some thousandths will do: a better plan among a few mixtures of each arc, bounded without listing all."""
