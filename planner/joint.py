@@ -42,7 +42,6 @@ CLOSE = 5e-4
 
 WIDE = 3e-3
 
-
 TOLD = 100
 """Shapes bounded between two lines of progress."""
 
@@ -289,7 +288,8 @@ class Workbench:
         return {("R", "S"): (0.0, back), ("S", "R"): (gather, 0.0)}
 
 
-def _schedule(shape: Arrangement) -> str:
+def schedule_of(shape: Arrangement) -> str:
+    """The schedule that is simulated."""
     return "1f1b" if shape.schedule == "none" else shape.schedule
 
 

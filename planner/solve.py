@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -47,6 +47,7 @@ from .shapes import Arrangement, Room, arrangements
 from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
+from .unlike import UnlikeBench, pool_limits, pool_names, pool_prices, unlike
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,10 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
 
     The whole space is searched (planner/joint.py), or what the runtime executes of it where the plan is to be run.
     """
-    if len(cluster.pool_list()) > 1:
+    if unlike(cluster) and request.runnable:
         raise ClusterError(
-            f"{cluster.name}: planning over several kinds of devices is not supported yet; plan for one of "
-            + " or ".join(pool.name or pool.device.name for pool in cluster.pool_list())
+            f"{cluster.name}: plans over several kinds of devices are not executed yet; plan for one of "
+            + " or ".join(pool_names(cluster))
         )
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
@@ -104,18 +105,36 @@ def make_bench(
     outline: Outline, cluster: Cluster, prices: PriceBook, request: Request, *, tiers: bool
 ) -> tuple[Workbench, tuple[Arrangement, ...]]:
     """The joint search's prices and shapes; `tiers` offers the host memory and disk of the cluster."""
-    bench = Workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
+    bench = workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
     experts = expert_sizes(bench.task.outline, cluster.devices)
     training = outline.training
     room = Room(len(bench.chain), outline.batch, training, outline.microbatch_blockers, experts, training)
     return bench, arrangements(cluster, room, request.pins)
 
 
+def workbench(
+    task: Task, progress: Progress, *, tiers: bool, limits: Mapping[str, int] | None = None
+) -> Workbench:  # fmt: skip
+    """The bench of a task; on unlike devices one with a bench for every pool, whose `limits` in bytes may be given by name."""
+    cluster = task.cluster
+    if not unlike(cluster):
+        return Workbench(task, progress, tiers=tiers)
+    known = dict(zip(pool_names(cluster), pool_limits(cluster, task.limit_bytes), strict=True)) | dict(limits or {})
+    mine = []
+    for name, pool in zip(pool_names(cluster), cluster.pools, strict=True):
+        part = cluster.sub(pool)
+        setting = _setting(part, task.setting.precision, task.setting.optimizer)
+        prices = pool_prices(task.prices, part)
+        mine.append(replace(task, cluster=part, prices=prices, setting=setting, limit_bytes=known[name]))
+    return UnlikeBench(task, mine, progress, tiers=tiers)
+
+
 def _tiers(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
     """Whether to offer the host: not at first, only where something is pinned there, or never."""
     if pins.offload not in (None, "none"):
         return (True,)
-    return (False,) if pins.offload == "none" or cluster.host is None else (False, True)
+    hosts = any(pool.host is not None for pool in cluster.pool_list())
+    return (False,) if pins.offload == "none" or not hosts else (False, True)
 
 
 def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Task:
@@ -203,15 +222,17 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         raise PlanError(problem)
     assignment = assign(plan, outline)
     request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
-    bench = Workbench(make_task(outline, cluster, prices, request), silent, tiers=cluster.host is not None)
+    tiers = any(pool.host is not None for pool in cluster.pool_list())
+    limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
+    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=tiers, limits=limits)
     shape = shape_in(plan)
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
-    if figures.peak_bytes > plan.memory_limit_bytes:
+    if figures.peak_bytes > figures.limit_bytes:
         cause = max(figures.memory, key=lambda c: figures.memory[c])
         raise Infeasible(
-            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {plan.memory_limit_bytes} "
+            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {figures.limit_bytes} "
             f"(most of it: {cause})",
             cause=cause,
             nearest=(f"--memory-limit {figures.peak_bytes}",),
@@ -220,7 +241,9 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
-    return msgspec.structs.replace(plan, predicted=predicted, stages=stages, search=search, edited=True)
+    return msgspec.structs.replace(
+        plan, predicted=predicted, stages=stages, search=search, memory_limit_bytes=figures.limit_bytes, edited=True
+    )
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:
