@@ -82,7 +82,7 @@ class Fixed:
 
     def solve(self, limit: float) -> float:
         """Look for plans below `limit`; returns a bound for all plans of the division (inf: none fits)."""
-        least = self._least()
+        least = self.least()
         low = makespan(self.trial.compiled, self.trial.placement, *least)[0]
         if self._enough(low, limit):
             return low
@@ -101,7 +101,7 @@ class Fixed:
     def _enough(self, low: float, seconds: float) -> bool:
         return low >= seconds * (1 - self.trial.gap)
 
-    def _least(self) -> Table:
+    def least(self) -> Table:
         """The least seconds of every stage, each part by itself."""
         division, trial, found = self.division, self.trial, []
         for part in range(4):

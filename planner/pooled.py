@@ -82,7 +82,17 @@ class PooledBound(Bounded):
         p = self.problem.pipeline
         if len(self.problem.line) < p.stages:
             return low
+        low = max(low, self._alone())
         return max(low, self._shared()) if p.chunks > 1 else self._free(low, most)
+
+    def _alone(self) -> float:
+        """One microbatch passes every unit and comes back, without the weight halves where they are put off."""
+        least: dict[int, float] = {}
+        for pool in self.problem.pools:
+            for r, mine in zip(self.problem.line.regions, pool.line.regions, strict=True):
+                seconds = min(o.seconds - (o.weight if self.splits else 0.0) for o in self.problem.options[mine])
+                least[r] = min(least.get(r, np.inf), seconds)
+        return sum(least[r] for r in self.problem.line.regions)
 
     # -- one chunk a rank
 
@@ -108,6 +118,12 @@ class PooledBound(Bounded):
             if end == last[rank] or last[rank + 1] < first[rank + 1]:
                 return None
         return (first, last) if first[0] == 0 and last[-1] == count else None
+
+    def arcs(self, fences: Fences) -> list[list[tuple[int, int]]]:
+        """The intervals of every rank that the fences leave."""
+        first, last = fences
+        ends = [range(a, b + 1) for a, b in zip(first, last, strict=True)]
+        return [[(i, j) for i in ends[r] for j in ends[r + 1] if i < j] for r in range(len(ends) - 1)]
 
     def _ahead(self, rank: int, first: Sequence[int], last: Sequence[int]) -> Floats:
         """Least seconds of the units before each position that the ranks up to this one may hold between the fences."""

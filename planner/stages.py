@@ -51,6 +51,14 @@ ROUNDS = 8
 MOVES = 24
 """Divisions over unlike devices that are solved at the most."""
 
+NEAREST = 8
+"""Of its neighbours, so many are simulated to see which comes first."""
+
+OUTER_ARCS = 1500
+"""Intervals of all stages up to which their program is solved for a bound, over `OUTER_ROWS` paths."""
+
+OUTER_ROWS = 24
+
 FAR = 1e3
 """How many times longer than its least a step over unlike devices is looked for; beyond, memory is what is short."""
 
@@ -120,19 +128,47 @@ class StageSolve(Division):
             return StageSolution(None, INFINITE, min(low, self.limit))
         if low >= longest:
             return StageSolution(None, INFINITE, INFINITE)
-        here, left, tried = bounded.first(low, most), MOVES, set[tuple[int, ...]]()
-        queue = [here]
-        while queue and left and low < self.seconds * (1 - self.gap):
-            cuts, known, queue = queue[0], self.seconds, queue[1:]
-            tried.add(tuple(cuts))
-            left -= 1
-            Fixed(self, list(pairwise(cuts))).solve(min(self.seconds, self.limit))
-            if self.seconds < known or left == MOVES - 1:
-                found = [c for c in neighbours(cuts) if tuple(c) not in tried]
-                queue = sorted(found, key=lambda c: (bounded.judged(c), c))
+        tries = self._walk(bounded, bounded.first(low, most), low)
         if self.best is None:
             return StageSolution(None, INFINITE, low)
-        return self._solution(low, MOVES - left)
+        if self.p.chunks == 1 and low < self.seconds * (1 - self.gap):
+            low = max(low, self._pooled_outer(bounded))
+        return self._solution(low, tries)
+
+    def _walk(self, bounded: PooledBound, cuts: list[int], low: float) -> int:
+        """Solve a division, then neighbours of the best as long as they help; returns how many were solved."""
+        best, tried, queue = INFINITE, set[tuple[int, ...]](), [cuts]
+        while queue and len(tried) < MOVES and low < self.seconds * (1 - self.gap):
+            cuts, known = queue.pop(0), self.seconds
+            tried.add(tuple(cuts))
+            found = Fixed(self, list(pairwise(cuts))).solve(min(self.seconds, self.limit))
+            # Above the limit nothing is looked for: what the division takes at the least shows the way.
+            found = self.seconds if self.seconds < known else found
+            if found < best or len(tried) == 1:
+                best = found
+                queue = self._beside_of(bounded, [c for c in neighbours(cuts) if tuple(c) not in tried])
+        return len(tried)
+
+    def _beside_of(self, bounded: PooledBound, found: list[list[int]]) -> list[list[int]]:
+        """Neighbours in the order in which they are tried: by seconds and memory, the first few by their least step."""
+        ranked = sorted(found, key=lambda c: (bounded.judged(c), c))
+
+        def least(cuts: list[int]) -> float:
+            step = makespan(self.compiled, self.placement, *Fixed(self, list(pairwise(cuts))).least())[0]
+            return max(step, bounded.judged(cuts))
+
+        return [*sorted(ranked[:NEAREST], key=lambda c: (least(c), c)), *ranked[NEAREST:]]
+
+    def _pooled_outer(self, bounded: PooledBound) -> float:
+        """A bound over the paths met, for divisions inside the fences of the best step; 0 where they leave too many."""
+        limit = min(self.seconds, self.limit)
+        fences = bounded.fences(limit)
+        if fences is None:
+            return limit
+        self._seed()
+        arcs = bounded.arcs(fences)
+        rows = self._rows()[:OUTER_ROWS]
+        return outer_bound(self, rows, limit, arcs) if sum(map(len, arcs)) <= OUTER_ARCS else 0.0
 
     def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
         """Where a gap of some thousandths will do: a better plan among a few mixtures of each arc, bounded without listing all."""

@@ -141,7 +141,7 @@ class Trial:
         return self._kept("busy", stage, start, end, self.busy)
 
     def _kept(self, name: str, stage: int, start: int, end: int, weights: tuple[float, float, float, float]) -> float:
-        key = (name, self.problem.line.runs(start, end), self.rows[stage])
+        key = (name, self.here[stage].line.runs(start, end), self.rows[stage])
         if key not in self.floors:
             self.floors[key] = self.coarse.floor([(key[1], key[2])], weights)
         return self.floors[key]
