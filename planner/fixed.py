@@ -83,7 +83,9 @@ class Fixed:
     def solve(self, limit: float) -> float:
         """Look for plans below `limit`; returns a bound for all plans of the division (inf: none fits)."""
         least = self.least()
-        low = makespan(self.trial.compiled, self.trial.placement, *least)[0]
+        low, path = makespan(self.trial.compiled, self.trial.placement, *least)
+        if self.trial.problem.pools:
+            self.trial.paths.append(path)  # other divisions are tried, and bounded together
         if self._enough(low, limit):
             return low
         scale = 1e3 / limit if limit < INFINITE else 1e3 / max(low, 1e-12)

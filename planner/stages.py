@@ -57,7 +57,7 @@ NEAREST = 8
 OUTER_ARCS = 1500
 """Intervals of all stages up to which their program is solved for a bound, over `OUTER_ROWS` paths."""
 
-OUTER_ROWS = 24
+OUTER_ROWS = 60
 
 FAR = 1e3
 """How many times longer than its least a step over unlike devices is looked for; beyond, memory is what is short."""
@@ -165,9 +165,11 @@ class StageSolve(Division):
         fences = bounded.fences(limit)
         if fences is None:
             return limit
+        met, self.paths = self.paths, []
         self._seed()
+        self.paths += met  # the last ones are looked at: those of the divisions tried
         arcs = bounded.arcs(fences)
-        rows = self._rows()[:OUTER_ROWS]
+        rows = self._rows()[-OUTER_ROWS:]
         return outer_bound(self, rows, limit, arcs) if sum(map(len, arcs)) <= OUTER_ARCS else 0.0
 
     def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
