@@ -52,7 +52,11 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
     ready, count = bench.ready(shape), shape.pp * shape.chunks
     changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
     times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
-    handed = [(0.0, 0.0), *(bench.hand(shape, s, cuts[s], options[cuts[s] - 1].exit) for s in range(1, count)), (0.0, 0.0)]
+    handed = [
+        (0.0, 0.0),
+        *(bench.hand(shape, s, cuts[s], options[cuts[s] - 1].exit) for s in range(1, count)),
+        (0.0, 0.0),
+    ]
     sends = [handed[s + 1][0] for s in range(count)]
     backs = [bench.hand(shape, s, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
     forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))

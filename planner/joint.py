@@ -307,8 +307,7 @@ class JointSearch:
 
     def run(self) -> Found:
         """Search to the end, or an interrupt once there is a plan. Raises PinError where no shape meets the pins."""
-        queue: list[_Open] = []
-        interrupted = False
+        queue, interrupted = list[_Open](), False
         try:
             for shape in self.shapes:
                 bound = self.bench.bound(shape)

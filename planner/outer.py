@@ -38,7 +38,9 @@ def outer_bound(
         here = []
         for i, j in mine:
             lengths = [_length(trial, row, s, i, j) for row in rows]
-            if arcs is None and any(a + row.others(s, line, i, j) > limit for a, row in zip(lengths, rows, strict=True)):
+            if arcs is None and any(
+                a + row.others(s, line, i, j) > limit for a, row in zip(lengths, rows, strict=True)
+            ):
                 continue
             variable = program.add(whole=True)
             here.append((variable, 1.0))

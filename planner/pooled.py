@@ -146,10 +146,11 @@ class PooledBound(Bounded):
         for live in (alive, [STEP_ROW] * len(p.pools)):
             prices = [t.prices for t in self.each]
             most = 1 if len({len(x) for x in prices}) > 1 else len(prices[0])
-            least = {
-                r: np.stack([t.least(t.problem.line.regions[p.line.regions.index(r)], k)[:most] for t, k in zip(self.each, live, strict=True)])
-                for r in counts
-            }  # fmt: skip
+            least: dict[int, Floats] = {}
+            for r in counts:
+                mine = [t.problem.line.regions[p.line.regions.index(r)] for t in self.each]
+                found_by_pool = [t.least(k, n)[:most] for t, k, n in zip(self.each, mine, live, strict=True)]
+                least[r] = np.stack(found_by_pool)
             room = np.stack([x[:most] * t.room for x, t in zip(prices, self.each, strict=True)])
             found = max(found, _dual(counts, least, ranks, room))
         return found

@@ -149,7 +149,9 @@ def _pools(cluster: Cluster, pp: int) -> tuple[tuple[int, ...], ...]:
     orders = permutations(places) if len(pools) <= MOST_POOLS else (tuple(places), tuple(reversed(places)))
     found: dict[tuple[object, ...], tuple[int, ...]] = {}
     for order in orders:
-        alike = tuple(next(k for k in places if replace(pools[k], name="") == replace(pools[p], name="")) for p in order)
+        alike = tuple(
+            next(k for k in places if replace(pools[k], name="") == replace(pools[p], name="")) for p in order
+        )
         found.setdefault(alike, tuple(p for p in order for _ in range(pools[p].devices // per)))
     return tuple(found.values())
 

@@ -13,14 +13,14 @@ from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import byte_masks, fused_attention, math_attention
-from .cluster import Cluster
+from .cluster import Cluster, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
 from .joint import JointSearch, Task, Workbench
 from .legal import check_choices
 from .memory import Setting, facts
-from .objectives import housed
+from .objectives import has_host, housed
 from .outline import Outline
 from .pins import Pins, check_executed, mesh_shapes, parse_pins
 from .plan import (
@@ -47,7 +47,7 @@ from .shapes import Arrangement, Room, arrangements
 from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
-from .unlike import UnlikeBench, pool_limits, pool_names, pool_prices, unlike
+from .unlike import UnlikeBench, pool_limits, pool_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,7 @@ def _tiers(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
     """Whether to offer the host: not at first, only where something is pinned there, or never."""
     if pins.offload not in (None, "none"):
         return (True,)
-    hosts = any(pool.host is not None for pool in cluster.pool_list())
-    return (False,) if pins.offload == "none" or not hosts else (False, True)
+    return (False,) if pins.offload == "none" or not has_host(cluster) else (False, True)
 
 
 def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Task:
@@ -222,9 +221,8 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         raise PlanError(problem)
     assignment = assign(plan, outline)
     request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
-    tiers = any(pool.host is not None for pool in cluster.pool_list())
     limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
-    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=tiers, limits=limits)
+    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster), limits=limits)
     shape = shape_in(plan)
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)

@@ -10,7 +10,7 @@ from ..errors import PlanError
 from .appraise import Appraisal, appraise, predict
 from .bench import home_of
 from .choices import states
-from .cluster import Cluster
+from .cluster import Cluster, pool_names
 from .front import Design
 from .joint import Found, Solved, Workbench
 from .options import Option
@@ -33,7 +33,6 @@ from .plan import (
 )  # fmt: skip
 from .schedules import fault
 from .shapes import Arrangement
-from .unlike import pool_names
 
 GIVEN_UP = (
     "options: the sharding of each style, with what is kept at a few budgets and the named policies",
@@ -66,7 +65,8 @@ def plan_of(
         version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
         cluster_fingerprint=task.cluster.fingerprint(), objective=objective, optimizer=task.setting.optimizer,
         precision=task.setting.precision, semantics="EXACT", mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
-        regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit_bytes, predicted=predict(bench, shape, figures),
+        regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit_bytes,
+        predicted=predict(bench, shape, figures),
         search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, given_up), pins=pins,
         runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
         notes=(*notes, *_unpriced(bench, shape)),
@@ -304,7 +304,10 @@ def _check_pipeline(bench: Workbench, shape: Arrangement, plan: Plan) -> None:
 
 
 def _option(mine: Workbench, bench: Workbench, shape: Arrangement, entry: RegionPlan, r: int) -> Option:
-    """The option of an entry on the bench of its devices; raises PlanError where it is not possible, or where the entry says what does not follow from it."""
+    """The option of an entry on the bench of its devices.
+
+    Raises PlanError where it is not possible, or where the entry says what does not follow from it.
+    """
     outline = bench.task.outline
     part, region = bench.chain.parts[r], outline.regions[r]
     axes = [axis.role for axis in mesh_of(bench, shape)]

@@ -74,8 +74,11 @@ class StageSolve(Division):
         line, count = self.problem.line, self.p.stages
         if len(line) < count:
             return StageSolution(None, INFINITE, INFINITE)
-        if self.problem.pools:
-            return self._pooled()
+        return self._pooled() if self.problem.pools else self._alike()
+
+    def _alike(self) -> StageSolution:
+        """Equal devices."""
+        line, count = self.problem.line, self.p.stages
         if count == 1:
             if (
                 self.limit < INFINITE

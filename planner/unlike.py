@@ -24,24 +24,6 @@ from .shapes import Arrangement
 from .stageproblem import Pipeline, Pool, StageProblem
 
 
-def unlike(cluster: Cluster) -> bool:
-    """Whether a cluster has several pools."""
-    return len(cluster.pools) > 1
-
-
-def pool_names(cluster: Cluster) -> tuple[str, ...]:
-    """The name of every pool, each once: "h100-sxm:8x2", and "h100-sxm:8x2 (2)" for a second one."""
-    found: list[str] = []
-    for pool in cluster.pool_list():
-        name = base = pool.name or pool.device.name
-        k = 1
-        while name in found:
-            k += 1
-            name = f"{base} ({k})"
-        found.append(name)
-    return tuple(found)
-
-
 def pool_limits(cluster: Cluster, limit_bytes: int) -> tuple[int, ...]:
     """Bytes a plan may use on a device of each pool: its own default, or the limit where another one is asked for."""
     if limit_bytes != default_limit_bytes(cluster) or cluster.limit_bytes is not None:
@@ -62,7 +44,9 @@ class UnlikeBench(Workbench):
     def __init__(self, task: Task, pools: Sequence[Task], tell: Progress, *, tiers: bool = False) -> None:
         kinds = {mine.device.kind for mine in pools}
         if len(kinds) > 1:
-            raise ClusterError(f"{task.cluster.name}: pools of {' and '.join(sorted(kinds))} devices make no common plan")
+            raise ClusterError(
+                f"{task.cluster.name}: pools of {' and '.join(sorted(kinds))} devices make no common plan"
+            )
         super().__init__(task, tell, tiers=tiers)
         self.benches = tuple(Workbench(mine, tell, tiers=tiers) for mine in pools)
         self.counts = Counter(self.regions)
@@ -111,9 +95,7 @@ class UnlikeBench(Workbench):
         """The stage solve of a shape; the regions of pool p are numbered from p x regions on."""
         mine = [bench.problem(shape) for bench in self.benches]
         size = len(self.chain.parts)
-        lines = [
-            replace(found.line, regions=tuple(p * size + r for r in self.regions)) for p, found in enumerate(mine)
-        ]
+        lines = [replace(found.line, regions=tuple(p * size + r for r in self.regions)) for p, found in enumerate(mine)]
         options: list[Sequence[Option]] = [group for found in mine for group in found.options]
         pools = tuple(Pool(line, found.change, found.memory) for line, found in zip(lines, mine, strict=True))
         return StageProblem(
@@ -140,4 +122,3 @@ class UnlikeBench(Workbench):
 
 MOST_TABLES = 256
 """Tables of bounds that are kept."""
-
