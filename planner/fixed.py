@@ -108,6 +108,8 @@ class Fixed:
         division, trial, found = self.division, self.trial, []
         for part in range(4):
             least = {r: float(times[:, part].min()) for r, times in division.times.items()}
+            if part == 1 and trial.ready.splits:  # the halves run apart, and each may be at its least
+                least = {r: float((t[:, 1] - t[:, 2]).min() + t[:, 2].min()) for r, t in division.times.items()}
             found.append([sum(n * least[r] for r, n in runs.items()) for runs in division.runs])
         sides = sorted({(o.entry, o.exit) for r in division.regions for o in trial.problem.options[r]})
         sends = [[trial.sends(s, *span, side) for side in sides] for s, span in enumerate(division.spans)]

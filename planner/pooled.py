@@ -33,6 +33,9 @@ RANGES = 12
 MOVES = 400
 """Moves of the first division at the most."""
 
+MOST_INSIDE = 2000
+"""Beginnings of divisions that are looked at in listing them."""
+
 Fences = tuple[list[int], list[int]]
 """By rank (and the end): the first unit it can begin with, and the last."""
 
@@ -118,6 +121,20 @@ class PooledBound(Bounded):
             if end == last[rank] or last[rank + 1] < first[rank + 1]:
                 return None
         return (first, last) if first[0] == 0 and last[-1] == count else None
+
+    def inside(self, most: float, count: int) -> list[tuple[int, ...]] | None:
+        """Every division that may be done within `most` seconds; None where there are more than `count`."""
+        stages, last = self.problem.pipeline.stages, len(self.problem.line)
+        fences = self.fences(most) if self.problem.pipeline.chunks == 1 else None
+        if fences is None and self.problem.pipeline.chunks == 1:
+            return []
+        low, high = fences or ([*range(stages), last], [0, *(last - (stages - s) for s in range(1, stages + 1))])
+        found: list[tuple[int, ...]] = [(0,)]
+        for s in range(1, stages + 1):
+            found = [(*cuts, c) for cuts in found for c in range(max(low[s], cuts[-1] + 1), high[s] + 1)]
+            if len(found) > MOST_INSIDE:
+                return None
+        return found if len(found) <= count else None
 
     def arcs(self, fences: Fences) -> list[list[tuple[int, int]]]:
         """The intervals of every rank that the fences leave."""

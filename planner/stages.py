@@ -14,21 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from .counts import best_counts
-from .division import Division
 from .fixed import TRIES, Fixed
 from .labels import FEW, GRID, MOST, Bags, Limit
 from .master import Master, PathRow
 from .options import end_to_end
 from .outer import outer_bound
 from .paths import makespan
-from .pooled import PooledBound, neighbours
 from .program import INFINITE
-from .screen import Held as Live
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
-from .trial import merged
+from .walk import Walk
 
 NEAR = (0.0, 0.1, 0.3)
 """Which mixtures of an arc the first search for a better plan looks at (0: the quickest)."""
@@ -48,25 +44,11 @@ WIDE = 2e-3
 ROUNDS = 8
 """Solves per shape: each adds the critical paths of the plan found before."""
 
-MOVES = 24
-"""Divisions over unlike devices that are solved at the most."""
-
-NEAREST = 8
-"""Of its neighbours, so many are simulated to see which comes first."""
-
-OUTER_ARCS = 1500
-"""Intervals of all stages up to which their program is solved for a bound, over `OUTER_ROWS` paths."""
-
-OUTER_ROWS = 60
-
-FAR = 1e3
-"""How many times longer than its least a step over unlike devices is looked for; beyond, memory is what is short."""
-
 FEW_UNITS = 12
 """Units of one stage up to which all its mixtures are listed; beyond, a program over counts is quicker."""
 
 
-class StageSolve(Division):
+class StageSolve(Walk):
     """One run of the stage solve."""
 
     def run(self) -> StageSolution:
@@ -74,7 +56,7 @@ class StageSolve(Division):
         line, count = self.problem.line, self.p.stages
         if len(line) < count:
             return StageSolution(None, INFINITE, INFINITE)
-        return self._pooled() if self.problem.pools else self._alike()
+        return self._unlike() if self.problem.pools else self._alike()
 
     def _alike(self) -> StageSolution:
         """Equal devices."""
@@ -117,64 +99,6 @@ class StageSolve(Division):
             return self._solution(limit - found.slack, 0)
         return self._close(found, limit)
 
-    def _pooled(self) -> StageSolution:
-        """Unlike devices: one division even in seconds and memory, then neighbours of the best while they help.
-
-        The bound is one for all divisions (planner/pooled.py).
-        """
-        held = Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
-        bounded = PooledBound(self.problem, held, self.ready.splits)
-        longest = FAR * max(pool.line.before[-1] for pool in self.problem.pools) * self.p.microbatches
-        most = min(self.limit, longest)
-        low = bounded.seconds(0.0, most)
-        if low >= self.limit * (1 - self.gap):
-            return StageSolution(None, INFINITE, min(low, self.limit))
-        if low >= longest:
-            return StageSolution(None, INFINITE, INFINITE)
-        tries = self._walk(bounded, bounded.first(low, most), low)
-        if self.best is None:
-            return StageSolution(None, INFINITE, low)
-        if self.p.chunks == 1 and low < self.seconds * (1 - self.gap):
-            low = max(low, self._pooled_outer(bounded))
-        return self._solution(low, tries)
-
-    def _walk(self, bounded: PooledBound, cuts: list[int], low: float) -> int:
-        """Solve a division, then neighbours of the best as long as they help; returns how many were solved."""
-        best, tried, queue = INFINITE, set[tuple[int, ...]](), [cuts]
-        while queue and len(tried) < MOVES and low < self.seconds * (1 - self.gap):
-            cuts, known = queue.pop(0), self.seconds
-            tried.add(tuple(cuts))
-            found = Fixed(self, list(pairwise(cuts))).solve(min(self.seconds, self.limit))
-            # Above the limit nothing is looked for: what the division takes at the least shows the way.
-            found = self.seconds if self.seconds < known else found
-            if found < best or len(tried) == 1:
-                best = found
-                queue = self._beside_of(bounded, [c for c in neighbours(cuts) if tuple(c) not in tried])
-        return len(tried)
-
-    def _beside_of(self, bounded: PooledBound, found: list[list[int]]) -> list[list[int]]:
-        """Neighbours in the order in which they are tried: by seconds and memory, the first few by their least step."""
-        ranked = sorted(found, key=lambda c: (bounded.judged(c), c))
-
-        def least(cuts: list[int]) -> float:
-            step = makespan(self.compiled, self.placement, *Fixed(self, list(pairwise(cuts))).least())[0]
-            return max(step, bounded.judged(cuts))
-
-        return [*sorted(ranked[:NEAREST], key=lambda c: (least(c), c)), *ranked[NEAREST:]]
-
-    def _pooled_outer(self, bounded: PooledBound) -> float:
-        """A bound over the paths met, for divisions inside the fences of the best step; 0 where they leave too many."""
-        limit = min(self.seconds, self.limit)
-        fences = bounded.fences(limit)
-        if fences is None:
-            return limit
-        met, self.paths = self.paths, []
-        self._seed()
-        self.paths += met  # the last ones are looked at: those of the divisions tried
-        arcs = bounded.arcs(fences)
-        rows = self._rows()[-OUTER_ROWS:]
-        return outer_bound(self, rows, limit, arcs) if sum(map(len, arcs)) <= OUTER_ARCS else 0.0
-
     def _wide(self, arcs: list[list[tuple[int, int]]]) -> StageSolution:
         """Where a gap of some thousandths will do: a better plan among a few mixtures of each arc, bounded without listing all."""
         limit = min(self.seconds, self.limit)
@@ -193,12 +117,6 @@ class StageSolve(Division):
         for s, mine in enumerate(line.arcs(self.p.stages, self.limit / m)):
             ends = {j for i, j in mine if i in ends and self._floor(s, i, j) + self._beside(i) <= self.limit}
         return len(line) not in ends
-
-    def _solution(self, bound: float, rounds: int) -> StageSolution:
-        if self.best is None:
-            return StageSolution(None, INFINITE, bound)
-        stages = tuple(Held(c.start, c.end, c.picks, *c.layouts, *c.time) for c in self.best)
-        return StageSolution(stages, self.seconds, min(max(bound, self.least), self.seconds), self.coarse.flat, rounds)
 
     def _single(self) -> StageSolution:
         """One stage: the step is microbatches x (forward + backward) + finish, so one column of seconds is exact."""
@@ -308,10 +226,6 @@ class StageSolve(Division):
             {(i, j): room for (i, j), room in mine.items() if i in ahead[s] and j in behind[s + 1]}
             for s, mine in enumerate(kept)
         ]  # fmt: skip
-
-    def _rows(self) -> list[PathRow]:
-        unique = {tuple(sorted(path.counts.items())): path for path in self.paths}
-        return [PathRow(path, self.p.stages) for path in unique.values()]
 
     def _room(self, rows: Sequence[PathRow], stage: int, start: int, end: int, limit: float) -> Limit | None:
         """The tightest limit that a path puts on the seconds of one arc; None where even the least breaks it."""
