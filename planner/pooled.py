@@ -4,7 +4,8 @@ One chunk a rank. What a rank of a pool may hold within T seconds and its memory
 ranks from the front reach, and from the back, are fences that every division keeps; where they cross, T is a bound. A unit before
 a rank counts with the least seconds of the pools that the fences leave to it.
 
-Several chunks a rank. Every pool has n ranks with T seconds and a room of bytes each; shares of the units may go anywhere:
+Several chunks a rank have one division, as on equal devices: units go where ranks are fast and have room. What any division takes
+is bounded first: every pool has n ranks with T seconds and a room of bytes each, and shares of the units may go anywhere:
 
     T >= sum over regions of units x min over pools of (w x seconds + v x bytes)  -  sum over pools of n x v x room
 
@@ -14,7 +15,8 @@ for all prices w of a second and v of a byte of each pool with sum of n x w = 1 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -30,8 +32,11 @@ POWER = 12.0
 RANGES = 12
 """Stages up to which any row of neighbouring borders moves together; beyond, single borders and rows from either end."""
 
-MOVES = 400
+PASSES = 300
 """Moves of the first division at the most."""
+
+SHORT = 1.02
+"""Memory counts in the one division of several chunks where it makes the slowest rank so much slower."""
 
 MOST_INSIDE = 2000
 """Beginnings of divisions that are looked at in listing them."""
@@ -86,7 +91,23 @@ class PooledBound(Bounded):
         if len(self.problem.line) < p.stages:
             return low
         low = max(low, self._alone())
-        return max(low, self._shared()) if p.chunks > 1 else self._free(low, most)
+        if p.chunks == 1:
+            return self._free(low, most)
+        low = max(low, self._shared())
+        return low if low >= most else max(low, max(self._rank(r, self.division) for r in range(p.ranks)))
+
+    @cached_property
+    def division(self) -> list[int]:
+        """Several chunks a rank: their one division, by seconds, and by memory too where that is short."""
+        cuts = self._moved(self._by_speed(), self._quick)
+        seconds, held = (max(rank(r, cuts) for r in range(len(self.local))) for rank in (self._quick, self._rank))
+        return cuts if held <= seconds * SHORT else self._moved(cuts, self._rank)
+
+    def _quick(self, rank: int, cuts: Sequence[int]) -> float:
+        line = self.problem.pools[self.problem.at[rank]].line
+        stages = self.local[rank]
+        busy = sum(line.seconds(cuts[s], cuts[s + 1]) for s in stages)
+        return self.problem.pipeline.microbatches * busy + float(self.ahead[cuts[stages[0]]])
 
     def _alone(self) -> float:
         """One microbatch passes every unit and comes back, without the weight halves where they are put off."""
@@ -183,11 +204,11 @@ class PooledBound(Bounded):
     def first(self, low: float, most: float) -> list[int]:
         """A division to begin with: seconds and memory of every rank even."""
         p = self.problem.pipeline
-        if p.chunks == 1:
-            found = self.fences(self._free(low, most) * (1 + 4e-3))
-            if found is not None:
-                return self._moved(_apart([(a + b) // 2 for a, b in zip(*found, strict=True)], len(self.problem.line)))
-        return self._moved(self._by_speed())
+        found = self.fences(self._free(low, most) * (1 + 4e-3)) if p.chunks == 1 else None
+        if found is None:
+            return self.division
+        middle = [(a + b) // 2 for a, b in zip(*found, strict=True)]
+        return self._moved(_apart(middle, len(self.problem.line)), self._rank)
 
     def _by_speed(self) -> list[int]:
         """Every stage as many units of the mean as its pool is fast."""
@@ -213,22 +234,21 @@ class PooledBound(Bounded):
         tables = self.each[self.problem.at[rank]]
         return max(tables.rank(mine, v) for v in self._live(rank)) + float(self.ahead[mine[0][0]])
 
-    def _moved(self, cuts: list[int]) -> list[int]:
-        """The nearest division that no neighbour looks better than."""
+    def _moved(self, cuts: list[int], seconds_of: Callable[[int, Sequence[int]], float]) -> list[int]:
+        """Borders moved while that makes the mean of the ranks' seconds shorter."""
         rank_of = {s: r for r, stages in enumerate(self.local) for s in stages}
-        seconds = [self._rank(r, cuts) for r in range(len(self.local))]
-        for _ in range(MOVES):
-            known, best = self._mean(seconds), None
-            for other in neighbours(cuts):
+        seconds = [seconds_of(r, cuts) for r in range(len(self.local))]
+        for _ in range(PASSES):
+            known = self._mean(seconds)
+            for other in list(neighbours(cuts)):
                 ends = [s for s in range(len(cuts) - 1) if (cuts[s], cuts[s + 1]) != (other[s], other[s + 1])]
-                changed = {r: self._rank(r, other) for r in {rank_of[s] for s in ends}}
+                changed = {r: seconds_of(r, other) for r in sorted({rank_of[s] for s in ends})}
                 found = [changed.get(r, x) for r, x in enumerate(seconds)]
-                value = self._mean(found)
-                if value < known * (1 - 1e-9):
-                    known, best = value, (other, found)
-            if best is None:
+                if self._mean(found) < self._mean(seconds) * (1 - 1e-9):
+                    cuts, seconds = other, found
+                    break
+            if self._mean(seconds) >= known:
                 break
-            cuts, seconds = best
         return cuts
 
 

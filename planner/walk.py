@@ -24,6 +24,9 @@ from .trial import merged
 MOVES = 24
 """Divisions that are solved at the most in looking for a better one."""
 
+FEW_MOVES = 4
+"""The same with several chunks a rank, where the first division is what is bounded."""
+
 EVERY = 48
 """Divisions up to which all are solved."""
 
@@ -75,7 +78,9 @@ class Walk(Division):
         self._walk(bounded, bounded.first(low, most), low)
         if self.best is None:
             return StageSolution(None, INFINITE, low)
-        if low < self.seconds * (1 - self.gap):
+        if self.p.chunks > 1:
+            low = max(low, min(self.tried[tuple(bounded.division)], self.seconds))
+        elif low < self.seconds * (1 - self.gap):
             low = max(low, self._every(bounded))
         if self.p.chunks == 1 and low < self.seconds * (1 - self.gap):
             low = max(low, self._pooled_outer(bounded))
@@ -83,8 +88,8 @@ class Walk(Division):
 
     def _walk(self, bounded: PooledBound, cuts: list[int], low: float) -> None:
         """Solve a division, then neighbours of the best as long as they help."""
-        best, queue = INFINITE, [cuts]
-        while queue and len(self.tried) < MOVES and low < self.seconds * (1 - self.gap):
+        best, queue, most = INFINITE, [cuts], MOVES if self.p.chunks == 1 else FEW_MOVES
+        while queue and len(self.tried) < most and low < self.seconds * (1 - self.gap):
             cuts, known = queue.pop(0), self.seconds
             found = self._division(cuts)
             # Above the limit nothing is looked for: what the division takes at the least shows the way.
