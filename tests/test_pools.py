@@ -61,7 +61,10 @@ def instance(seed: int) -> StageProblem:
         slower = rng.choice((1.0, 1.0, 2.0, 3.0))
         mine = [[_drawn(rng, p * kinds + r, slower) for _ in range(rng.randint(1, 2))] for r in range(kinds)]
         line = Line.of(range(kinds), [[(o.forward, o.backward) for o in group] for group in mine])
-        line = Line.of([p * kinds + r for r in regions], [[(0.0, 0.0)]] * p * kinds + [[(o.forward, o.backward) for o in g] for g in mine])
+        line = Line.of(
+            [p * kinds + r for r in regions],
+            [[(0.0, 0.0)]] * p * kinds + [[(o.forward, o.backward) for o in g] for g in mine],
+        )
         least = sum(min(o.static + o.gradient + o.saved for o in mine[r]) for r in regions) / ranks
         cap = float(round(least * rng.choice((0.9, 1.3, 2.0, 4.0)) + 15))
         pools.append(Pool(line, {}, Memory(cap)))
@@ -97,7 +100,9 @@ def plans(mine: StageProblem) -> Iterator[float]:
     for inner in itertools.combinations(range(1, len(mine.line)), p.stages - 1):
         cuts = (0, *inner, len(mine.line))
         stage_of = [s for s in range(p.stages) for _ in range(cuts[s], cuts[s + 1])]
-        groups = [mine.options[mine.at[placement[s]] * size + r] for s, r in zip(stage_of, mine.line.regions, strict=True)]
+        groups = [
+            mine.options[mine.at[placement[s]] * size + r] for s, r in zip(stage_of, mine.line.regions, strict=True)
+        ]
         for picked in itertools.product(*groups):
             stages = [picked[i:j] for i, j in itertools.pairwise(cuts)]
             if all(_holds(mine, lists[r], r, stages, placement) for r in range(p.ranks)):
