@@ -27,6 +27,9 @@ MOVES = 24
 FEW_MOVES = 4
 """The same with several chunks a rank, where the first division is what is bounded."""
 
+LOST = 8
+"""The same while nothing fits."""
+
 EVERY = 48
 """Divisions up to which all are solved."""
 
@@ -89,7 +92,11 @@ class Walk(Division):
     def _walk(self, bounded: PooledBound, cuts: list[int], low: float) -> None:
         """Solve a division, then neighbours of the best as long as they help."""
         best, queue, most = INFINITE, [cuts], MOVES if self.p.chunks == 1 else FEW_MOVES
-        while queue and len(self.tried) < most and low < self.seconds * (1 - self.gap):
+        while (
+            queue
+            and len(self.tried) < (most if self.best is not None else min(most, LOST))
+            and low < self.seconds * (1 - self.gap)
+        ):
             cuts, known = queue.pop(0), self.seconds
             found = self._division(cuts)
             # Above the limit nothing is looked for: what the division takes at the least shows the way.
