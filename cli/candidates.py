@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..planner.cluster import Cluster, pool_names
 from ..planner.plan import Plan, ShapeRecord
 from .figures import bytes_text, seconds_text
 
@@ -101,14 +102,26 @@ def _is_own(plan: Plan, record: ShapeRecord) -> bool:
     size = record.micro_batch in (0, pipeline.micro_batch)
     kind = pipeline.ranks == 1 or (record.schedule, record.chunks) == (pipeline.schedule, pipeline.chunks)
     found = record.step_seconds is not None and record.microbatches == pipeline.microbatches
-    return same and size and kind and found and not plan.edited
+    return same and size and kind and found and record.pools == _pool_order(plan) and not plan.edited
+
+
+def _pool_order(plan: Plan) -> tuple[int, ...]:
+    if not plan.pools:
+        return ()
+    names = pool_names(Cluster.from_dict(plan.cluster))
+    return tuple(names.index(pool.name) for pool in plan.pools)
+
+
+def _pools(record: ShapeRecord) -> str:
+    """ " (pools 2 1)": the order in which the pipeline meets pools of unlike devices."""
+    return f" (pools {' '.join(str(p + 1) for p in record.pools)})" if record.pools else ""
 
 
 def _cells(record: ShapeRecord) -> dict[str, str]:
     """A candidate as text: "4 of 16" are four microbatches of 16 samples, "zbv x 2" two chunks a rank."""
     count = str(record.microbatches)
     return {
-        "mesh": " ".join(f"{name}={size}" for name, size in record.mesh.items()),
+        "mesh": " ".join(f"{name}={size}" for name, size in record.mesh.items()) + _pools(record),
         "schedule": "" if record.schedule == "none" else _schedule(record.schedule, record.chunks),
         "microbatches": f"{count} of {record.micro_batch}" if record.micro_batch else count,
         "bound": seconds_text(record.bound_seconds) if record.bound_seconds is not None else "",

@@ -16,7 +16,10 @@ _AWAY = {"params": "parameters"}
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """Neighbouring stages that run the same: their numbers, ranks, runs, seconds of a microbatch, the larger peak."""
+    """Neighbouring stages that run the same: their numbers, ranks, runs, seconds of a microbatch, the larger peak.
+
+    `pool` names their devices where a cluster has several kinds.
+    """
 
     stages: str
     ranks: str
@@ -25,6 +28,7 @@ class StageRow:
     backward: str
     finish: str
     peak: str
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +110,22 @@ def _goes_on(plan: Plan, group: Sequence[int], stage: StagePlan) -> bool:
 
 def _alike(stage: StagePlan) -> tuple[str, ...]:
     seconds = (stage.forward_seconds, stage.backward_seconds, stage.finish_seconds)
-    return (_stage_runs(stage), *map(seconds_text, seconds))
+    return (_stage_runs(stage), *map(seconds_text, seconds), stage.pool)
 
 
 def _row(plan: Plan, group: Sequence[int]) -> StageRow:
     first, last = plan.stages[group[0]], plan.stages[group[-1]]
     peak = max(plan.stages[i].peak_bytes for i in group)
-    runs, forward, backward, finish = _alike(first)
+    runs, forward, backward, finish, pool = _alike(first)
     return StageRow(
-        _span(group[0], group[-1]), _span(first.rank, last.rank), runs, forward, backward, finish, bytes_text(peak)
+        _span(group[0], group[-1]),
+        _span(first.rank, last.rank),
+        runs,
+        forward,
+        backward,
+        finish,
+        bytes_text(peak),
+        pool,
     )
 
 

@@ -177,9 +177,12 @@ def _stages(plan: Plan) -> list[RenderableType]:
     if not rows:
         return []
     title = "Stages: seconds of one microbatch, peak of the rank"
-    made = table("stage", "rank", "runs", "forward", "backward", "peak", title=title, right=(3, 4, 5))
+    pools = ("devices",) if plan.pools else ()
+    right = tuple(k + len(pools) for k in (3, 4, 5))
+    made = table("stage", "rank", *pools, "runs", "forward", "backward", "peak", title=title, right=right)
     for row in rows[:_MOST_STAGES]:
-        made.add_row(row.stages, row.ranks, Text(row.runs), row.forward, row.backward, row.peak)
+        where = [Text(row.pool) for _ in pools]
+        made.add_row(row.stages, row.ranks, *where, Text(row.runs), row.forward, row.backward, row.peak)
     left = len(rows) - _MOST_STAGES
     return [Group(made, Text(f"{left} more rows of stages (the report has all)")) if left > 0 else made]
 

@@ -33,13 +33,14 @@ class StageFigures:
 
 @dataclass(frozen=True)
 class Appraisal:
-    """A plan's figures. `memory` is by cause at the peak of the fullest rank."""
+    """A plan's figures. `memory` is by cause at the peak of the fullest rank, as a share of its limit, `limit_bytes`."""
 
     step_seconds: float
     seconds: dict[str, float]
     memory: dict[str, int]
     stages: tuple[StageFigures, ...]
     traffic: tuple[Traffic, ...]
+    limit_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -49,17 +50,20 @@ class Appraisal:
 def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> Appraisal:
     """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
     ready, count = bench.ready(shape), shape.pp * shape.chunks
-    change = bench.change(shape)
-    times = [end_to_end(options[cuts[s] : cuts[s + 1]], change) for s in range(count)]
-    sends = [
-        bench.send(shape, cuts[s + 1], options[cuts[s + 1] - 1].exit)[0] if s + 1 < count else 0.0 for s in range(count)
+    changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
+    times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
+    handed = [
+        (0.0, 0.0),
+        *(bench.hand(shape, s, cuts[s], options[cuts[s] - 1].exit) for s in range(1, count)),
+        (0.0, 0.0),
     ]
-    backs = [bench.send(shape, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
+    sends = [handed[s + 1][0] for s in range(count)]
+    backs = [bench.hand(shape, s, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
     forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
     step, _ = makespan(ready.compiled, ready.placement, forward, backward, weight, sends, backs, finish)
-    memory = [_memory(bench, shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
-    peaks = [sum(m.values()) for m in memory]
-    fullest = max(range(shape.pp), key=lambda r: (peaks[r], -r))
+    memory = [_memory(bench.on(shape, r), shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
+    peaks, limits = [sum(m.values()) for m in memory], [bench.on(shape, r).task.limit_bytes for r in range(shape.pp)]
+    fullest = max(range(shape.pp), key=lambda r: (peaks[r] / limits[r], peaks[r], -r))
     stages = tuple(
         StageFigures(cuts[s], cuts[s + 1], ready.placement[s], *times[s], math.ceil(peaks[ready.placement[s]]))
         for s in range(count)
@@ -68,9 +72,12 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
     return Appraisal(
         step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
         (
-            *_traffic(bench, shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]),
+            *_traffic(
+                bench.on(shape, busiest), shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]
+            ),
             *_handed(bench, shape, ready.local[busiest], ready.placement, cuts, options),
         ),
+        limits[fullest],
     )  # fmt: skip
 
 
@@ -158,10 +165,12 @@ def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Predictio
     """The figures a plan reports."""
     outline, seconds, devices = bench.task.outline, found.step_seconds, shape.devices
     flops = sum(op.flops + op.backward_flops for op in outline.ops if op.kind in FLOPS_KINDS)
-    costs = bench.fronts.costs(shape.tp, shape.cp)
+    costs = bench.on(shape, 0).fronts.costs(shape.tp, shape.cp)
     sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
     errors = [e for known in costs.sources.values() for e in known.values()]
-    peak = bench.task.device.peak(bench.task.setting.precision.compute)
+    compute = bench.task.setting.precision.compute
+    peaks = [pool.device.peak(compute) * pool.devices for pool in bench.task.cluster.pool_list()]
+    peak = math.fsum(peaks) / bench.task.cluster.devices
     return Prediction(
         step_seconds=seconds,
         tokens_per_second_per_device=outline.tokens / seconds / devices if seconds else 0.0,

@@ -290,6 +290,24 @@ def default_limit_bytes(cluster: Cluster) -> int:
     return min(int(device.memory_bytes * (1.0 - device.reserve_fraction)) for device in devices)
 
 
+def unlike(cluster: Cluster) -> bool:
+    """Whether a cluster has several pools."""
+    return len(cluster.pools) > 1
+
+
+def pool_names(cluster: Cluster) -> tuple[str, ...]:
+    """The name of every pool, each once: "h100-sxm:8x2", and "h100-sxm:8x2 (2)" for a second one."""
+    found: list[str] = []
+    for pool in cluster.pool_list():
+        name = base = pool.name or pool.device.name
+        k = 1
+        while name in found:
+            k += 1
+            name = f"{base} ({k})"
+        found.append(name)
+    return tuple(found)
+
+
 def join_pools(name: str, pools: Sequence[Pool], outer: Level, spec: str = "") -> Cluster:
     """One cluster of several pools in rank order, joined by `outer` (its span is set to all ranks).
 

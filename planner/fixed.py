@@ -82,8 +82,10 @@ class Fixed:
 
     def solve(self, limit: float) -> float:
         """Look for plans below `limit`; returns a bound for all plans of the division (inf: none fits)."""
-        least = self._least()
-        low = makespan(self.trial.compiled, self.trial.placement, *least)[0]
+        least = self.least()
+        low, path = makespan(self.trial.compiled, self.trial.placement, *least)
+        if self.trial.problem.pools:
+            self.trial.paths.append(path)  # other divisions are tried, and bounded together
         if self._enough(low, limit):
             return low
         scale = 1e3 / limit if limit < INFINITE else 1e3 / max(low, 1e-12)
@@ -101,11 +103,13 @@ class Fixed:
     def _enough(self, low: float, seconds: float) -> bool:
         return low >= seconds * (1 - self.trial.gap)
 
-    def _least(self) -> Table:
+    def least(self) -> Table:
         """The least seconds of every stage, each part by itself."""
         division, trial, found = self.division, self.trial, []
         for part in range(4):
             least = {r: float(times[:, part].min()) for r, times in division.times.items()}
+            if part == 1 and trial.ready.splits:  # the halves run apart, and each may be at its least
+                least = {r: float((t[:, 1] - t[:, 2]).min() + t[:, 2].min()) for r, t in division.times.items()}
             found.append([sum(n * least[r] for r, n in runs.items()) for runs in division.runs])
         sides = sorted({(o.entry, o.exit) for r in division.regions for o in trial.problem.options[r]})
         sends = [[division.sends(s, side) for side in sides] for s in range(len(division.arcs))]
@@ -188,7 +192,7 @@ class Fixed:
         return self.trial.attempt(tuple(found))
 
     def _column(self, s: int, taken: Mapping[int, list[int]]) -> Column | None:
-        problem, (start, end) = self.trial.problem, self.spans[s]
+        problem, (start, end) = self.trial.here[s], self.spans[s]
         picked = {r: [problem.options[r][k] for k in mine] for r, mine in taken.items()}
         units = in_order(problem.line.regions[start:end], picked, problem.change)
         if not units:
@@ -198,7 +202,7 @@ class Fixed:
         layouts = units[0].entry, units[-1].exit
         return Column(
             s, start, end, layouts, end_to_end(units, problem.change), tuple(held.tolist()), max(o.work for o in units),
-            tuple(place[id(o)] for o in units), self.trial.sends(start, end, layouts),
+            tuple(place[id(o)] for o in units), self.trial.sends(s, start, end, layouts),
         )  # fmt: skip
 
 

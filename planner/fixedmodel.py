@@ -38,7 +38,7 @@ class Divided:
         self.runs = [dict[int, int]() for _ in arcs]
         for s, mine in enumerate(arcs):
             for start, end in mine:
-                for region, count in self.units(start, end).items():
+                for region, count in self.units(s, start, end).items():
                     self.runs[s][region] = max(self.runs[s].get(region, 0), count)
         self.regions = sorted({r for runs in self.runs for r in runs})
         self.times: dict[int, Floats] = {
@@ -46,21 +46,21 @@ class Divided:
             for r in self.regions
         }
 
-    def units(self, start: int, end: int) -> dict[int, int]:
-        """Units of each region in an interval."""
+    def units(self, s: int, start: int, end: int) -> dict[int, int]:
+        """Units of each region in an interval held by a stage."""
         found: dict[int, int] = {}
-        for region, count in self.trial.problem.line.runs(start, end):
+        for region, count in self.trial.here[s].line.runs(start, end):
             found[region] = found.get(region, 0) + count
         return found
 
     def working(self, s: int) -> float:
         """Working memory that a stage has in any plan."""
         options = self.trial.problem.options
-        return min(max(min(o.work for o in options[r]) for r in self.units(*arc)) for arc in self.arcs[s])
+        return min(max(min(o.work for o in options[r]) for r in self.units(s, *arc)) for arc in self.arcs[s])
 
     def sends(self, s: int, layouts: tuple[str, str]) -> tuple[float, float]:
         """The least seconds of handing on what leaves a stage, forward and back."""
-        found = [self.trial.sends(start, end, layouts) for start, end in self.arcs[s]]
+        found = [self.trial.sends(s, start, end, layouts) for start, end in self.arcs[s]]
         return min(f for f, _ in found), min(b for _, b in found)
 
     @cached_property
@@ -127,7 +127,7 @@ class Model:
             arcs = self.division.arcs[s]
             found[s] = [program.add(lower=float(len(arcs) == 1), whole=True) for _ in arcs]
             program.row([(v, 1.0) for v in found[s]], 1.0, 1.0)
-            units = [self.division.units(*arc) for arc in arcs]
+            units = [self.division.units(s, *arc) for arc in arcs]
             for r, variables in self.n[s].items():
                 held = [(v, -float(n[r])) for v, n in zip(found[s], units, strict=True) if r in n]
                 program.row([*((v, 1.0) for v in variables), *held], 0.0, 0.0)
@@ -209,18 +209,17 @@ class Model:
 
     def _handing(self, s: int) -> list[tuple[int, tuple[float, ...]]]:
         """What layouts cost in a stage: changes inside it, and what it hands on."""
-        found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change, 0.0, 0.0, 0.0, 0.0))]
+        found: list[tuple[int, tuple[float, ...]]] = [(self.layouts.changed[s], (*self._change(s), 0.0, 0.0, 0.0, 0.0))]
         for name, v in self.layouts.handed.get(s + 1, {}).items():
             found.append((v, (0.0, 0.0, 0.0, 0.0, self.division.sends(s, (name, name))[0], 0.0)))
         for name, v in self.layouts.handed[s].items():
             found.append((v, (0.0, 0.0, 0.0, 0.0, 0.0, self.division.sends(s, (name, name))[1])))
         return found
 
-    @cached_property
-    def _change(self) -> tuple[float, float]:
+    def _change(self, s: int) -> tuple[float, float]:
         """The least seconds of a change of layout; nothing where an option may itself be one."""
         turning = any(o.entry != o.exit for r in self.offered for o in self.options(r))
-        change = self.trial.problem.change.values()
+        change = self.trial.here[s].change.values()
         if turning or not change:
             return 0.0, 0.0
         return min(f for f, _ in change), min(b for _, b in change)

@@ -42,7 +42,6 @@ CLOSE = 5e-4
 
 WIDE = 3e-3
 
-
 TOLD = 100
 """Shapes bounded between two lines of progress."""
 
@@ -123,6 +122,10 @@ class Workbench:
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self.screen = Screen()
 
+    def on(self, shape: Arrangement, rank: int) -> Workbench:
+        """The bench of a pipeline rank's devices: this one where all are equal."""
+        return self
+
     # -- bounds
 
     def least(self, region: int, shape: Arrangement) -> tuple[float, float]:
@@ -147,7 +150,7 @@ class Workbench:
     def _bound(self, shape: Arrangement, line: Line) -> float:
         m, total = shape.microbatches, line.before[-1]
         # One microbatch passes every unit and comes back; where weight halves are put off, they may run side by side.
-        alone = line.forward(0, len(line)) if SCHEDULES[_schedule(shape)].splits_backward else total
+        alone = line.forward(0, len(line)) if SCHEDULES[schedule_of(shape)].splits_backward else total
         if shape.chunks > 1 or shape.pp == 1:
             return max(m * total / shape.pp, alone)
         key = (line.least, shape.pp)
@@ -170,7 +173,7 @@ class Workbench:
 
     def ready(self, shape: Arrangement) -> Ready:
         """The schedule of a shape, made once."""
-        name = _schedule(shape) if self.task.outline.training else "forward"
+        name = schedule_of(shape) if self.task.outline.training else "forward"
         key = (name, shape.pp, shape.chunks, shape.microbatches)
         if key not in self._ready:
             self._ready[key] = make_ready(*key)
@@ -237,7 +240,7 @@ class Workbench:
                 )
         line = Line.of(self.regions, [[(o.forward, o.backward) for o in found] for found in options])
         return StageProblem(
-            line, options, self.change(shape), Pipeline(shape.pp, shape.chunks, _schedule(shape), shape.microbatches),
+            line, options, self.change(shape), Pipeline(shape.pp, shape.chunks, schedule_of(shape), shape.microbatches),
             self.memory(), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
         )  # fmt: skip
 
@@ -271,6 +274,10 @@ class Workbench:
         seconds = send_seconds(self.task.cluster, self.crossing_bytes(shape, at, layout), stride, size=shape.pp)
         return seconds, seconds if self.task.outline.training else 0.0
 
+    def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
+        """As `send`, for what crosses into a stage."""
+        return self.send(shape, at, layout)
+
     def change(self, shape: Arrangement) -> Mapping[tuple[str, str], tuple[float, float]]:
         """Seconds of changing the layout of what crosses between units: a gather one way, a slice the other."""
         if shape.tp == 1 or not self.chain.borders:
@@ -281,7 +288,8 @@ class Workbench:
         return {("R", "S"): (0.0, back), ("S", "R"): (gather, 0.0)}
 
 
-def _schedule(shape: Arrangement) -> str:
+def schedule_of(shape: Arrangement) -> str:
+    """The schedule that is simulated."""
     return "1f1b" if shape.schedule == "none" else shape.schedule
 
 
@@ -299,8 +307,7 @@ class JointSearch:
 
     def run(self) -> Found:
         """Search to the end, or an interrupt once there is a plan. Raises PinError where no shape meets the pins."""
-        queue: list[_Open] = []
-        interrupted = False
+        queue, interrupted = list[_Open](), False
         try:
             for shape in self.shapes:
                 bound = self.bench.bound(shape)
@@ -389,5 +396,5 @@ def _talk(shape: Arrangement) -> float:
 def _told(shape: Arrangement, status: str, bound: float | None, seconds: float | None, reason: str = "") -> ShapeRecord:
     return ShapeRecord(
         shape.mesh(), shape.microbatches, status, bound, seconds, reason=reason, schedule=shape.schedule,
-        chunks=shape.chunks, micro_batch=shape.micro_batch,
+        chunks=shape.chunks, micro_batch=shape.micro_batch, pools=shape.pool_order,
     )  # fmt: skip

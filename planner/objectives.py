@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import PinError
 from .appraise import appraise
 from .arcs import Line
-from .cluster import Cluster
+from .cluster import Cluster, unlike
 from .costs import PriceBook
 from .joint import Found, Solved, Workbench
 from .options import Option
@@ -20,6 +20,7 @@ from .screen import Screen
 from .shapes import Arrangement
 from .spell import plan_of
 from .stageproblem import Held, StageSolution
+from .unlike import pool_limits
 
 if TYPE_CHECKING:
     from .solve import Request
@@ -36,7 +37,7 @@ def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     from .solve import make_bench
 
     bench, shapes = make_bench(
-        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=cluster.host is not None
+        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=has_host(cluster)
     )
     best: Cut | None = None
     for found in _smallest(bench, shapes):
@@ -64,9 +65,17 @@ def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request
     from .solve import make_bench
 
     bench, shapes = make_bench(
-        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=cluster.host is not None
+        outline, cluster, prices, replace(request, memory_limit_bytes=2**62), tiers=has_host(cluster)
     )
-    return any(peak <= request.memory_limit_bytes for _, _, _, peak in _smallest(bench, shapes))
+    limits = pool_limits(cluster, request.memory_limit_bytes) if unlike(cluster) else ()
+    for shape, cuts, options, peak in _smallest(bench, shapes):
+        if not limits and peak <= request.memory_limit_bytes:
+            return True
+        if limits:
+            stages = appraise(bench, shape, cuts, options).stages
+            if all(stage.peak_bytes <= limits[shape.pools[stage.rank]] for stage in stages):
+                return True
+    return False
 
 
 def limited(bench: Workbench, limit: int) -> Workbench:
@@ -93,33 +102,79 @@ def _smallest(bench: Workbench, shapes: Sequence[Arrangement]) -> Iterator[Cut]:
             plain[key] = shape
     for shape in plain.values():
         try:
-            options = [bench.options(r, shape) for r in range(len(bench.chain.parts))]
+            options = [_options(bench, shape, p) for p in shape.pool_order or (0,)]
         except PinError:
             continue
-        here = [[o for o in found if not (o.host or o.host_saved or o.disk)] for found in options]
+        here = [[[o for o in found if not (o.host or o.host_saved or o.disk)] for found in mine] for mine in options]
         for offered in (options, here):
-            if all(offered):
+            if all(all(mine) for mine in offered):
                 cuts, picked = _least(bench, shape, offered)
                 if housed(bench, shape, cuts, picked):
                     yield shape, cuts, picked, appraise(bench, shape, cuts, picked).peak_bytes
                     break
 
 
+def _options(bench: Workbench, shape: Arrangement, pool: int) -> list[list[Option]]:
+    """Every option of every region on a pool (on the only one where all devices are equal)."""
+    mine = bench.on(shape, shape.pools.index(pool)) if shape.pools else bench
+    return [mine.options(r, shape) for r in range(len(bench.chain.parts))]
+
+
 def _least(
-    bench: Workbench, shape: Arrangement, options: Sequence[Sequence[Option]]
+    bench: Workbench, shape: Arrangement, options: Sequence[Sequence[Sequence[Option]]]
 ) -> tuple[tuple[int, ...], tuple[Option, ...]]:
-    """Cuts and the option of every unit, each the smallest of those offered."""
+    """Cuts and the option of every unit, each the smallest of those offered (by pool in the order of the pipeline)."""
     alive = min(shape.microbatches, shape.pp)
-    small = [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in options]
-    small = _matched(small, options, alive)
-    line = Line.of(bench.regions, [[(_held(o, alive), 0.0)] for o in small])
-    return _cuts(line, shape.pp * shape.chunks), tuple(small[r] for r in bench.regions)
+    small = []
+    for offered in options:
+        least = [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in offered]
+        small.append(_matched(least, offered, alive))
+    if len({(o.entry, o.exit) for mine in small for o in mine}) > 1 and len(small) > 1:
+        small = _one_layout(small, options, alive)
+    line = Line.of(bench.regions, [[(_held(o, alive), 0.0)] for o in small[0]])
+    if not shape.pools:
+        return _cuts(line, shape.pp * shape.chunks), tuple(small[0][r] for r in bench.regions)
+    rooms = [bench.on(shape, rank).task.cluster.device.memory_bytes for rank in bench.ready(shape).placement]
+    cuts = _cuts_by_room(line, rooms)
+    places = [shape.pool_order.index(shape.pools[rank]) for rank in bench.ready(shape).placement]
+    picked = tuple(small[places[s]][bench.regions[u]] for s in range(len(rooms)) for u in range(cuts[s], cuts[s + 1]))
+    return cuts, picked
+
+
+def _one_layout(
+    small: list[list[Option]], options: Sequence[Sequence[Sequence[Option]]], alive: int
+) -> list[list[Option]]:
+    """The smallest options of every pool with one layout in all of them, where there is one."""
+    for layout in ("S", "R"):
+        same = [[[o for o in found if (o.entry, o.exit) == (layout, layout)] for found in mine] for mine in options]
+        if all(all(mine) for mine in same):
+            return [
+                [min(found, key=lambda o: (_held(o, alive) + o.work, o.seconds)) for found in mine] for mine in same
+            ]
+    return small
+
+
+def _cuts_by_room(line: Line, rooms: Sequence[float]) -> tuple[int, ...]:
+    """Every stage as large a share of the bytes as its devices have of the memory, and a unit at the least."""
+    cuts, total, taken = [0], sum(rooms), 0.0
+    for s, room in enumerate(rooms[:-1], 1):
+        taken += room
+        wanted = line.before[-1] * taken / total
+        low, high = cuts[-1] + 1, len(line) - (len(rooms) - s)
+        cuts.append(min(range(low, high + 1), key=lambda k: (abs(line.before[k] - wanted), k)))
+    return (*cuts, len(line))
+
+
+def has_host(cluster: Cluster) -> bool:
+    """Whether anything lies behind the devices of some pool."""
+    return any(pool.host is not None for pool in cluster.pool_list())
 
 
 def housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
     """Whether every rank's share of host memory and disk holds what lies there."""
-    ready, memory = bench.ready(shape), bench.memory()
-    for stages, live in zip(ready.local, ready.live, strict=True):
+    ready = bench.ready(shape)
+    for rank, (stages, live) in enumerate(zip(ready.local, ready.live, strict=True)):
+        memory = bench.on(shape, rank).memory()
         host = disk = 0.0
         for c, s in enumerate(stages):
             alive = max((vector[c] for vector in live), default=1)

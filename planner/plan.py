@@ -75,7 +75,10 @@ class RunPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StagePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A virtual stage: the pipeline rank it is on, what it holds, its seconds per microbatch and bytes at its rank's peak."""
+    """A virtual stage: the pipeline rank it is on, what it holds, its seconds per microbatch and bytes at its rank's peak.
+
+    `pool` names the devices of the rank where a cluster has several kinds.
+    """
 
     rank: int
     runs: tuple[RunPlan, ...]
@@ -83,6 +86,16 @@ class StagePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backward_seconds: float
     finish_seconds: float
     peak_bytes: int
+    pool: str = ""
+
+
+class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pool of a cluster of unlike devices: its pipeline ranks, and the limit of a device of it."""
+
+    name: str
+    device: str
+    ranks: int
+    memory_limit_bytes: int
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +164,10 @@ class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One candidate of the search: mesh and microbatches, its bound and value in seconds, and what became of it."""
+    """One candidate of the search: mesh and microbatches, its bound and value in seconds, and what became of it.
+
+    `pools` is the order of the pools of unlike devices along the pipeline.
+    """
 
     mesh: dict[str, int]
     microbatches: int
@@ -163,6 +179,7 @@ class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: str = "none"
     chunks: int = 1
     micro_batch: int = 0
+    pools: tuple[int, ...] = ()
 
 
 class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -203,5 +220,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     phase: str = ""
     goal: Goal | None = None
     frontier: tuple[Point, ...] = ()
+    pools: tuple[PoolPlan, ...] = ()
     edited: bool = False
     digest: str = ""

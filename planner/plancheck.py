@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..errors import ClusterError
+from .cluster import Cluster, pool_names
 from .placement import parse_state
 from .plan import OpPlan, ParameterPlan, Plan, RegionPlan
 
@@ -76,6 +78,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     if plan.stages and len(plan.stages) != pipeline.stages:
         yield f"stages: {len(plan.stages)} of them; expected the pipeline's {pipeline.stages}"
     yield from _runs(plan)
+    yield from _pools(plan)
     data = math.prod(axis.size for axis in plan.mesh if axis.role == "data")
     samples = pipeline.micro_batch * pipeline.microbatches * data
     if samples != plan.source.batch:
@@ -101,6 +104,39 @@ def _runs(plan: Plan) -> Iterator[str]:
     for name, region in known.items() if plan.stages else ():
         if held.get(name, 0) != region.repeats:
             yield f"stages: {held.get(name, 0)} instances of {name}; expected its {region.repeats} repeats"
+
+
+def _pools(plan: Plan) -> Iterator[str]:
+    """Every stage lies in the pool of its rank, and the ranks of the pools are the pipeline's."""
+    given = plan.cluster.get("pools") or ()
+    if len(given) < 2:
+        if plan.pools:
+            yield f"pools: {len(plan.pools)} of them; the cluster's devices are all equal"
+        for s, stage in enumerate(plan.stages):
+            if stage.pool:
+                yield f'stages[{s}].pool: {stage.pool!r}; expected "", the cluster\'s devices are all equal'
+        return
+    if not plan.stages:
+        return
+    try:
+        cluster = Cluster.from_dict(plan.cluster)
+    except ClusterError as error:
+        yield f"cluster: {error}"
+        return
+    size = math.prod(axis.size for axis in plan.mesh)
+    devices = {name: pool.devices for name, pool in zip(pool_names(cluster), cluster.pools, strict=True)}
+    if sorted(pool.name for pool in plan.pools) != sorted(devices):
+        yield f"pools: {', '.join(p.name for p in plan.pools) or 'none'}; expected each of {', '.join(devices)} once"
+        return
+    for i, pool in enumerate(plan.pools):
+        if pool.ranks * size != devices[pool.name]:
+            yield f"pools[{i}].ranks: {pool.ranks} ranks of {size} devices; expected the pool's {devices[pool.name]} devices"
+        if pool.memory_limit_bytes < 1:
+            yield f"pools[{i}].memory_limit_bytes: {pool.memory_limit_bytes}; expected a positive number of bytes"
+    owner = [pool.name for pool in plan.pools for _ in range(max(pool.ranks, 0))]
+    for s, stage in enumerate(plan.stages):
+        if 0 <= stage.rank < len(owner) and stage.pool != owner[stage.rank]:
+            yield f"stages[{s}].pool: {stage.pool!r}; rank {stage.rank} is one of {owner[stage.rank]}"
 
 
 def _regions(plan: Plan) -> Iterator[str]:

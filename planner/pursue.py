@@ -82,7 +82,8 @@ def pursue(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
     Raises Infeasible where nothing fits or meets the target, UsageError and PinError for what cannot be asked.
     """
     aim = settled(request.objective, aim, runnable=request.runnable)
-    one_kind(cluster)
+    if request.objective != "throughput" or aim.frontier:
+        one_kind(cluster, "a frontier" if aim.frontier else f"the objective {request.objective}")
     if aim.phase:
         request = replace(request, pins=_forward(request.pins, aim.phase))
     if request.objective == "memory":

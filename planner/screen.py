@@ -83,12 +83,13 @@ class Tables:
     def along(self, live: int) -> Floats:
         """Sums over the chain, (units + 1) x prices, of the least of every unit with so many microbatches alive."""
         if live not in self.sums:
-            least = {r: self._least(r, live) for r in self.seconds}
+            least = {r: self.least(r, live) for r in self.seconds}
             units = np.stack([least[r] for r in self.problem.line.regions])
             self.sums[live] = np.vstack([np.zeros((1, len(self.prices))), np.cumsum(units, axis=0)])
         return self.sums[live]
 
-    def _least(self, region: int, live: int) -> Floats:
+    def least(self, region: int, live: int) -> Floats:
+        """By price, the least seconds and bytes of a unit with so many microbatches alive."""
         seconds, found = self.seconds[region], self.problem.options[region]
         if not self.bounded:
             return np.array([float(seconds.min())])
@@ -111,6 +112,18 @@ class Tables:
             fits = good if fits is None else fits & good
         return count if fits is None or fits.all() else start + int(fits.argmin())
 
+    def back(self, end: int, live: Sequence[int], beside: Floats, most: float) -> int:
+        """The first start of an interval up to `end` that may be done within `most` seconds; `end` where there is none.
+
+        `beside` are the seconds of what comes before each position: they rise by no more than a unit takes.
+        """
+        fits = np.ones(end, dtype=bool)
+        for k in live:
+            sums = self.along(k)
+            spans = (sums[end] - sums[:end] - self.prices * self.room).max(axis=1)
+            fits &= spans + beside[:end] <= most * (1 + 1e-12)
+        return int(fits.argmax()) if fits.any() else end
+
 
 def _column(options: Sequence[Option], value: Callable[[Option], float]) -> Floats:
     return np.array([value(o) for o in options])
@@ -127,6 +140,7 @@ class Screen:
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, int, int, int], Held] = {}
+        self.pooled: dict[object, Tables] = {}
         self.tables: dict[object, Tables] = {}
 
     def seconds(self, problem: StageProblem, key: object, low: float, most: float) -> float:
@@ -139,17 +153,18 @@ class Screen:
             if len(self.tables) >= KEPT:
                 self.tables.clear()
             tables = self.tables[key, splits, p.stages == 1] = Tables(problem, splits)
-        held = self._held(name, p.ranks, p.chunks, p.microbatches) if problem.training else None
-        return _Bounded(problem, tables, held, splits).seconds(low, most)
+        held = self.held_by(name, p.ranks, p.chunks, p.microbatches) if problem.training else None
+        return Bounded(problem, tables, held, splits).seconds(low, most)
 
-    def _held(self, name: str, ranks: int, chunks: int, microbatches: int) -> Held:
+    def held_by(self, name: str, ranks: int, chunks: int, microbatches: int) -> Held:
+        """Who holds what, read once."""
         key = (name, ranks, chunks, microbatches)
         if key not in self.held:
             self.held[key] = held_of(*key)
         return self.held[key]
 
 
-class _Bounded:
+class Bounded:
     """One problem bounded."""
 
     def __init__(self, problem: StageProblem, tables: Tables, held: Held | None, splits: bool) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 
 from ..errors import PinError
 from .cluster import Cluster
@@ -19,13 +20,19 @@ FREE_SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
 CHUNKS = (2, 3, 4, 6, 8)
 """Chunks per rank searched without a pin."""
 
+MOST_POOLS = 3
+"""Pools whose orders along the pipeline are all tried; of more, the one given and its reverse."""
+
 MOST_RANKS = 64
 """Pipeline ranks searched without a pin."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Arrangement:
-    """One shape. `order` names the axes outermost first; `pieces` is into how many microbatches the whole batch is cut."""
+    """One shape. `order` names the axes outermost first; `pieces` is into how many microbatches the whole batch is cut.
+
+    On unlike devices `pools` is the pool of every pipeline rank: those of one pool come one after the other.
+    """
 
     pp: int
     dp: int
@@ -37,6 +44,7 @@ class Arrangement:
     microbatches: int
     micro_batch: int
     order: tuple[str, ...] = ("pp", "dp", "ep", "cp", "tp")
+    pools: tuple[int, ...] = ()
 
     @property
     def devices(self) -> int:
@@ -46,6 +54,11 @@ class Arrangement:
     def pieces(self) -> int:
         """Parts of the batch: data ranks times microbatches."""
         return self.dp * self.microbatches
+
+    @property
+    def pool_order(self) -> tuple[int, ...]:
+        """The pools as the pipeline meets them."""
+        return tuple(dict.fromkeys(self.pools))
 
     def sizes(self) -> dict[str, int]:
         """Ranks by axis; expert ranks are part of the data axis and take their place inside it."""
@@ -63,7 +76,8 @@ class Arrangement:
         pipeline = (
             f", {self.schedule}" + (f" of {self.chunks} chunks" if self.chunks > 1 else "") if self.pp > 1 else ""
         )
-        return f"{mesh}{pipeline}, {self.microbatches} microbatches of {self.micro_batch}"
+        pools = f", pools {' '.join(str(p + 1) for p in self.pool_order)}" if self.pools else ""
+        return f"{mesh}{pipeline}{pools}, {self.microbatches} microbatches of {self.micro_batch}"
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -95,6 +109,8 @@ def arrangements(cluster: Cluster, room: Room, pins: Pins) -> tuple[Arrangement,
 def _all(cluster: Cluster, room: Room, pins: Pins) -> Iterator[Arrangement]:
     inner = min((p.levels[0].ranks for p in cluster.pool_list()), default=1)
     for pp in _axis(pins, "pp", cluster.devices, min(MOST_RANKS, room.units)):
+        if any(pool.devices % (cluster.devices // pp) for pool in cluster.pools):
+            continue  # a rank of the pipeline would lie in two pools
         for tp in _axis(pins, "tp", cluster.devices // pp, max(inner, 1)):
             for cp in _axis(pins, "cp", cluster.devices // pp // tp, inner if room.context else 1):
                 dp = cluster.devices // pp // tp // cp
@@ -107,7 +123,12 @@ def _all(cluster: Cluster, room: Room, pins: Pins) -> Iterator[Arrangement]:
 def _timed(cluster: Cluster, room: Room, pins: Pins, axes: tuple[int, int, int, int, int]) -> Iterator[Arrangement]:
     pp, dp, ep, cp, tp = axes
     local = room.batch // dp
-    orders = axis_orders(cluster, {"pp": pp, "dp": dp // ep, "ep": ep, "cp": cp, "tp": tp})
+    rows = _pools(cluster, pp)
+    orders = (
+        axis_orders(cluster, {"pp": pp, "dp": dp // ep, "ep": ep, "cp": cp, "tp": tp})
+        if len(rows) == 1 and not rows[0]
+        else (("pp", "dp", "ep", "cp", "tp"),)
+    )
     if pp * ep * cp * tp > cluster.pool_list()[0].per_node:
         orders = orders[:1]  # a pipeline inside data parallelism pays where it stays inside a node
     for micro_batch in divisors(local):
@@ -115,8 +136,25 @@ def _timed(cluster: Cluster, room: Room, pins: Pins, axes: tuple[int, int, int, 
         if not _allowed(pins, "micro_batch", micro_batch) or (m > 1 and (room.blockers or not room.training)):
             continue
         for schedule, chunks in _pipelines(room, pins, pp, m):
-            for order in orders:
-                yield Arrangement(*axes, chunks, schedule, m, micro_batch, order)
+            for order, pools in product(orders, rows):
+                yield Arrangement(*axes, chunks, schedule, m, micro_batch, order, pools)
+
+
+def _pools(cluster: Cluster, pp: int) -> tuple[tuple[int, ...], ...]:
+    """The pool of every pipeline rank, for every order of the pools that differs; () where all devices are equal."""
+    pools = cluster.pools
+    if len(pools) < 2:
+        return ((),)
+    per = cluster.devices // pp
+    places = range(len(pools))
+    orders = permutations(places) if len(pools) <= MOST_POOLS else (tuple(places), tuple(reversed(places)))
+    found: dict[tuple[object, ...], tuple[int, ...]] = {}
+    for order in orders:
+        alike = tuple(
+            next(k for k in places if replace(pools[k], name="") == replace(pools[p], name="")) for p in order
+        )
+        found.setdefault(alike, tuple(p for p in order for _ in range(pools[p].devices // per)))
+    return tuple(found.values())
 
 
 def _pipelines(room: Room, pins: Pins, pp: int, m: int) -> Iterator[tuple[str, int]]:
@@ -168,6 +206,18 @@ def _allowed(pins: Pins, key: str, value: int) -> bool:
 
 def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
     """What leaves no shape, as far as one thing alone does."""
+    if len(cluster.pools) > 1:
+        sizes, most = [p.devices for p in cluster.pools], min(MOST_RANKS, room.units)
+        per = math.gcd(*sizes)
+        if pins.pp is None and sum(sizes) // per > most:
+            told = " and ".join(map(str, sizes))
+            return (
+                f"pools of {told} devices share pipeline ranks of at most {per}: at least {sum(sizes) // per} ranks, "
+                f"and a pipeline here has {most} at the most; make the sizes of the pools alike"
+            )
+        if pins.pp is not None and (sum(sizes) % pins.pp or any(s % (sum(sizes) // pins.pp) for s in sizes)):
+            told = " and ".join(map(str, sizes))
+            return f"pp={pins.pp} does not cut pools of {told} devices into equal ranks; {_cuts(sizes)}"
     stages = ""
     if pins.pp is not None and pins.pp * (pins.vpp or 1) > room.units:
         stages = f"pp={pins.pp} x {pins.vpp or 1} chunks is more stages than the model has units to cut ({room.units})"
@@ -180,6 +230,11 @@ def _why(cluster: Cluster, room: Room, pins: Pins) -> str:
         or _why_schedule(room, pins)
         or why_together(pins, cluster.devices, room.batch)
     )
+
+
+def _cuts(sizes: list[int]) -> str:
+    per = math.gcd(*sizes)
+    return "use pp=" + "|".join(str(sum(sizes) // k) for k in reversed(divisors(per)))
 
 
 def _why_schedule(room: Room, pins: Pins) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -14,14 +14,14 @@ from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import byte_masks, fused_attention, math_attention
 from .capability import check_pins
-from .cluster import Cluster
+from .cluster import Cluster, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
 from .joint import JointSearch, Task, Workbench
 from .legal import check_choices
 from .memory import Setting, facts
-from .objectives import housed
+from .objectives import has_host, housed
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -48,6 +48,7 @@ from .shapes import Arrangement, Room, arrangements, mesh_shapes
 from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
+from .unlike import UnlikeBench, pool_limits, pool_prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,11 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
 
     The whole space is searched (planner/joint.py), or what the runtime executes of it where the plan is to be run.
     """
-    one_kind(cluster)
+    if unlike(cluster) and request.runnable:
+        raise ClusterError(
+            f"{cluster.name}: plans over several kinds of devices are not executed yet; plan for one of "
+            + " or ".join(pool_names(cluster))
+        )
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
@@ -83,12 +88,12 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     return _plan(outline, cluster, request, found, found.best)
 
 
-def one_kind(cluster: Cluster) -> None:
-    """Raise ClusterError for a cluster of several kinds of devices."""
-    if len(cluster.pool_list()) > 1:
+def one_kind(cluster: Cluster, what: str) -> None:
+    """Raise ClusterError where `what` is asked of a cluster of several kinds of devices."""
+    if unlike(cluster):
         raise ClusterError(
-            f"{cluster.name}: planning over several kinds of devices is not supported yet; plan for one of "
-            + " or ".join(pool.name or pool.device.name for pool in cluster.pool_list())
+            f"{cluster.name}: {what} is not supported yet for several kinds of devices; use the objective throughput, or one of "
+            + " or ".join(pool_names(cluster))
         )
 
 
@@ -118,18 +123,35 @@ def make_bench(
     outline: Outline, cluster: Cluster, prices: PriceBook, request: Request, *, tiers: bool
 ) -> tuple[Workbench, tuple[Arrangement, ...]]:
     """The joint search's prices and shapes; `tiers` offers the host memory and disk of the cluster."""
-    bench = Workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
+    bench = workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
     experts = expert_sizes(bench.task.outline, cluster.devices)
     training = outline.training
     room = Room(len(bench.chain), outline.batch, training, outline.microbatch_blockers, experts, training)
     return bench, arrangements(cluster, room, request.pins)
 
 
+def workbench(
+    task: Task, progress: Progress, *, tiers: bool, limits: Mapping[str, int] | None = None
+) -> Workbench:  # fmt: skip
+    """The bench of a task; on unlike devices one with a bench for every pool, whose `limits` in bytes may be given by name."""
+    cluster = task.cluster
+    if not unlike(cluster):
+        return Workbench(task, progress, tiers=tiers)
+    known = dict(zip(pool_names(cluster), pool_limits(cluster, task.limit_bytes), strict=True)) | dict(limits or {})
+    mine = []
+    for name, pool in zip(pool_names(cluster), cluster.pools, strict=True):
+        part = cluster.sub(pool)
+        setting = _setting(part, task.setting.precision, task.setting.optimizer)
+        prices = pool_prices(task.prices, part)
+        mine.append(replace(task, cluster=part, prices=prices, setting=setting, limit_bytes=known[name]))
+    return UnlikeBench(task, mine, progress, tiers=tiers)
+
+
 def tiers_of(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
     """Whether to offer the host: not at first, only where something is pinned there, or never."""
     if pins.offload not in (None, "none"):
         return (True,)
-    return (False,) if pins.offload == "none" or cluster.host is None else (False, True)
+    return (False,) if pins.offload == "none" or not has_host(cluster) else (False, True)
 
 
 def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Task:
@@ -217,15 +239,16 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         raise PlanError(problem)
     assignment = assign(plan, outline)
     request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
-    bench = Workbench(make_task(outline, cluster, prices, request), silent, tiers=cluster.host is not None)
+    limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
+    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster), limits=limits)
     shape = shape_in(plan)
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
-    if figures.peak_bytes > plan.memory_limit_bytes:
+    if figures.peak_bytes > figures.limit_bytes:
         cause = max(figures.memory, key=lambda c: figures.memory[c])
         raise Infeasible(
-            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {plan.memory_limit_bytes} "
+            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {figures.limit_bytes} "
             f"(most of it: {cause})",
             cause=cause,
             nearest=(f"--memory-limit {figures.peak_bytes}",),
@@ -234,7 +257,9 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
     predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
-    return msgspec.structs.replace(plan, predicted=predicted, stages=stages, search=search, edited=True)
+    return msgspec.structs.replace(
+        plan, predicted=predicted, stages=stages, search=search, memory_limit_bytes=figures.limit_bytes, edited=True
+    )
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import PlanError
 from .appraise import Appraisal, appraise, predict
 from .bench import home_of
 from .choices import states
+from .cluster import Cluster, pool_names
 from .front import Design
 from .joint import Found, Solved, Workbench
 from .options import Option
@@ -21,6 +23,7 @@ from .plan import (
     ParameterPlan,
     Pipeline,
     Plan,
+    PoolPlan,
     RegionPlan,
     RunPlan,
     Search,
@@ -35,6 +38,10 @@ GIVEN_UP = (
     "options: the sharding of each style, with what is kept at a few budgets and the named policies",
     "stages are cut between regions; schedules are those of the library",
     "with several chunks a rank, one division of the units, even by time",
+)
+
+POOLED = (
+    "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
 )
 
 MOST_RECORDS = 60
@@ -54,14 +61,16 @@ def plan_of(
     bound = min(found.bound_seconds, figures.step_seconds)
     gap = (figures.step_seconds - bound) / figures.step_seconds if figures.step_seconds else 0.0
     entries, stages = _entries(bench, shape, cuts, options, figures)
+    given_up = (*GIVEN_UP, POOLED) if shape.pools else GIVEN_UP
     solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
     return Plan(
         version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
         cluster_fingerprint=task.cluster.fingerprint(), objective=objective, optimizer=task.setting.optimizer,
         precision=task.setting.precision, semantics="EXACT", mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
-        regions=entries, memory_limit_bytes=limit_bytes, predicted=predict(bench, shape, figures),
-        search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, GIVEN_UP), pins=pins,
-        runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages,
+        regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit_bytes,
+        predicted=predict(bench, shape, figures),
+        search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, given_up), pins=pins,
+        runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
         notes=(*notes, *_unpriced(bench, shape)),
     )  # fmt: skip
 
@@ -81,6 +90,8 @@ def _listed(records: Sequence[ShapeRecord]) -> tuple[ShapeRecord, ...]:
 
 def mesh_of(bench: Workbench, shape: Arrangement) -> tuple[MeshAxis, ...]:
     """The axes inside a pipeline rank, outermost first; one data axis where there is none."""
+    if shape.pools:
+        return _mesh_over(bench, shape)
     places = {p.name: p for p in axis_levels(bench.task.cluster, shape.order, shape.sizes())}
     roles = (("dp", "data", shape.dp), ("cp", "context", shape.cp), ("tp", "model", shape.tp))
     inner = [(name, role, size) for name, role, size in roles if size > 1] or [("dp", "data", 1)]
@@ -89,6 +100,28 @@ def mesh_of(bench: Workbench, shape: Arrangement) -> tuple[MeshAxis, ...]:
         MeshAxis(name, size, role, places[name].levels[-1] if places[name].levels else levels[0].name)
         for name, role, size in inner
     )
+
+
+def _mesh_over(bench: Workbench, shape: Arrangement) -> tuple[MeshAxis, ...]:
+    """The mesh of a rank on unlike devices; `link` names the levels that an axis crosses in one pool or another."""
+    made: list[tuple[MeshAxis, ...]] = []
+    for p in shape.pool_order:
+        first, ranks = shape.pools.index(p), shape.pools.count(p)
+        made.append(mesh_of(bench.on(shape, first), replace(shape, pp=ranks, pools=())))
+    axes = []
+    for same in zip(*made, strict=True):
+        links = sorted({axis.link for axis in same})
+        axes.append(MeshAxis(same[0].name, same[0].size, same[0].role, " or ".join(links)))
+    return tuple(axes)
+
+
+def _pools(bench: Workbench, shape: Arrangement) -> tuple[PoolPlan, ...]:
+    """The pools in the order of the pipeline."""
+    names, found = pool_names(bench.task.cluster), []
+    for p in shape.pool_order:
+        task = bench.on(shape, shape.pools.index(p)).task
+        found.append(PoolPlan(names[p], task.device.name, shape.pools.count(p), task.limit_bytes))
+    return tuple(found)
 
 
 def _pipeline(shape: Arrangement) -> Pipeline:
@@ -122,7 +155,7 @@ def _entries(
             names |= dict.fromkeys(members, name)
             base = "" if len(found) == 1 else regions[r].name
             entries.append(_entry(bench, shape, name, base, len(members), options[members[0]]))
-    stages = []
+    stages, names_of_pools = [], pool_names(bench.task.cluster)
     for stage in figures.stages:
         runs: list[RunPlan] = []
         for u in range(stage.start, stage.end):
@@ -132,7 +165,10 @@ def _entries(
             else:
                 runs.append(RunPlan(names[u], k, 1))
         stages.append(
-            StagePlan(stage.rank, tuple(runs), stage.forward, stage.backward, stage.finish, stage.peak_bytes)
+            StagePlan(
+                stage.rank, tuple(runs), stage.forward, stage.backward, stage.finish, stage.peak_bytes,
+                names_of_pools[shape.pools[stage.rank]] if shape.pools else "",
+            )
         )  # fmt: skip
     return tuple(entries), tuple(stages)
 
@@ -201,19 +237,23 @@ def _parameters(
 def stages_of(figures: Appraisal, stages: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
     """Stages with the same runs and the seconds and bytes of `figures`."""
     return tuple(
-        StagePlan(f.rank, s.runs, f.forward, f.backward, f.finish, f.peak_bytes)
+        StagePlan(f.rank, s.runs, f.forward, f.backward, f.finish, f.peak_bytes, s.pool)
         for f, s in zip(figures.stages, stages, strict=True)
     )
 
 
 def shape_in(plan: Plan) -> Arrangement:
     """The shape of a plan."""
+    pools: tuple[int, ...] = ()
+    if plan.pools:
+        names = pool_names(Cluster.from_dict(plan.cluster))
+        pools = tuple(names.index(pool.name) for pool in plan.pools for _ in range(pool.ranks))
     sizes = {axis.role: axis.size for axis in plan.mesh}
     p = plan.pipeline
     order = tuple(p.order) + tuple(n for n in ("pp", "dp", "ep", "cp", "tp") if n not in p.order)
     return Arrangement(
         p.ranks, sizes.get("data", 1), p.experts, sizes.get("context", 1), sizes.get("model", 1), p.chunks, p.schedule,
-        p.microbatches, p.micro_batch, order,
+        p.microbatches, p.micro_batch, order, pools,
     )  # fmt: skip
 
 
@@ -226,7 +266,15 @@ def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
         if (entry.region or entry.name) not in regions:
             raise PlanError(f"region {entry.name}: the model has no such region; expected one of {', '.join(regions)}")
     owner = {entry.name: regions[entry.region or entry.name] for entry in plan.regions}
-    by_name = {entry.name: _option(bench, shape, entry, owner[entry.name]) for entry in plan.regions}
+    entries = {entry.name: entry for entry in plan.regions}
+    known: dict[tuple[str, int], Option] = {}
+
+    def option(name: str, rank: int) -> Option:
+        key = name, shape.pools[rank] if shape.pools else 0
+        if key not in known:
+            known[key] = _option(bench.on(shape, rank), bench, shape, entries[name], owner[name])
+        return known[key]
+
     cuts: list[int] = [0]
     options: list[Option] = []
     for s, stage in enumerate(plan.stages):
@@ -235,7 +283,7 @@ def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
                 u = len(options)
                 if u >= len(bench.chain) or bench.chain.units[u] != (owner[run.use], k):
                     raise PlanError(f"stages[{s}]: instance {k} of {run.use} does not come next in the model")
-                options.append(by_name[run.use])
+                options.append(option(run.use, stage.rank))
         cuts.append(len(options))
     if len(options) != len(bench.chain):
         raise PlanError(f"stages: they hold {len(options)} of the model's {len(bench.chain)} units")
@@ -257,19 +305,22 @@ def _check_pipeline(bench: Workbench, shape: Arrangement, plan: Plan) -> None:
             raise PlanError(f"stages[{s}].rank: {stage.rank}; {shape.schedule} has stage {s} on rank {rank}")
 
 
-def _option(bench: Workbench, shape: Arrangement, entry: RegionPlan, r: int) -> Option:
-    """The option of an entry; raises PlanError where it is not possible, or where the entry says what does not follow from it."""
+def _option(mine: Workbench, bench: Workbench, shape: Arrangement, entry: RegionPlan, r: int) -> Option:
+    """The option of an entry on the bench of its devices.
+
+    Raises PlanError where it is not possible, or where the entry says what does not follow from it.
+    """
     outline = bench.task.outline
     part, region = bench.chain.parts[r], outline.regions[r]
     axes = [axis.role for axis in mesh_of(bench, shape)]
     model = axes.index("model") if "model" in axes else None
     choices = tuple(op.choice[model] if model is not None else "R" for op in entry.ops)
-    mine = {first: op.name for op, first in zip(part.outline.ops, region.instances[0], strict=True)}
+    named = {first: op.name for op, first in zip(part.outline.ops, region.instances[0], strict=True)}
     again: set[str] = set()
     copies: set[tuple[str, str]] = set()
     for name, arrow, state in (text.partition(" -> ") for text in entry.recompute):
-        found = _tensor(name, mine) if arrow else mine.get(name, "")
-        if found not in (part.outline.tensors if arrow else mine.values()):
+        found = _tensor(name, named) if arrow else named.get(name, "")
+        if found not in (part.outline.tensors if arrow else named.values()):
             raise PlanError(f"region {entry.name}.recompute: {name!r} is not in the region")
         if arrow:
             copies.add((found, state))
@@ -280,7 +331,7 @@ def _option(bench: Workbench, shape: Arrangement, entry: RegionPlan, r: int) -> 
             raise PlanError(f"region {entry.name}: {border!r} at a border; expected R or S")
     design = Design(entry.entry, entry.exit, choices, frozenset(again), frozenset(copies))
     zero = max((p.zero for p in entry.parameters), default=0) or entry.borrowed_zero
-    option = bench.option(r, shape, design, zero, "+".join(entry.offload))
+    option = mine.option(r, shape, design, zero, "+".join(entry.offload))
     if option is None:
         raise PlanError(f"region {entry.name}: its choices, storage or offload are not possible on this mesh")
     _check_follows(entry, _entry(bench, shape, entry.name, entry.region, entry.repeats, option))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .arcs import Line
 from .labels import Layouts
@@ -35,10 +35,20 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """One kind of device among several: the chain as it sees it (regions numbered as its options are), layouts, memory."""
+
+    line: Line
+    change: Mapping[Layouts, tuple[float, float]]
+    memory: Memory
+
+
+@dataclass(frozen=True)
 class StageProblem:
     """All that the stage solve needs. `send(position, layout)`: seconds of handing on what crosses there, each way.
 
-    `options` by stage pool and region: stages on another device type have another list; `pool[s]` names it.
+    On unlike devices `pools` are the kinds and `at` says whose a pipeline rank is; `options` has the regions of every kind, one
+    kind after the other, and `hand(stage, position, layout)` replaces `send` for what crosses into a stage.
     """
 
     line: Line
@@ -49,6 +59,20 @@ class StageProblem:
     send: Callable[[int, str], tuple[float, float]]
     training: bool = True
     exact: bool = False
+    pools: tuple[Pool, ...] = ()
+    at: tuple[int, ...] = ()
+    hand: Callable[[int, int, str], tuple[float, float]] | None = None
+
+    def of(self, pool: int) -> StageProblem:
+        """The problem as one kind of device sees it; itself where all are equal."""
+        if not self.pools:
+            return self
+        mine = self.pools[pool]
+        return replace(self, line=mine.line, change=mine.change, memory=mine.memory)
+
+    def handing(self, stage: int, position: int, layout: str) -> tuple[float, float]:
+        """Seconds of handing on what crosses into a stage, forward and back."""
+        return self.send(position, layout) if self.hand is None else self.hand(stage, position, layout)
 
 
 @dataclass(frozen=True, slots=True)

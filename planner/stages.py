@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .counts import best_counts
-from .division import Division
 from .fixed import TRIES, Fixed
 from .free import Free
 from .labels import FEW, GRID, MOST, Bags, Limit
@@ -26,6 +25,7 @@ from .outer import outer_bound
 from .paths import makespan
 from .program import INFINITE
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
+from .walk import Walk
 
 NEAR = (0.0, 0.1, 0.3)
 """Which mixtures of an arc the first search for a better plan looks at (0: the quickest)."""
@@ -49,7 +49,7 @@ FEW_UNITS = 12
 """Units of one stage up to which all its mixtures are listed; beyond, a program over counts is quicker."""
 
 
-class StageSolve(Division):
+class StageSolve(Walk):
     """One run of the stage solve."""
 
     def run(self) -> StageSolution:
@@ -57,7 +57,11 @@ class StageSolve(Division):
         line, count = self.problem.line, self.p.stages
         if len(line) < count:
             return StageSolution(None, INFINITE, INFINITE)
-        if count == 1:
+        return self._unlike() if self.problem.pools else self._alike()
+
+    def _alike(self) -> StageSolution:
+        """Equal devices."""
+        if self.p.stages == 1:
             return self._single()
         return self._several()
 
@@ -111,12 +115,6 @@ class StageSolve(Division):
         for s, mine in enumerate(line.arcs(self.p.stages, self.limit / m)):
             ends = {j for i, j in mine if i in ends and self._floor(s, i, j) + self._beside(i) <= self.limit}
         return len(line) not in ends
-
-    def _solution(self, bound: float, rounds: int) -> StageSolution:
-        if self.best is None:
-            return StageSolution(None, INFINITE, bound)
-        stages = tuple(Held(c.start, c.end, c.picks, *c.layouts, *c.time) for c in self.best)
-        return StageSolution(stages, self.seconds, min(max(bound, self.least), self.seconds), self.coarse.flat, rounds)
 
     def _single(self) -> StageSolution:
         """One stage: the step is microbatches x (forward + backward) + finish, so one column of seconds is exact."""
@@ -228,10 +226,6 @@ class StageSolve(Division):
             {(i, j): room for (i, j), room in mine.items() if i in ahead[s] and j in behind[s + 1]}
             for s, mine in enumerate(kept)
         ]  # fmt: skip
-
-    def _rows(self) -> list[PathRow]:
-        unique = {tuple(sorted(path.counts.items())): path for path in self.paths}
-        return [PathRow(path, self.p.stages) for path in unique.values()]
 
     def _room(self, rows: Sequence[PathRow], stage: int, start: int, end: int, limit: float) -> Limit | None:
         """The tightest limit that a path puts on the seconds of one arc; None where even the least breaks it."""

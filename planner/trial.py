@@ -31,6 +31,8 @@ class Trial:
         name = self.p.schedule if problem.training else "forward"
         self.ready = ready or make_ready(name, self.p.ranks, self.p.chunks, self.p.microbatches)
         self.compiled, self.placement, self.local = self.ready.compiled, self.ready.placement, self.ready.local
+        mine = [problem.of(p) for p in range(max(len(problem.pools), 1))]
+        self.here = [mine[problem.at[rank] if problem.pools else 0] for rank in self.placement]
         self.rows = self._memory_rows()
         m = float(self.p.microbatches)
         self.busy = (m, m, 0.0, 1.0)
@@ -52,7 +54,7 @@ class Trial:
         for stage, rank in enumerate(self.placement):
             chunk = self.local[rank].index(stage)
             live = tuple(v[chunk] for v in vectors[rank]) if self.problem.training else (1,)
-            memory = self.problem.memory
+            memory = self.here[stage].memory
             found.append(MemoryRows(live, memory.cap_bytes, memory.host_bytes, memory.disk_bytes, once))
         return found
 
@@ -60,7 +62,7 @@ class Trial:
         return sum(w * t for w, t in zip(self.busy, column.time, strict=True))
 
     def _made(self, stage: int, start: int, end: int, layouts: Layouts, bag: Bag) -> list[Column]:
-        sends = self.sends(start, end, layouts)
+        sends = self.sends(stage, start, end, layouts)
         return [
             Column(
                 stage, start, end, layouts, (t[0], t[1], t[2], t[3]), tuple(b), float(w), tuple(p), sends
@@ -70,10 +72,10 @@ class Trial:
             )
         ]  # fmt: skip
 
-    def sends(self, start: int, end: int, layouts: Layouts) -> tuple[float, float]:
-        """Seconds of handing on what leaves an interval, forward and back."""
-        ahead = self.problem.send(end, layouts[1])[0] if end < len(self.problem.line) else 0.0
-        return ahead, self.problem.send(start, layouts[0])[1] if start > 0 else 0.0
+    def sends(self, stage: int, start: int, end: int, layouts: Layouts) -> tuple[float, float]:
+        """Seconds of handing on what leaves the interval of a stage, forward and back."""
+        ahead = self.problem.handing(stage + 1, end, layouts[1])[0] if end < len(self.problem.line) else 0.0
+        return ahead, self.problem.handing(stage, start, layouts[0])[1] if start > 0 else 0.0
 
     @cached_property
     def place(self) -> dict[int, int]:
@@ -137,7 +139,7 @@ class Trial:
         return self._kept("busy", stage, start, end, self.busy)
 
     def _kept(self, name: str, stage: int, start: int, end: int, weights: tuple[float, float, float, float]) -> float:
-        key = (name, self.problem.line.runs(start, end), self.rows[stage])
+        key = (name, self.here[stage].line.runs(start, end), self.rows[stage])
         if key not in self.floors:
             self.floors[key] = self.coarse.floor([(key[1], key[2])], weights)
         return self.floors[key]

@@ -33,7 +33,8 @@ CASES = [
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "tp=4"], "contradict each other: tp=2 and tp=4"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "tp!=2"], "contradict each other"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "dp=4"], "needs 8 devices, the cluster has 4"),
-    ([BUILD, "--cluster", "h100-sxm:8x1+a100-sxm-80gb:8x1"], "several kinds of devices is not supported yet"),
+    ([BUILD, "--cluster", "cpu:4+h100-sxm:4"], "make no common plan"),
+    ([BUILD, "--cluster", "h100-sxm:8x1+a100-sxm-80gb:4x1", "--pin", "pp=2"], "pools of 8 and 4 devices"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=3"], "tp=3 does not divide the 4 devices"),
     ([BUILD, "--cluster", "cpu:4", "--batch", "7", "--pin", "dp=4"], "a batch of 7 does not divide over dp=4"),
     (
