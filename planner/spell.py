@@ -40,7 +40,9 @@ GIVEN_UP = (
     "with several chunks a rank, one division of the units, even by time",
 )
 
-POOLED = "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
+POOLED = (
+    "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
+)
 
 MOST_RECORDS = 60
 """Shapes listed in a plan: the best, and of those that were cut the ones with the smallest bounds."""
