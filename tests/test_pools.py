@@ -277,11 +277,7 @@ def test_two_equal_pools_take_what_the_plain_cluster_takes() -> None:
     """The same division, pinned, over the same links: the pipeline outermost, as between pools."""
     pins = ("pp=2", "schedule=1f1b", "micro_batch=1", "tp=8")
     split, plain = paired(*pins, spec="h100-sxm:8+h100-sxm:8"), paired(*pins, spec="h100-sxm:8x2")
-    assert split.predicted.step_seconds == pytest.approx(plain.predicted.step_seconds, rel=1e-3)
-    if [[(r.use, r.count) for r in s.runs] for s in split.stages] == [
-        [(r.use, r.count) for r in s.runs] for s in plain.stages
-    ]:
-        assert split.predicted.step_seconds == pytest.approx(plain.predicted.step_seconds, rel=1e-9)
+    assert split.predicted.step_seconds == pytest.approx(plain.predicted.step_seconds, rel=1e-9)
     assert {r.pools for r in split.search.shapes} == {(0, 1)}  # the other order is the same
 
 
