@@ -121,7 +121,7 @@ def _watch(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, bool
 def _outcome(case: Case, seconds: float, gigabytes: float, plan: dict[str, Any]) -> Outcome:
     search, pipeline = plan["search"], plan["pipeline"]
     mesh = " ".join(f"{axis['name']}={axis['size']}" for axis in plan["mesh"])
-    mesh += f" pp={pipeline['stages']} mb={pipeline['micro_batch']}"
+    mesh += f" pp={pipeline['ranks']} mb={pipeline['micro_batch']}"
     return Outcome(
         case, seconds, gigabytes, 0, plan["predicted"]["step_seconds"], search["bound_seconds"], search["gap"], mesh,
         dict(search["seconds"]),
