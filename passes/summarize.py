@@ -155,8 +155,12 @@ def operands_of(node: fx.Node) -> tuple[tuple[str, ...], tuple[Any, ...], dict[s
 
 
 def _order(calls: dict[str, Call]) -> dict[str, Call]:
-    """Ops no gradient flows through first, so that what layers share stands before the first layer."""
+    """Ops no gradient flows through first, so that what layers share stands before the first layer.
+
+    What reads nothing (a fill) and serves later ops alone stands before the first of them: every layer may have its own.
+    """
     late: set[str] = set()
+    wanted: set[str] = set()
     early: dict[str, Call] = {}
     rest: dict[str, Call] = {}
     for name, call in calls.items():
@@ -165,8 +169,19 @@ def _order(calls: dict[str, Call]) -> dict[str, Call]:
             late.update(call.results)
             rest[name] = call
         else:
+            wanted.update(call.operands)
             early[name] = call
-    return early | rest
+    makers = {
+        result: name
+        for name, call in early.items() if not call.operands and wanted.isdisjoint(call.results)
+        for result in call.results
+    }  # fmt: skip
+    placed: dict[str, Call] = {}
+    for name, call in rest.items():
+        mine = dict.fromkeys(makers[o] for o in call.operands if o in makers)
+        placed |= {maker: early.pop(maker) for maker in mine if maker in early}
+        placed[name] = call
+    return early | placed
 
 
 def _lettered(call: Call) -> LetteredOp:
