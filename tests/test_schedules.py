@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 from shardwright.errors import PinError, PlanError
@@ -238,13 +237,8 @@ def test_a_rank_that_waits_for_itself_is_a_circle() -> None:
         compile_lists(parsed("1F0 0F0"), (0, 0))
 
 
-def test_large_lists_are_made_quickly() -> None:
-    """16 ranks, 8 chunks, 128 microbatches: 32,768 actions; the limits leave room for a busy machine."""
-    start = time.process_time()
+def test_large_lists_are_whole() -> None:
+    """16 ranks, 8 chunks, 128 microbatches; benchmarks/parts_speed.py times them."""
     lists, placement = actions("interleaved", 16, 8, 128), stage_rank("interleaved", 16, 8)
-    made = time.process_time()
-    live_vectors(lists, placement)
-    counted = time.process_time()
-    assert sum(map(len, lists)) == 32768
-    assert made - start < 1.0
-    assert counted - made < 1.0
+    assert [len(set(acts)) for acts in lists] == [2 * 8 * 128] * 16
+    assert len(live_vectors(lists, placement)) == 16
