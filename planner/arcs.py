@@ -59,6 +59,14 @@ class Line:
         """Least seconds of units [start, end)."""
         return self.before[end] - self.before[start]
 
+    def beside(self, start: int, splits: bool) -> float:
+        """Least seconds of a step before and after the work of a rank whose first stage starts at a position.
+
+        The first microbatch passes the units before. The last one passes them on its way back, while the rank has its finish
+        and the weight halves it put off (where the backward pass `splits`): so either may count, not both.
+        """
+        return self.forward(0, start) if splits else self.before[start]
+
     def runs(self, start: int, end: int) -> Runs:
         """The interval as runs of equal units."""
         return tuple((region, len(tuple(members))) for region, members in groupby(self.regions[start:end]))

@@ -24,12 +24,12 @@ from itertools import pairwise
 import numpy as np
 
 from .counts import in_order
-from .fixedmodel import Counts, Divided, Model, Spans, Table
+from .fixedmodel import Counts, Divided, Model, Spans, Table, Taken, taken
 from .labels import Floats, unit_bytes
 from .options import Option, end_to_end
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
-from .rounding import Rounding, Taken
+from .rounding import Rounding
 from .stageproblem import Column
 from .trial import Trial
 
@@ -92,8 +92,8 @@ class Fixed:
         relaxed = self._relaxed(limit, least, low, scale)
         if not relaxed.counts or self._enough(relaxed.low, limit):
             return relaxed.low
-        for taken in Rounding(self.division, relaxed.counts, relaxed.table, scale).plans():
-            self._attempt(taken)
+        for plan in Rounding(self.division, relaxed.counts, relaxed.table, scale).plans():
+            self.attempt(plan)
         if relaxed.low >= min(limit, self.trial.seconds) * (1 - 2 * self.trial.gap):
             return relaxed.low
         if sum(len(self.division.every[r]) for runs in self.division.runs for r in runs) <= SMALL:
@@ -162,38 +162,25 @@ class Fixed:
             if not answer.values:
                 return INFINITE if answer.bound == INFINITE else max(low, answer.bound / scale)
             low = max(low, answer.bound / scale)
-            taken: dict[int, dict[int, list[int]]] = {
-                s: {r: [] for r in runs} for s, runs in enumerate(self.division.runs)
-            }
-            for (s, r, k), n in model.counts(np.array(answer.values)).items():
-                taken[s][r] += [k] * round(n)
             before = len(trial.paths)
-            value = self._attempt(taken)
+            value = self.attempt(taken(model.counts(np.array(answer.values))))
             if value == INFINITE or low >= min(trial.seconds, limit) * (1 - trial.gap / 2):
                 break
             if not [path for path in trial.paths[before:] if model.path(path)]:
                 break
         return low
 
-    def attempt(self, counts: Counts) -> float:
-        """Try whole counts out; inf where they make no plan."""
-        taken: Taken = {s: {r: [] for r in runs} for s, runs in enumerate(self.division.runs)}
-        for (s, r, k), n in counts.items():
-            if r in taken[s]:
-                taken[s][r] += [k] * round(n)
-        return self._attempt(taken)
-
-    def _attempt(self, taken: Mapping[int, Mapping[int, list[int]]]) -> float:
+    def attempt(self, plan: Taken) -> float:
         """Try a plan out; inf where its layouts cannot be put in an order, or it does not fit."""
-        columns = [self._column(s, taken[s]) for s in sorted(taken)]
+        columns = [self._column(s, plan[s]) for s in sorted(plan)]
         found = [c for c in columns if c is not None]
         if len(found) < len(columns) or any(a.layouts[1] != b.layouts[0] for a, b in pairwise(found)):
             return INFINITE
         return self.trial.attempt(tuple(found))
 
-    def _column(self, s: int, taken: Mapping[int, list[int]]) -> Column | None:
+    def _column(self, s: int, chosen: Mapping[int, list[int]]) -> Column | None:
         problem, (start, end) = self.trial.here[s], self.spans[s]
-        picked = {r: [problem.options[r][k] for k in mine] for r, mine in taken.items()}
+        picked = {r: [problem.options[r][k] for k in mine] for r, mine in chosen.items()}
         units = in_order(problem.line.regions[start:end], picked, problem.change)
         if not units:
             return None

@@ -22,8 +22,19 @@ Offered = Mapping[int, Sequence[int]]
 Counts = dict[tuple[int, int, int], float]
 """Units by stage, region and place of the option."""
 
+Taken = dict[int, dict[int, list[int]]]
+"""By stage and region, the place of each unit's option."""
+
 Table = Sequence[Sequence[float]]
 """Seconds by stage: forward, backward, weight, send forward, send backward, finish."""
+
+
+def taken(counts: Counts) -> Taken:
+    """Counts of a whole solution, unit by unit."""
+    found: Taken = {}
+    for (s, r, k), n in counts.items():
+        found.setdefault(s, {}).setdefault(r, []).extend([k] * round(n))
+    return found
 
 
 class Divided:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .fixed import CUTS, NEARLY, SHARE, SMALL, TRIES, Fixed, cover
-from .fixedmodel import Divided, Model
+from .fixedmodel import Divided, Model, taken
 from .labels import Floats
 from .paths import Path, rank_paths
 from .program import INFINITE
@@ -77,7 +77,7 @@ class Free:
             low = max(low, answer.bound / scale)
             values = np.array(answer.values)
             known = len(trial.paths)
-            value = Fixed(trial, model.spans(values)).attempt(model.counts(values))
+            value = Fixed(trial, model.spans(values)).attempt(taken(model.counts(values)))
             if self._enough(low, limit) or value == INFINITE or not [p for p in trial.paths[known:] if model.path(p)]:
                 break
         return low

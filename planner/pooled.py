@@ -275,5 +275,5 @@ def _apart(cuts: list[int], count: int) -> list[int]:
 
 
 def _line_part(line: Line, splits: bool) -> Floats:
-    """Least seconds of every unit that stand before a rank's own (planner/trial.py `_beside`)."""
+    """Least seconds of every unit that stand before a rank's own (`Line.beside`)."""
     return np.array(line.ahead if splits else line.least)

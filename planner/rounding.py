@@ -6,13 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .fixedmodel import Counts, Divided, Model, Offered, Table
+from .fixedmodel import Counts, Divided, Model, Offered, Table, Taken, taken
 from .program import INFINITE
 
 NODES = 50
-
-Taken = dict[int, dict[int, list[int]]]
-"""By stage and region, the place of each unit's option."""
 
 BUSY = 1e-2
 """Weight of a rank's busy seconds beside how far it is behind."""
@@ -49,13 +46,13 @@ class Rounding:
         return sorted(met | {small, quick})
 
     def _plan(self, offered: Offered) -> Taken | None:
-        taken: Taken = {}
+        plan: Taken = {}
         for rank in range(len(self.division.trial.local)):
             found = self._rank(rank, offered)
             if found is None:
                 return None
-            taken |= found
-        return taken
+            plan |= found
+        return plan
 
     def _rank(self, rank: int, offered: Offered) -> Taken | None:
         """The stages of one rank: the least excess over their fractional seconds, then the least busy."""
@@ -75,10 +72,7 @@ class Rounding:
         answer = model.program.solve(gap=1e-4, nodes=NODES)
         if not answer.values or answer.objective == INFINITE:
             return None
-        taken: Taken = {s: {r: [] for r in mine} for s, mine in model.n.items()}
-        for (s, r, k), n in model.counts(np.array(answer.values)).items():
-            taken[s][r] += [k] * round(n)
-        return taken
+        return taken(model.counts(np.array(answer.values)))
 
     def _row(self, model: Model, terms: Iterable[tuple[int, float]], known: float) -> None:
         """How far the rank is behind is at least what these terms are above `known` seconds."""

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .even import even_cuts
-from .labels import Floats
+from .labels import Floats, MemoryRows, unit_bytes
 from .live import live_vectors, local_chunks
 from .options import Option
 from .schedules import SCHEDULES, actions, stage_rank
@@ -69,7 +69,7 @@ class Tables:
 
     def __post_init__(self) -> None:
         m, pipeline = float(self.problem.pipeline.microbatches), self.problem.pipeline
-        # One rank has its finish too; of several, what passes before a rank may stand beside it instead (Trial._beside).
+        # One rank has its finish too; of several, what passes before a rank may stand beside it instead (Line.beside).
         end = 1.0 if self.splits or pipeline.stages == 1 else 0.0
         self.once = pipeline.microbatches == 1 and pipeline.stages == 1
         used = sorted(set(self.problem.line.regions))
@@ -93,7 +93,9 @@ class Tables:
         seconds, found = self.seconds[region], self.problem.options[region]
         if not self.bounded:
             return np.array([float(seconds.min())])
-        held = _column(found, lambda o: _bytes(o, live, self.once))
+        # The first row is that of the live microbatches, or without any that of the step.
+        rows = MemoryRows(() if live == STEP_ROW else (live,), self.problem.memory.cap_bytes, once=self.once)
+        held = _column(found, lambda o: unit_bytes(o, rows)[0])
         least: Floats = (seconds[None, :] + self.prices[:, None] * held[None, :]).min(axis=1)
         return least
 
@@ -127,12 +129,6 @@ class Tables:
 
 def _column(options: Sequence[Option], value: Callable[[Option], float]) -> Floats:
     return np.array([value(o) for o in options])
-
-
-def _bytes(option: Option, live: int, once: bool) -> float:
-    if live == STEP_ROW:
-        return option.static + option.gradient + option.step
-    return option.static + (0.0 if once else option.gradient) + live * option.saved
 
 
 class Screen:
@@ -193,11 +189,8 @@ class Bounded:
         for rank, stages in enumerate(local):
             mine = [spans[s] for s in stages]
             least = max(self.tables.rank(mine, vector) for vector in self._live(rank))
-            found = max(found, least + self._beside(mine[0][0]))
+            found = max(found, least + line.beside(mine[0][0], self.splits))
         return found
-
-    def _beside(self, start: int) -> float:
-        return self.problem.line.forward(0, start) if self.splits else self.problem.line.before[start]
 
     def _free(self, low: float, most: float) -> float:
         """Between a time that no division keeps and one that some does: the first is a bound."""
@@ -221,7 +214,7 @@ class Bounded:
         line, ranks, at = self.problem.line, self.problem.pipeline.ranks, 0
         for rank in range(ranks):
             live = [v[0] for v in self._live(rank)]
-            end = self.tables.reach(at, live, self._beside(at), most)
+            end = self.tables.reach(at, live, line.beside(at, self.splits), most)
             if end == at:
                 return False
             at = min(end, len(line) - (ranks - 1 - rank))

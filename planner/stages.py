@@ -54,16 +54,11 @@ class StageSolve(Walk):
 
     def run(self) -> StageSolution:
         """Solve; deterministic. Stops when the gap is met, or no more paths are found."""
-        line, count = self.problem.line, self.p.stages
-        if len(line) < count:
+        if len(self.problem.line) < self.p.stages:
             return StageSolution(None, INFINITE, INFINITE)
-        return self._unlike() if self.problem.pools else self._alike()
-
-    def _alike(self) -> StageSolution:
-        """Equal devices."""
-        if self.p.stages == 1:
-            return self._single()
-        return self._several()
+        if self.problem.pools:
+            return self._unlike()
+        return self._single() if self.p.stages == 1 else self._several()
 
     def _several(self) -> StageSolution:
         """Several stages."""
@@ -148,9 +143,8 @@ class StageSolve(Walk):
             return StageSolution(None, INFINITE, min(found.bound, self.limit if found.units else INFINITE))
         if not found.units:
             return StageSolution(None, INFINITE, found.bound)
-        place = {id(o): k for k, o in enumerate(self.coarse.flat)}
         units, parts = found.units, end_to_end(found.units, problem.change)
-        held = Held(0, len(units), tuple(place[id(o)] for o in units), units[0].entry, units[-1].exit, *parts)
+        held = Held(0, len(units), tuple(self.place[id(o)] for o in units), units[0].entry, units[-1].exit, *parts)
         seconds = sum(w * t for w, t in zip(self.busy, parts, strict=True))
         return StageSolution((held,), seconds, min(found.bound, seconds), self.coarse.flat, 1)
 

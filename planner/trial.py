@@ -105,8 +105,7 @@ class Trial:
             rows = self.rows[stages[0]]
             total = np.sum([path[s].bytes for s in stages], axis=0)
             total[: rows.activations] += max(path[s].work for s in stages)
-            caps = [rows.cap_bytes] * (rows.activations + 1) + [rows.host_bytes, rows.disk_bytes]
-            if (total > np.array(caps) * (1 + 1e-9)).any():
+            if (total > np.array(rows.caps) * (1 + 1e-9)).any():
                 return False
         return True
 
@@ -117,13 +116,7 @@ class Trial:
         )  # fmt: skip
 
     def _beside(self, start: int) -> float:
-        """Least seconds of a step before and after the work of a rank whose first stage starts at a position.
-
-        The first microbatch passes the units before. The last one passes them on its way back, while the rank has its finish
-        and the weight halves it put off: so either may count, not both.
-        """
-        line = self.problem.line
-        return line.forward(0, start) if self.ready.splits else line.before[start]
+        return self.problem.line.beside(start, self.ready.splits)
 
     def _floor(self, stage: int, start: int, end: int, ranks: int = 1) -> float:
         if ranks == 1:
