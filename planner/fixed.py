@@ -48,7 +48,7 @@ SEEDS = 16
 SMALL = 1500
 """Counts up to which the program is also solved in whole numbers, with a bound of its own."""
 
-TRIES = 3
+TRIES = 2
 """Solves for whole plans."""
 
 NODES = 60
@@ -152,19 +152,22 @@ class Fixed:
         return any(added)
 
     def _whole(self, paths: Sequence[Path], limit: float, scale: float) -> float:
-        """Whole plans, each simulated; returns the bound of the program."""
+        """Whole plans, each simulated; returns the bound of the program, of what is worth finding."""
         low, trial = 0.0, self.trial
         model = Model(self.division, self.division.every, scale, flags=True)
         for path in paths:
             model.path(path)
         for _ in range(TRIES):
+            most = min(limit, trial.seconds) * (1 - trial.gap / 2)
+            model.program.limit(model.time, most * scale)
             answer = model.program.solve(gap=trial.gap / 2, nodes=NODES)
             if not answer.values:
-                return INFINITE if answer.bound == INFINITE else max(low, answer.bound / scale)
+                return max(low, min(most, answer.bound / scale))
             low = max(low, answer.bound / scale)
             before = len(trial.paths)
             value = self.attempt(taken(model.counts(np.array(answer.values))))
-            if value == INFINITE or low >= min(trial.seconds, limit) * (1 - trial.gap / 2):
+            told = value <= answer.objective / scale * (1 + trial.gap / 8)  # no path says more than the program did
+            if told or value == INFINITE or low >= min(trial.seconds, limit) * (1 - trial.gap / 2):
                 break
             if not [path for path in trial.paths[before:] if model.path(path)]:
                 break

@@ -179,13 +179,15 @@ class Model:
             self.program.row([*terms, *extra], high=cap / unit)
 
     def _working(self, held: Sequence[tuple[int, int, list[int]]], always: float, work: int, unit: float) -> None:
-        for s, r, variables in held:
-            for v, option in zip(variables, self.options(r), strict=True):
-                if option.work > always:
-                    flag = self.program.add(whole=True)
-                    self.program.row([(flag, float(self.division.runs[s][r])), (v, -1.0)], low=0.0)
-                    self.program.row([(work, 1.0), (flag, -(option.work - always) / unit)], low=always / unit)
-
+        """One flag for each size above what any plan must have: whether something used needs at least that much."""
+        program = self.program
+        for level in sorted({o.work for _, r, _ in held for o in self.options(r) if o.work > always}):
+            flag = program.add(whole=True)
+            program.row([(work, 1.0), (flag, -(level - always) / unit)], low=always / unit)
+            for s, r, variables in held:
+                over = [v for v, o in zip(variables, self.options(r), strict=True) if o.work >= level]
+                if over:
+                    program.row([(flag, float(self.division.runs[s][r])), *((v, -1.0) for v in over)], low=0.0)
     def _layouts(self, names: Sequence[str]) -> None:
         program, found = self.program, self.layouts
         for s, mine in self.n.items():

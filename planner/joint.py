@@ -351,7 +351,7 @@ class JointSearch:
 
     def _step(self, item: _Open) -> None:
         if item.bound >= self.seconds * (1 - self.gap):
-            self._record(item.shape, "cut", item.bound)
+            self._record(item.shape, "cut" if item.bound < math.inf else "does not fit", item.bound)
             self.closed = min(self.closed, item.bound)
             return
         self.tell(Event("solve", item.shape.told(), self.seconds if self.seconds < math.inf else None))

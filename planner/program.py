@@ -64,6 +64,10 @@ class Program:
         """Replace the sides of a row."""
         self._low[row], self._high[row] = low, high
 
+    def limit(self, variable: int, upper: float) -> None:
+        """Replace the upper bound of a variable."""
+        self._upper[variable] = upper
+
     def solve(
         self, *, gap: float = 1e-6, nodes: int | None = None, relaxed: bool = False, fixed: Mapping[int, float] | None = None
     ) -> Answer:  # fmt: skip

@@ -4,10 +4,10 @@ Of an interval [i, j) of units on a stage with k live microbatches, no mixture i
 
     max over the price p of a byte of:  sum over units of min over options of (seconds + p x bytes(k))  -  p x room
 
-(Lagrange; one memory row at a time). With sums over the chain for every price at hand, an interval costs one subtraction. A rank
-needs that and what passes before its first unit can begin, so the least T that some division into stages keeps is a bound of the
-step: of two divisions the one that reaches further stays ahead, so the furthest reach of every stage decides. Several chunks a
-rank have one division (planner/even.py), and share their rank's memory.
+(Lagrange; one memory row at a time), and there is none where the least bytes alone exceed the room. With sums over the chain for
+every price at hand, an interval costs one subtraction. A rank needs that and what passes before its first unit can begin, so the
+least T that some division into stages keeps is a bound of the step: of two divisions the one that reaches further stays ahead, so
+the furthest reach of every stage decides. Several chunks a rank have one division (planner/even.py), and share their rank's memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .even import even_cuts
 from .labels import Floats, MemoryRows, unit_bytes
 from .live import live_vectors, local_chunks
 from .options import Option
+from .program import INFINITE
 from .schedules import SCHEDULES, actions, stage_rank
 from .stageproblem import StageProblem
 from .trial import merged
@@ -32,6 +33,12 @@ PRICES: Floats = np.concatenate([[0.0], 1.5 ** np.arange(-18.0, 20.0)])
 
 CLOSE = 2e-3
 """To what share of itself a bound is found where divisions are free."""
+
+FAR = 1e300
+"""Seconds that leave only memory to break."""
+
+BYTES_CLOSE = 1e-9
+"""Share of the room by which rounding may miss a sum of bytes."""
 
 KEPT = 64
 """Meshes whose tables are kept; shapes of one mesh come one after the other."""
@@ -79,17 +86,18 @@ class Tables:
         self.room = max(room, 1.0) if self.bounded else 0.0
         scale = max(float(s.max()) for s in self.seconds.values()) / self.room if self.bounded else 0.0
         self.prices = PRICES * scale if self.bounded else PRICES[:1]
+        self.limits = np.append(self.prices * self.room, self.room) if self.bounded else np.zeros(1)
 
     def along(self, live: int) -> Floats:
-        """Sums over the chain, (units + 1) x prices, of the least of every unit with so many microbatches alive."""
+        """Sums over the chain, (units + 1) x (prices, bytes), of the least of every unit with so many microbatches alive."""
         if live not in self.sums:
             least = {r: self.least(r, live) for r in self.seconds}
             units = np.stack([least[r] for r in self.problem.line.regions])
-            self.sums[live] = np.vstack([np.zeros((1, len(self.prices))), np.cumsum(units, axis=0)])
+            self.sums[live] = np.vstack([np.zeros((1, len(self.limits))), np.cumsum(units, axis=0)])
         return self.sums[live]
 
     def least(self, region: int, live: int) -> Floats:
-        """By price, the least seconds and bytes of a unit with so many microbatches alive."""
+        """By price, the least seconds and bytes of a unit with so many microbatches alive; last its least bytes."""
         seconds, found = self.seconds[region], self.problem.options[region]
         if not self.bounded:
             return np.array([float(seconds.min())])
@@ -97,19 +105,37 @@ class Tables:
         rows = MemoryRows(() if live == STEP_ROW else (live,), self.problem.memory.cap_bytes, once=self.once)
         held = _column(found, lambda o: unit_bytes(o, rows)[0])
         least: Floats = (seconds[None, :] + self.prices[:, None] * held[None, :]).min(axis=1)
-        return least
+        return np.append(least, held.min())
+
+    def _spans(self, sums: Floats) -> Floats:
+        """The least seconds of intervals, from sums over them; inf where their bytes alone are too many."""
+        spans = sums - self.limits
+        if not self.bounded:
+            return np.asarray(spans[:, 0])
+        return np.where(self._over(spans), INFINITE, spans[:, :-1].max(axis=1))
+
+    def _over(self, spans: Floats) -> npt.NDArray[np.bool_]:
+        return np.asarray(spans[..., -1] > BYTES_CLOSE * self.room)
 
     def rank(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> float:
-        """The least seconds of a rank that holds these intervals with these live microbatches."""
-        total = sum(self.along(k)[j] - self.along(k)[i] for (i, j), k in zip(intervals, vector, strict=True))
-        return float((total - self.prices * self.room).max())
+        """The least seconds of a rank that holds these intervals with these live microbatches, memory at its best price."""
+        spans = self._held(intervals, vector)
+        return float((spans[:-1] if self.bounded else spans).max())
+
+    def fits(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> bool:
+        """Whether the least bytes of what a rank holds are within its room."""
+        return not (self.bounded and bool(self._over(self._held(intervals, vector))))
+
+    def _held(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> Floats:
+        sums = (self.along(k)[j] - self.along(k)[i] for (i, j), k in zip(intervals, vector, strict=True))
+        return np.asarray(sum(sums) - self.limits)
 
     def reach(self, start: int, live: Sequence[int], beside: float, most: float) -> int:
         """The furthest end of an interval from `start` that may be done within `most` seconds."""
         count, fits = len(self.problem.line), None
         for k in live:
             sums = self.along(k)
-            spans = (sums[start + 1 :] - sums[start] - self.prices * self.room).max(axis=1)
+            spans = self._spans(sums[start + 1 :] - sums[start])
             good: npt.NDArray[np.bool_] = spans + beside <= most * (1 + 1e-12)
             fits = good if fits is None else fits & good
         return count if fits is None or fits.all() else start + int(fits.argmin())
@@ -122,8 +148,7 @@ class Tables:
         fits = np.ones(end, dtype=bool)
         for k in live:
             sums = self.along(k)
-            spans = (sums[end] - sums[:end] - self.prices * self.room).max(axis=1)
-            fits &= spans + beside[:end] <= most * (1 + 1e-12)
+            fits &= self._spans(sums[end] - sums[:end]) + beside[:end] <= most * (1 + 1e-12)
         return int(fits.argmax()) if fits.any() else end
 
 
@@ -140,7 +165,10 @@ class Screen:
         self.tables: dict[object, Tables] = {}
 
     def seconds(self, problem: StageProblem, key: object, low: float, most: float) -> float:
-        """No plan of the problem takes less. `key` stands for its options; looked for between `low` and `most` seconds."""
+        """No plan of the problem takes less; inf where none fits. Looked for between `low` and `most` seconds.
+
+        `key` stands for the options of the problem.
+        """
         p = problem.pipeline
         name = p.schedule if problem.training else "forward"
         splits = SCHEDULES[name].splits_backward
@@ -188,7 +216,10 @@ class Bounded:
         found = 0.0
         for rank, stages in enumerate(local):
             mine = [spans[s] for s in stages]
-            least = max(self.tables.rank(mine, vector) for vector in self._live(rank))
+            vectors = self._live(rank)
+            if not all(self.tables.fits(mine, vector) for vector in vectors):
+                return INFINITE
+            least = max(self.tables.rank(mine, vector) for vector in vectors)
             found = max(found, least + line.beside(mine[0][0], self.splits))
         return found
 
@@ -196,6 +227,8 @@ class Bounded:
         """Between a time that no division keeps and one that some does: the first is a bound."""
         if self._divides(low):
             return low
+        if not self._divides(FAR):
+            return INFINITE
         step = low or self.problem.line.before[-1] or most
         while low < most:
             high = min(low + step, most)

@@ -26,9 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-CALLS = 250
+CALLS = 50
 """After so many calls the ranks are started afresh: every mesh leaves process groups with three threads each, which DTensor's
-caches keep, and in a long sweep hundreds of them slow everything down."""
+caches keep, and a hundred of them take half of a machine."""
 PRELOADED = [
     "torch", "torch._dynamo", "torch.export", "torch.distributed.tensor", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama", "shardwright.passes.prepare", "shardwright.runtime.apply",

@@ -54,6 +54,15 @@ def test_less_memory_never_lowers_the_bound() -> None:
     assert bounds == sorted(bounds)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_too_few_bytes_are_told_without_a_solve(seed: int) -> None:
+    mine = random_problem(seed)
+    held = sum(min(o.static for o in mine.options[r]) for r in mine.line.regions)
+    short = replace(mine, memory=Memory(0.99 * held / mine.pipeline.ranks))
+    assert Screen().seconds(short, 0, 0.0, INFINITE) == INFINITE
+    assert Screen().seconds(replace(mine, memory=Memory(INFINITE)), 1, 0.0, 1e6) < 1e6
+
+
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"])
 def test_live_microbatches_stop_growing(name: str) -> None:
     for ranks in (2, 3, 4, 5, 8):
