@@ -188,6 +188,7 @@ class Model:
                 over = [v for v, o in zip(variables, self.options(r), strict=True) if o.work >= level]
                 if over:
                     program.row([(flag, float(self.division.runs[s][r])), *((v, -1.0) for v in over)], low=0.0)
+
     def _layouts(self, names: Sequence[str]) -> None:
         program, found = self.program, self.layouts
         for s, mine in self.n.items():
