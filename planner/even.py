@@ -45,3 +45,12 @@ def _span(line: Line, stages: Sequence[int], microbatches: int, cuts: Sequence[i
     """Seconds of a rank with the least seconds of every unit, and what passes before it can begin."""
     busy = sum(line.seconds(cuts[s], cuts[s + 1]) for s in stages)
     return microbatches * busy + line.before[cuts[stages[0]]]
+
+
+def apart(cuts: list[int], count: int) -> list[int]:
+    """The nearest cuts that leave every stage a unit."""
+    stages = len(cuts) - 1
+    cuts[0], cuts[-1] = 0, count
+    for s in range(1, stages):
+        cuts[s] = min(max(cuts[s], cuts[s - 1] + 1), count - (stages - s))
+    return cuts

@@ -115,10 +115,10 @@ def _points(
     """The plans of one number of devices under falling limits; the host is offered where nothing fits without it."""
     from .solve import make_bench, tiers_of
 
-    quiet = replace(request, progress=silent)
+    made, shapes = make_bench(outline, cluster, prices, replace(request, progress=silent), tiers=False)
     for tiers in tiers_of(cluster, request.pins):
+        bench = _Bench(made.offering(tiers), shapes)
         try:
-            bench = _Bench(*make_bench(outline, cluster, prices, quiet, tiers=tiers))
             found = _search(bench, request.memory_limit_bytes)
         except PinError:
             return []

@@ -9,6 +9,7 @@ The smallest bound among the shapes that were closed or cut is a bound for the w
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -110,17 +111,29 @@ class Workbench:
             self.chain, task.prices, task.pins, task.setting, self.residual,
             lambda text: tell(Event("front", text)), overlap=self.overlap,
         )  # fmt: skip
-        precision, optimizer = task.setting.precision, task.setting.optimizer
-        self.storing = Storing(
-            task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
-            task.cluster.host if tiers else None, task.pins,
-        )  # fmt: skip
+        self.storing = self._storing()
         self.regions = tuple(r for r, _ in self.chain.units)
         self._least: dict[tuple[int, int, int], tuple[float, float]] = {}
         self._options: dict[tuple[object, ...], list[Option]] = {}
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self.screen = Screen()
+
+    def _storing(self) -> Storing:
+        task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
+        return Storing(
+            task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
+            task.cluster.host if self.tiers else None, task.pins,
+        )  # fmt: skip
+
+    def offering(self, tiers: bool) -> Workbench:
+        """This bench with or without host memory and disk; what they do not change is shared."""
+        if tiers == self.tiers:
+            return self
+        made = copy.copy(self)
+        made.tiers = tiers
+        made.storing, made._options, made.screen = made._storing(), {}, Screen()
+        return made
 
     def on(self, shape: Arrangement, rank: int) -> Workbench:
         """The bench of a pipeline rank's devices: this one where all are equal."""

@@ -22,6 +22,7 @@ from itertools import accumulate
 import numpy as np
 
 from .arcs import Line
+from .even import apart
 from .labels import Floats
 from .screen import STEP_ROW, Bounded, Held, Tables
 from .stageproblem import StageProblem
@@ -189,7 +190,7 @@ class PooledBound(Bounded):
                 mine = [t.problem.line.regions[p.line.regions.index(r)] for t in self.each]
                 found_by_pool = [t.least(k, n)[:most] for t, k, n in zip(self.each, mine, live, strict=True)]
                 least[r] = np.stack(found_by_pool)
-            room = np.stack([x[:most] * t.room for x, t in zip(prices, self.each, strict=True)])
+            room = np.stack([x[:most] * t.room_of(k) for x, t, k in zip(prices, self.each, live, strict=True)])
             found = max(found, _dual(counts, least, ranks, room))
         return found
 
@@ -208,7 +209,7 @@ class PooledBound(Bounded):
         if found is None:
             return self.division
         middle = [(a + b) // 2 for a, b in zip(*found, strict=True)]
-        return self._moved(_apart(middle, len(self.problem.line)), self._rank)
+        return self._moved(apart(middle, len(self.problem.line)), self._rank)
 
     def _by_speed(self) -> list[int]:
         """Every stage as many units of the mean as its pool is fast."""
@@ -218,7 +219,7 @@ class PooledBound(Bounded):
         speeds = [1.0 / max(totals[at[rank_of[s]]], 1e-30) for s in range(len(rank_of))]
         ends = np.array(list(accumulate(speeds, initial=0.0))) / sum(speeds) * line.before[-1]
         cuts = [min(range(len(line) + 1), key=lambda k: (abs(line.before[k] - end), k)) for end in ends.tolist()]
-        return _apart(cuts, len(line))
+        return apart(cuts, len(line))
 
     def judged(self, cuts: Sequence[int]) -> float:
         """How good a division looks: a mean of the seconds of its ranks, memory at its best price."""
@@ -263,15 +264,6 @@ def neighbours(cuts: Sequence[int]) -> Iterator[list[int]]:
                 other = [*cuts[:i], *(c + step for c in cuts[i : j + 1]), *cuts[j + 1 :]]
                 if other[i - 1] < other[i] and other[j] < other[j + 1]:
                     yield other
-
-
-def _apart(cuts: list[int], count: int) -> list[int]:
-    """The nearest cuts that leave every stage a unit."""
-    stages = len(cuts) - 1
-    cuts[0], cuts[-1] = 0, count
-    for s in range(1, stages):
-        cuts[s] = min(max(cuts[s], cuts[s - 1] + 1), count - (stages - s))
-    return cuts
 
 
 def _line_part(line: Line, splits: bool) -> Floats:

@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .even import even_cuts
+from .even import apart, even_cuts
 from .labels import Floats, MemoryRows, unit_bytes
 from .live import live_vectors, local_chunks
 from .options import Option
@@ -86,14 +86,14 @@ class Tables:
         self.room = max(room, 1.0) if self.bounded else 0.0
         scale = max(float(s.max()) for s in self.seconds.values()) / self.room if self.bounded else 0.0
         self.prices = PRICES * scale if self.bounded else PRICES[:1]
-        self.limits = np.append(self.prices * self.room, self.room) if self.bounded else np.zeros(1)
+        self.width = len(self.prices) + 1 if self.bounded else 1
 
     def along(self, live: int) -> Floats:
         """Sums over the chain, (units + 1) x (prices, bytes), of the least of every unit with so many microbatches alive."""
         if live not in self.sums:
             least = {r: self.least(r, live) for r in self.seconds}
             units = np.stack([least[r] for r in self.problem.line.regions])
-            self.sums[live] = np.vstack([np.zeros((1, len(self.limits))), np.cumsum(units, axis=0)])
+            self.sums[live] = np.vstack([np.zeros((1, self.width)), np.cumsum(units, axis=0)])
         return self.sums[live]
 
     def least(self, region: int, live: int) -> Floats:
@@ -107,9 +107,17 @@ class Tables:
         least: Floats = (seconds[None, :] + self.prices[:, None] * held[None, :]).min(axis=1)
         return np.append(least, held.min())
 
-    def _spans(self, sums: Floats) -> Floats:
+    def room_of(self, live: int) -> float:
+        """Bytes for what units hold: work, which any plan has beside live microbatches, has ended when the step is taken."""
+        return max(self.problem.memory.cap_bytes, 1.0) if live == STEP_ROW and self.bounded else self.room
+
+    def _limits(self, live: int) -> Floats:
+        room = self.room_of(live)
+        return np.append(self.prices * room, room) if self.bounded else np.zeros(1)
+
+    def _spans(self, sums: Floats, live: int) -> Floats:
         """The least seconds of intervals, from sums over them; inf where their bytes alone are too many."""
-        spans = sums - self.limits
+        spans = sums - self._limits(live)
         if not self.bounded:
             return np.asarray(spans[:, 0])
         return np.where(self._over(spans), INFINITE, spans[:, :-1].max(axis=1))
@@ -128,14 +136,14 @@ class Tables:
 
     def _held(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> Floats:
         sums = (self.along(k)[j] - self.along(k)[i] for (i, j), k in zip(intervals, vector, strict=True))
-        return np.asarray(sum(sums) - self.limits)
+        return np.asarray(sum(sums) - self._limits(vector[0]))
 
     def reach(self, start: int, live: Sequence[int], beside: float, most: float) -> int:
         """The furthest end of an interval from `start` that may be done within `most` seconds."""
         count, fits = len(self.problem.line), None
         for k in live:
             sums = self.along(k)
-            spans = self._spans(sums[start + 1 :] - sums[start])
+            spans = self._spans(sums[start + 1 :] - sums[start], k)
             good: npt.NDArray[np.bool_] = spans + beside <= most * (1 + 1e-12)
             fits = good if fits is None else fits & good
         return count if fits is None or fits.all() else start + int(fits.argmin())
@@ -148,7 +156,7 @@ class Tables:
         fits = np.ones(end, dtype=bool)
         for k in live:
             sums = self.along(k)
-            fits &= self._spans(sums[end] - sums[:end]) + beside[:end] <= most * (1 + 1e-12)
+            fits &= self._spans(sums[end] - sums[:end], k) + beside[:end] <= most * (1 + 1e-12)
         return int(fits.argmax()) if fits.any() else end
 
 
@@ -244,11 +252,30 @@ class Bounded:
 
     def _divides(self, most: float) -> bool:
         """Whether intervals that each may be done within `most` seconds cover the chain."""
-        line, ranks, at = self.problem.line, self.problem.pipeline.ranks, 0
+        return self._ends(most) is not None
+
+    def _ends(self, most: float) -> list[int] | None:
+        """Cuts that reach as far as `most` seconds let them; None where they do not reach the end."""
+        line, ranks, cuts = self.problem.line, self.problem.pipeline.ranks, [0]
         for rank in range(ranks):
             live = [v[0] for v in self._live(rank)]
-            end = self.tables.reach(at, live, line.beside(at, self.splits), most)
-            if end == at:
-                return False
-            at = min(end, len(line) - (ranks - 1 - rank))
-        return at == len(line)
+            end = self.tables.reach(cuts[-1], live, line.beside(cuts[-1], self.splits), most)
+            if end == cuts[-1]:
+                return None
+            cuts.append(min(end, len(line) - (ranks - 1 - rank)))
+        return cuts if cuts[-1] == len(line) else None
+
+    def even(self, low: float, most: float) -> tuple[float, list[int] | None]:
+        """The bound, and cuts even in seconds and memory: half way between the last and the first that little more allows."""
+        found = self._free(low, most)
+        ends = self._ends(found * (1 + 2 * CLOSE)) if found < most else None
+        if ends is None:
+            return found, None
+        line = self.problem.line
+        beside = np.array([line.beside(at, self.splits) for at in range(len(line))])
+        starts = [len(line)]
+        for rank in range(self.problem.pipeline.ranks - 1, 0, -1):
+            live = [v[0] for v in self._live(rank)]
+            starts.append(self.tables.back(starts[-1], live, beside, found * (1 + 2 * CLOSE)))
+        middle = [(a + b) // 2 for a, b in zip(ends, [0, *reversed(starts)], strict=True)]
+        return found, apart(middle, len(line))

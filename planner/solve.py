@@ -107,8 +107,9 @@ def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: 
 
 def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The same, None where nothing fits."""
+    bench, shapes = make_bench(outline, cluster, prices, request, tiers=False)
     for tiers in tiers_of(cluster, request.pins):
-        bench, shapes = make_bench(outline, cluster, prices, request, tiers=tiers)
+        bench = bench.offering(tiers)
         found = JointSearch(bench, shapes, request.progress).run()
         if found.best is not None:
             return plan_of(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .counts import best_counts
 from .fixed import TRIES, Fixed
@@ -24,8 +25,11 @@ from .options import end_to_end
 from .outer import outer_bound
 from .paths import makespan
 from .program import INFINITE
+from .screen import Bounded, Tables
+from .screen import Held as Live
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
-from .walk import Walk
+from .trial import merged
+from .walk import FAR, Walk
 
 NEAR = (0.0, 0.1, 0.3)
 """Which mixtures of an arc the first search for a better plan looks at (0: the quickest)."""
@@ -62,7 +66,7 @@ class StageSolve(Walk):
 
     def _several(self) -> StageSolution:
         """Several stages."""
-        line, count = self.problem.line, self.p.stages
+        line = self.problem.line
         listed = FEW_UNITS if self.gap >= WIDE else LISTED
         if self.p.chunks > 1 and not self.problem.exact and self.gap > EXACT:
             low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
@@ -72,6 +76,10 @@ class StageSolve(Walk):
             self.least = low
         elif self.limit < INFINITE and self._hopeless():
             return StageSolution(None, INFINITE, self.limit)
+        elif not self.problem.exact and self.gap > EXACT:
+            low = self._counting()
+            if low >= min(self.seconds, self.limit) * (1 - self.gap) or (self.best is not None and len(line) > listed):
+                return self._solution(low, TRIES)
         arcs = self._first()
         if not arcs and not self.slow and (self.problem.exact or len(line) <= LISTED):
             arcs = self._fitting()
@@ -82,12 +90,8 @@ class StageSolve(Walk):
         low = outer_bound(self, self._rows(), limit)
         if low >= limit * (1 - self.gap):
             return self._solution(low, 0)
-        if self.p.chunks == 1 and not self.problem.exact and self.gap > EXACT:
-            low = max(low, Free(self, line.arcs(count, limit / self.p.microbatches)).solve(limit))
-            self.least = max(self.least, low)
-            if len(line) > listed or low >= min(self.seconds, self.limit) * (1 - self.gap):
-                return self._solution(low, TRIES)
-            limit = min(self.seconds, self.limit)
+        if self.p.chunks == 1 and len(line) > listed:
+            return self._solution(max(low, self._free(limit)), TRIES)
         found = self._columns(limit)
         if all(found.columns) and self._relaxed(found, limit) < limit * (1 - self.gap):
             self._program(self._near(arcs), limit, rounds=POLISH, gap=max(self.gap, 2e-3))
@@ -98,6 +102,26 @@ class StageSolve(Walk):
             # Nothing beats the known plan: its value is the bound, up to the limit that was asked for.
             return self._solution(limit - found.slack, 0)
         return self._close(found, limit)
+
+    def _counting(self) -> float:
+        """Plans by counts, the chain divided evenly and then freely; returns a bound (inf: nothing fits)."""
+        held = Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
+        splits = self.ready.splits
+        longest = FAR * self.problem.line.before[-1] * self.p.microbatches
+        low, cuts = Bounded(self.problem, Tables(self.problem, splits), held, splits).even(
+            0.0, min(self.limit, longest)
+        )
+        if cuts is None:
+            return INFINITE if low >= longest else low
+        self.least = max(self.least, low)
+        Fixed(self, list(pairwise(cuts))).solve(self.limit)
+        limit = min(self.seconds, self.limit)
+        return max(low, self._free(limit)) if limit < INFINITE else low
+
+    def _free(self, limit: float) -> float:
+        low = Free(self, self.problem.line.arcs(self.p.stages, limit / self.p.microbatches)).solve(limit)
+        self.least = max(self.least, low)
+        return low
 
     def _hopeless(self) -> bool:
         """Whether no division has every rank done within the limit, each unit by itself and memory at its best price."""

@@ -51,6 +51,13 @@ class UnlikeBench(Workbench):
         self.benches = tuple(Workbench(mine, tell, tiers=tiers) for mine in pools)
         self.counts = Counter(self.regions)
 
+    def offering(self, tiers: bool) -> Workbench:
+        made = super().offering(tiers)
+        if made is not self:
+            assert isinstance(made, UnlikeBench)
+            made.benches = tuple(bench.offering(tiers) for bench in self.benches)
+        return made
+
     def on(self, shape: Arrangement, rank: int) -> Workbench:
         return self.benches[shape.pools[rank]]
 
