@@ -73,12 +73,15 @@ class Tables:
     problem: StageProblem
     splits: bool
     sums: dict[int, Floats] = field(default_factory=dict)
+    bytes: dict[int, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         m, pipeline = float(self.problem.pipeline.microbatches), self.problem.pipeline
         # One rank has its finish too; of several, what passes before a rank may stand beside it instead (Line.beside).
         end = 1.0 if self.splits or pipeline.stages == 1 else 0.0
-        self.once = pipeline.microbatches == 1 and pipeline.stages == 1
+        # Bytes with no and one live microbatch, and at the optimizer's step.
+        once = pipeline.microbatches == 1 and pipeline.stages == 1
+        self.rows = MemoryRows((0, 1), self.problem.memory.cap_bytes, once=once)
         used = sorted(set(self.problem.line.regions))
         self.seconds = {r: _column(self.problem.options[r], lambda o: m * o.seconds + end * o.finish) for r in used}
         room = self.problem.memory.cap_bytes - min(o.work for r in used for o in self.problem.options[r])
@@ -101,9 +104,10 @@ class Tables:
         seconds, found = self.seconds[region], self.problem.options[region]
         if not self.bounded:
             return np.array([float(seconds.min())])
-        # The first row is that of the live microbatches, or without any that of the step.
-        rows = MemoryRows(() if live == STEP_ROW else (live,), self.problem.memory.cap_bytes, once=self.once)
-        held = _column(found, lambda o: unit_bytes(o, rows)[0])
+        if region not in self.bytes:
+            self.bytes[region] = np.array([unit_bytes(o, self.rows)[:3] for o in found])
+        none, one, step = self.bytes[region].T
+        held = step if live == STEP_ROW else none + live * (one - none)
         least: Floats = (seconds[None, :] + self.prices[:, None] * held[None, :]).min(axis=1)
         return np.append(least, held.min())
 
