@@ -290,6 +290,11 @@ def default_limit_bytes(cluster: Cluster) -> int:
     return min(int(device.memory_bytes * (1.0 - device.reserve_fraction)) for device in devices)
 
 
+def has_host(cluster: Cluster) -> bool:
+    """Whether anything lies behind the devices of some pool."""
+    return any(pool.host is not None for pool in cluster.pool_list())
+
+
 def unlike(cluster: Cluster) -> bool:
     """Whether a cluster has several pools."""
     return len(cluster.pools) > 1

@@ -13,7 +13,7 @@ import copy
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import PinError
 from .arcs import Line
@@ -77,12 +77,37 @@ class Solved:
 
 @dataclass
 class Found:
-    """The outcome of a search: the best, records of all shapes, the proven bound."""
+    """The outcome of a search: the best, records of all shapes, the proven bound; and a bound whatever memory there is."""
 
     best: Solved | None
     records: list[ShapeRecord]
     bound_seconds: float
     interrupted: bool = False
+    unlimited_seconds: float = 0.0
+
+    def after(self, first: Found) -> Found:
+        """These bounds, with the plans of a search before that offered less."""
+        told = {_key(r) for r in self.records if r.status == "solved"}
+        solved = {_key(r): r for r in first.records if r.status == "solved" and _key(r) not in told}
+        records = [*solved.values(), *(r for r in self.records if _key(r) not in solved)]
+        return replace(self, records=sorted(records, key=_rank))
+
+
+def _key(record: ShapeRecord) -> tuple[object, ...]:
+    """The shape of a record."""
+    mesh = tuple(sorted(record.mesh.items()))
+    return mesh, record.schedule, record.chunks, record.microbatches, record.micro_batch, record.pools
+
+
+def _rank(record: ShapeRecord) -> tuple[float, float, str, str, int]:
+    """Plans first, the fastest before the others; then the least bound."""
+    seconds = record.step_seconds if record.step_seconds is not None else math.inf
+    bound = record.bound_seconds if record.bound_seconds is not None else math.inf
+    return seconds, bound, str(sorted(record.mesh.items())), record.schedule, record.microbatches
+
+
+NOTHING = Found(None, [], math.inf)
+"""Before any search."""
 
 
 @dataclass(order=True)
@@ -307,15 +332,17 @@ def schedule_of(shape: Arrangement) -> str:
 
 
 class JointSearch:
-    """One search over shapes."""
+    """One search over shapes, for better plans than `best`."""
 
-    def __init__(self, bench: Workbench, shapes: Sequence[Arrangement], tell: Progress) -> None:
+    def __init__(
+        self, bench: Workbench, shapes: Sequence[Arrangement], tell: Progress, best: Solved | None = None
+    ) -> None:  # fmt: skip
         self.bench, self.shapes, self.tell = bench, shapes, tell
         self.gap = CLOSE if bench.task.cluster.devices < 64 else WIDE
-        self.best: Solved | None = None
+        self.best = best
         self.records: list[ShapeRecord] = []
         self.refused: list[PinError] = []
-        self.closed = math.inf
+        self.closed = self.unlimited = math.inf
         self.raised = 0
 
     def run(self) -> Found:
@@ -337,9 +364,10 @@ class JointSearch:
                 raise
             interrupted = True
             self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
+            self.unlimited = 0.0
         if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
-        return Found(self.best, self._ranked(), self.closed, interrupted)
+        return Found(self.best, sorted(self.records, key=_rank), self.closed, interrupted, self.unlimited)
 
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
         if self.raised % TOLD == 0:
@@ -347,6 +375,7 @@ class JointSearch:
         self.raised += 1
         try:
             bound = max(item.bound, self.bench.talk_bound(item.shape))
+            self.unlimited = min(self.unlimited, bound)
             if bound < self.seconds * (1 - self.gap):
                 bound = max(bound, self.bench.screened(item.shape, bound, self.seconds))
         except PinError as error:
@@ -363,6 +392,8 @@ class JointSearch:
         return self.best.seconds if self.best is not None else math.inf
 
     def _step(self, item: _Open) -> None:
+        if not item.screened:
+            self.unlimited = min(self.unlimited, item.bound)
         if item.bound >= self.seconds * (1 - self.gap):
             self._record(item.shape, "cut" if item.bound < math.inf else "does not fit", item.bound)
             self.closed = min(self.closed, item.bound)
@@ -392,14 +423,6 @@ class JointSearch:
     def _record(self, shape: Arrangement, status: str, bound: float, solution: StageSolution | None = None) -> None:
         known = bound if 0 < bound < math.inf else None
         self.records.append(_told(shape, status, known, solution.step_seconds if solution is not None else None))
-
-    def _ranked(self) -> list[ShapeRecord]:
-        def key(record: ShapeRecord) -> tuple[float, float, str, str, int]:
-            seconds = record.step_seconds if record.step_seconds is not None else math.inf
-            bound = record.bound_seconds if record.bound_seconds is not None else math.inf
-            return seconds, bound, str(sorted(record.mesh.items())), record.schedule, record.microbatches
-
-        return sorted(self.records, key=key)
 
 
 def _talk(shape: Arrangement) -> float:

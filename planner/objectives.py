@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import PinError
 from .appraise import appraise
 from .arcs import Line
-from .cluster import Cluster, unlike
+from .cluster import Cluster, has_host, unlike
 from .costs import PriceBook
 from .joint import Found, Solved, Workbench
 from .options import Option
@@ -163,11 +163,6 @@ def _cuts_by_room(line: Line, rooms: Sequence[float]) -> tuple[int, ...]:
         low, high = cuts[-1] + 1, len(line) - (len(rooms) - s)
         cuts.append(min(range(low, high + 1), key=lambda k: (abs(line.before[k] - wanted), k)))
     return (*cuts, len(line))
-
-
-def has_host(cluster: Cluster) -> bool:
-    """Whether anything lies behind the devices of some pool."""
-    return any(pool.host is not None for pool in cluster.pool_list())
 
 
 def housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:

@@ -202,7 +202,7 @@ class Storing:
 
         Raises PinError where an offload is pinned and there is no host.
         """
-        if self.host is None and self.pins.offload not in (None, "none"):
+        if self.host is None and self.pins.offload not in (None, "none", "any"):
             raise PinError(
                 f"offload={self.pins.offload}: the cluster has no host memory; describe it in a [host] table"
             )

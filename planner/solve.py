@@ -14,14 +14,14 @@ from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import byte_masks, fused_attention, math_attention
 from .capability import check_pins
-from .cluster import Cluster, pool_names, unlike
+from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
-from .joint import JointSearch, Task, Workbench
+from .joint import NOTHING, JointSearch, Task, Workbench
 from .legal import check_choices
 from .memory import Setting, facts
-from .objectives import has_host, housed
+from .objectives import housed
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -108,16 +108,18 @@ def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: 
 def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The same, None where nothing fits."""
     bench, shapes = make_bench(outline, cluster, prices, request, tiers=False)
+    found = NOTHING
     for tiers in tiers_of(cluster, request.pins):
         bench = bench.offering(tiers)
-        found = JointSearch(bench, shapes, request.progress).run()
-        if found.best is not None:
-            return plan_of(
-                bench, found, found.best, source=request.source, objective=request.objective,
-                fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts,
-                notes=outline.notes,
-            )  # fmt: skip
-    return None
+        found = JointSearch(bench, shapes, request.progress, found.best).run().after(found)
+        if found.interrupted or (found.best is not None and request.pins.offload != "any"):
+            break
+    if found.best is None:
+        return None
+    return plan_of(
+        bench, found, found.best, source=request.source, objective=request.objective, fingerprint=outline.fingerprint,
+        limit_bytes=request.memory_limit_bytes, pins=request.pins.texts, notes=outline.notes,
+    )  # fmt: skip
 
 
 def make_bench(
@@ -149,8 +151,11 @@ def workbench(
 
 
 def tiers_of(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
-    """Whether to offer the host: not at first, only where something is pinned there, or never."""
-    if pins.offload not in (None, "none"):
+    """Whether to offer the host: not at first, only where something is pinned there, or never.
+
+    The second search is made where the first finds nothing, or where it is asked for (offload=any).
+    """
+    if pins.offload not in (None, "none", "any"):
         return (True,)
     return (False,) if pins.offload == "none" or not has_host(cluster) else (False, True)
 
