@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from shardwright.planner.appraise import appraise
-from shardwright.planner.joint import Workbench
 from shardwright.planner.objectives import housed
 from shardwright.planner.options import Option
 from shardwright.planner.shapes import Arrangement
+from shardwright.planner.workbench import Workbench
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .joint import Workbench
 from .options import Option, end_to_end
 from .paths import makespan
 from .plan import Prediction, Traffic
 from .prices import FLOPS_KINDS
 from .shapes import Arrangement
+from .workbench import Workbench
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ from .cluster import Cluster
 from .costs import PriceBook
 from .fewer import device_counts, priced_on, sized
 from .goal import Point
-from .joint import Found, JointSearch, Solved, Workbench
+from .joint import Found, JointSearch, Solved
 from .objectives import least_peak, limited
 from .outline import Outline
 from .plan import Plan, ShapeRecord
 from .progress import Event, silent
 from .shapes import Arrangement
+from .workbench import Workbench
 
 if TYPE_CHECKING:
     from .solve import Request

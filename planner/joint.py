@@ -9,34 +9,17 @@ The smallest bound among the shapes that were closed or cut is a bound for the w
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import PinError
-from .arcs import Line
-from .cluster import Cluster, Device
-from .costs import PriceBook
-from .front import Design, crossing_state, ways_of
-from .fronts import Fronts, Named
-from .memory import Setting
-from .options import Data, Option, Storing
-from .outline import Outline
-from .overlap import Overlap
-from .part import Chain, chain
-from .pins import Pins
-from .placing import axis_strides, send_seconds
 from .plan import ShapeRecord
 from .progress import Event, Progress
-from .prune import undominated
-from .ready import Ready, make_ready
-from .residual import residual_factors
-from .schedules import SCHEDULES
-from .screen import Screen
 from .shapes import Arrangement
-from .stages import Memory, Pipeline, StageProblem, StageSolution, StageSolve
+from .stages import StageSolution, StageSolve
+from .workbench import Workbench
 
 CLOSE = 5e-4
 """Gap asked of one shape on fewer than 64 devices, and `WIDE` on more (a plan's gap may be twice that)."""
@@ -45,22 +28,6 @@ WIDE = 3e-3
 
 TOLD = 100
 """Shapes bounded between two lines of progress."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is planned, ready for the search."""
-
-    outline: Outline
-    cluster: Cluster
-    prices: PriceBook
-    pins: Pins
-    setting: Setting
-    limit_bytes: int
-
-    @property
-    def device(self) -> Device:
-        return self.cluster.device
 
 
 @dataclass(frozen=True)
@@ -122,213 +89,6 @@ class _Open:
 
 TALK = {"tp": 0.03, "cp": 0.06, "ep": 0.02, "pp": 0.03, "chunks": 0.01}
 """What each doubling of an axis is taken to cost where the order of the search is decided; nothing else depends on it."""
-
-
-class Workbench:
-    """Prices of units, options and borders, shared by all shapes of one task."""
-
-    def __init__(self, task: Task, tell: Progress, *, tiers: bool = False) -> None:
-        self.task, self.tell, self.tiers = task, tell, tiers
-        self.chain: Chain = chain(task.outline)
-        self.residual = residual_factors(task.outline)
-        self.overlap = Overlap.of(task.device)
-        self.fronts = Fronts(
-            self.chain, task.prices, task.pins, task.setting, self.residual,
-            lambda text: tell(Event("front", text)), overlap=self.overlap,
-        )  # fmt: skip
-        self.storing = self._storing()
-        self.regions = tuple(r for r, _ in self.chain.units)
-        self._least: dict[tuple[int, int, int], tuple[float, float]] = {}
-        self._options: dict[tuple[object, ...], list[Option]] = {}
-        self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
-        self._ready: dict[tuple[str, int, int, int], Ready] = {}
-        self.screen = Screen()
-
-    def _storing(self) -> Storing:
-        task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
-        return Storing(
-            task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
-            task.cluster.host if self.tiers else None, task.pins,
-        )  # fmt: skip
-
-    def offering(self, tiers: bool) -> Workbench:
-        """This bench with or without host memory and disk; what they do not change is shared."""
-        if tiers == self.tiers:
-            return self
-        made = copy.copy(self)
-        made.tiers = tiers
-        made.storing, made._options, made.screen = made._storing(), {}, Screen()
-        return made
-
-    def on(self, shape: Arrangement, rank: int) -> Workbench:
-        """The bench of a pipeline rank's devices: this one where all are equal."""
-        return self
-
-    # -- bounds
-
-    def least(self, region: int, shape: Arrangement) -> tuple[float, float]:
-        """The least forward and backward compute of a unit: every op by its fastest strategy, nothing communicated."""
-        key = (region, shape.tp, shape.pieces)
-        if key not in self._least:
-            part = self.chain.at(region, shape.pieces)
-            costs, tensors = self.fronts.costs(shape.tp), part.outline.tensors
-            forward = backward = 0.0
-            for op in part.outline.ops:
-                ways = ways_of(op, tensors, costs, Pins(), frozenset())
-                forward += min(w.forward for w in ways)
-                backward += min(w.backward for w in ways)
-            self._least[key] = forward, backward
-        forward, backward = self._least[key]
-        return forward / shape.cp, backward / shape.cp
-
-    def bound(self, shape: Arrangement) -> float:
-        """No plan of this shape takes less: the compute of its slowest rank, each op by its fastest strategy."""
-        return self._bound(shape, Line.of(self.regions, [[self.least(r, shape)] for r in range(len(self.chain.parts))]))
-
-    def _bound(self, shape: Arrangement, line: Line) -> float:
-        m, total = shape.microbatches, line.before[-1]
-        # One microbatch passes every unit and comes back; where weight halves are put off, they may run side by side.
-        alone = line.forward(0, len(line)) if SCHEDULES[schedule_of(shape)].splits_backward else total
-        if shape.chunks > 1 or shape.pp == 1:
-            return max(m * total / shape.pp, alone)
-        key = (line.least, shape.pp)
-        if key not in self._slowest:
-            self._slowest[key] = line.bottleneck(shape.pp)
-        return max(m * self._slowest[key], alone)
-
-    def talk_bound(self, shape: Arrangement) -> float:
-        """A higher bound: designs with their communication."""
-        times = [self.fronts.least(r, shape.tp, shape.pieces, shape.cp) for r in range(len(self.chain.parts))]
-        if any(t is None for t in times):
-            return 0.0  # the solve says why
-        line = Line.of(self.regions, [[t] for t in times if t is not None])
-        return self._bound(shape, line)
-
-    def screened(self, shape: Arrangement, low: float, most: float) -> float:
-        """A bound with memory and what passes before a rank can begin, between `low` and `most`; raises PinError."""
-        key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
-        return self.screen.seconds(self.problem(shape), key, low, most)
-
-    def ready(self, shape: Arrangement) -> Ready:
-        """The schedule of a shape, made once."""
-        name = schedule_of(shape) if self.task.outline.training else "forward"
-        key = (name, shape.pp, shape.chunks, shape.microbatches)
-        if key not in self._ready:
-            self._ready[key] = make_ready(*key)
-        return self._ready[key]
-
-    # -- options
-
-    def options(self, region: int, shape: Arrangement) -> list[Option]:
-        """Every option of a unit; raises PinError where the pins leave none."""
-        data = self.data(shape)
-        key = (region, shape.tp, shape.cp, shape.pieces, data)
-        if key not in self._options:
-            measured = self.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
-            levels = self._levels(data)
-            found = [o for named, n in measured for o in self.storing.options(region, named, n, data, levels)]
-            self._options[key] = undominated(found)
-        return self._options[key]
-
-    def option(self, region: int, shape: Arrangement, design: Design, zero: int, offload: str) -> Option | None:
-        """The option of one design, ZeRO level and offload; None where it is not possible."""
-        numbers = self.fronts.bench(region, shape.tp, shape.pieces, shape.cp).measure(design)
-        if numbers is None:
-            return None
-        found = self.storing.options(region, Named(design, "", "none"), numbers, self.data(shape), (zero,))
-        return next((o for o in found if o.offload == offload), None)
-
-    def data(self, shape: Arrangement) -> Data:
-        """The data axes around the inner mesh of a shape."""
-        strides = axis_strides(shape.order, shape.sizes())
-        stride = strides["cp"] if shape.cp > 1 else strides["ep"] if shape.ep > 1 else strides["dp"]
-        return Data(
-            shape.dp * shape.cp, stride, shape.tp, shape.microbatches, shape.pp, shape.ep, strides["ep"]
-        )  # fmt: skip
-
-    def _levels(self, data: Data) -> tuple[int, ...]:
-        pins = self.task.pins
-        if data.ranks == 1:
-            if pins.zero:
-                raise PinError(
-                    f"zero={pins.zero} shares out parameters that several ranks hold whole; there are none without a data "
-                    "axis: use zero=0, or dp=N with N > 1"
-                )
-            return (0,)
-        levels: tuple[int, ...] = (0, 1, 2, 3) if self.task.outline.training else (0, 3)
-        if pins.zero is not None:
-            levels = (pins.zero,) if pins.zero in levels else (0,)
-        kept = tuple(z for z in levels if not pins.forbids("zero", z))
-        if not kept:
-            raise PinError(f"the pins {', '.join(pins.texts)} leave no ZeRO level")
-        return kept
-
-    def problem(self, shape: Arrangement) -> StageProblem:
-        """The stage solve of a shape."""
-        options = [self.options(r, shape) for r in range(len(self.chain.parts))]
-        for r, found in enumerate(options):
-            if not found:
-                blockers = self.fronts.context(shape.cp).blockers if shape.cp > 1 else ()
-                raise PinError(
-                    f"cp={shape.cp}: {blockers[0]}"
-                    if blockers
-                    else f"ep={shape.ep} does not divide the experts"
-                    if shape.ep > 1
-                    else f"region {self.task.outline.regions[r].name} cannot run on {shape.told()}"
-                )
-        line = Line.of(self.regions, [[(o.forward, o.backward) for o in found] for found in options])
-        return StageProblem(
-            line, options, self.change(shape), Pipeline(shape.pp, shape.chunks, schedule_of(shape), shape.microbatches),
-            self.memory(), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
-        )  # fmt: skip
-
-    def given_bytes(self) -> float:
-        """Bytes of buffers and constants, which every rank has."""
-        tensors = self.task.outline.tensors.values()
-        return float(sum(t.bytes for t in tensors if t.role in ("buffer", "constant") and t.storage == t.name))
-
-    def memory(self) -> Memory:
-        """What a rank may use: the limit less the context, and its share of the host."""
-        host = self.task.cluster.host
-        cap = max(self.task.limit_bytes - self.task.setting.reserve - self.given_bytes(), 0.0)
-        if host is None or not self.tiers:
-            return Memory(cap, 0.0, 0.0)
-        return Memory(cap, float(host.rank_host_bytes), float(host.rank_disk_bytes))
-
-    def crossing_bytes(self, shape: Arrangement, at: int, layout: str) -> float:
-        """Bytes of one rank's part of what crosses before unit `at`, for one microbatch."""
-        total = 0.0
-        for name in self.chain.borders[at - 1]:
-            tensor = self.task.outline.tensors[name]
-            state = crossing_state(tensor, layout, self.chain.places.get(name, ()), shape.tp)
-            total += tensor.bytes / shape.pieces / shape.cp / (shape.tp if state.is_split else 1)
-        return total
-
-    def send(self, shape: Arrangement, at: int, layout: str) -> tuple[float, float]:
-        """Seconds of handing on what crosses before unit `at`, forward and back."""
-        if shape.pp == 1:
-            return 0.0, 0.0
-        stride = axis_strides(shape.order, shape.sizes())["pp"]
-        seconds = send_seconds(self.task.cluster, self.crossing_bytes(shape, at, layout), stride, size=shape.pp)
-        return seconds, seconds if self.task.outline.training else 0.0
-
-    def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
-        """As `send`, for what crosses into a stage."""
-        return self.send(shape, at, layout)
-
-    def change(self, shape: Arrangement) -> Mapping[tuple[str, str], tuple[float, float]]:
-        """Seconds of changing the layout of what crosses between units: a gather one way, a slice the other."""
-        if shape.tp == 1 or not self.chain.borders:
-            return {}
-        most = max(self.crossing_bytes(shape, at, "R") for at in range(1, len(self.chain)))
-        gather = self.task.prices.collective("all_gather", most, 1, shape.tp).seconds
-        back = gather if self.task.outline.training else 0.0
-        return {("R", "S"): (0.0, back), ("S", "R"): (gather, 0.0)}
-
-
-def schedule_of(shape: Arrangement) -> str:
-    """The schedule that is simulated."""
-    return "1f1b" if shape.schedule == "none" else shape.schedule
 
 
 class JointSearch:

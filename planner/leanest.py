@@ -27,7 +27,7 @@ from ..errors import PinError
 from .cluster import Cluster
 from .costs import PriceBook
 from .goal import Goal
-from .joint import JointSearch, Workbench
+from .joint import JointSearch
 from .objectives import least_memory, limited
 from .options import Option
 from .outline import Outline
@@ -35,6 +35,7 @@ from .plan import Plan
 from .progress import Event
 from .shapes import Arrangement
 from .spell import plan_of
+from .workbench import Workbench
 
 if TYPE_CHECKING:
     from .solve import Request

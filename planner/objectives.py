@@ -12,7 +12,7 @@ from .appraise import appraise
 from .arcs import Line
 from .cluster import Cluster, has_host, unlike
 from .costs import PriceBook
-from .joint import Found, Solved, Workbench
+from .joint import Found, Solved
 from .options import Option
 from .outline import Outline
 from .plan import Plan, ShapeRecord
@@ -21,6 +21,7 @@ from .shapes import Arrangement
 from .spell import plan_of
 from .stageproblem import Held, StageSolution
 from .unlike import pool_limits
+from .workbench import Workbench
 
 if TYPE_CHECKING:
     from .solve import Request

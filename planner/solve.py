@@ -18,7 +18,7 @@ from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
-from .joint import NOTHING, JointSearch, Task, Workbench
+from .joint import NOTHING, JointSearch
 from .legal import check_choices
 from .memory import Setting, facts
 from .objectives import housed
@@ -49,6 +49,7 @@ from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
 from .unlike import UnlikeBench, pool_limits, pool_prices
+from .workbench import Task, Workbench
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from .bench import home_of
 from .choices import states
 from .cluster import Cluster, has_host, pool_names
 from .front import Design
-from .joint import Found, Solved, Workbench
+from .joint import Found, Solved
 from .options import Option
 from .placement import R, State
 from .placing import axis_levels
@@ -33,6 +33,7 @@ from .plan import (
 )  # fmt: skip
 from .schedules import fault
 from .shapes import Arrangement
+from .workbench import Workbench
 
 GIVEN_UP = (
     "options: the sharding of each style, with what is kept at a few budgets and the named policies",

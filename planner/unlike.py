@@ -13,7 +13,6 @@ from dataclasses import replace
 from ..errors import ClusterError
 from .cluster import Cluster, default_limit_bytes
 from .costs import PriceBook
-from .joint import Task, Workbench, schedule_of
 from .options import Option
 from .placing import axis_strides, join_seconds, send_seconds
 from .pooled import PooledBound, shared_seconds
@@ -22,6 +21,7 @@ from .progress import Progress
 from .schedules import SCHEDULES
 from .shapes import Arrangement
 from .stageproblem import Pipeline, Pool, StageProblem
+from .workbench import Task, Workbench, schedule_of
 
 
 def pool_limits(cluster: Cluster, limit_bytes: int) -> tuple[int, ...]:
