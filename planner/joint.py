@@ -26,6 +26,9 @@ CLOSE = 5e-4
 
 WIDE = 3e-3
 
+PLAIN = 3
+"""Shapes of one stage that come before all others: quick to solve, often good, and nothing of their time is outside the bound."""
+
 TOLD = 100
 """Shapes bounded between two lines of progress."""
 
@@ -112,6 +115,8 @@ class JointSearch:
             for shape in self.shapes:
                 bound = self.bench.bound(shape)
                 queue.append(_Open(bound * _talk(shape), shape, bound))
+            for item in heapq.nsmallest(PLAIN, (i for i in queue if i.shape.pp == 1)):
+                item.likely = 0.0
             heapq.heapify(queue)
             while queue:
                 item = heapq.heappop(queue)
@@ -141,7 +146,8 @@ class JointSearch:
         except PinError as error:
             self._refuse(item.shape, error)
             return
-        heapq.heappush(queue, _Open(bound * (1 + (_talk(item.shape) - 1) / 4), item.shape, bound, True))
+        likely = item.likely and bound * (1 + (_talk(item.shape) - 1) / 4)
+        heapq.heappush(queue, _Open(likely, item.shape, bound, True))
 
     def _refuse(self, shape: Arrangement, error: PinError) -> None:
         self.refused.append(error)
