@@ -114,20 +114,32 @@ def _points(
     outline: Outline, cluster: Cluster, prices: PriceBook, request: Request, *, whole: bool
 ) -> list[Point]:  # fmt: skip
     """The plans of one number of devices under falling limits; the host is offered where nothing fits without it."""
+    try:
+        fastest = _fastest(outline, cluster, prices, request)
+    except PinError:
+        return []
+    if fastest is None:
+        return []
+    bench, found, best = fastest
+    first = _point(bench.bench, found, best, request.memory_limit_bytes)
+    points = [first, *_less(bench, first, LIMITS if whole else LIMITS // 2)]
+    return [*points, *_others(bench, found, request.memory_limit_bytes)] if whole else points
+
+
+def _fastest(
+    outline: Outline, cluster: Cluster, prices: PriceBook, request: Request
+) -> tuple[_Bench, Found, Solved] | None:  # fmt: skip
+    """The search of all shapes within the limit, on the bench that it found a plan with; raises PinError."""
     from .solve import make_bench, tiers_of
 
     made, shapes = make_bench(outline, cluster, prices, replace(request, progress=silent), tiers=False)
-    for tiers in tiers_of(cluster, request.pins):
+    offered = tiers_of(cluster, request.pins)
+    for tiers in offered[-1:] if request.pins.offload == "any" else offered:
         bench = _Bench(made.offering(tiers), shapes)
-        try:
-            found = _search(bench, request.memory_limit_bytes)
-        except PinError:
-            return []
+        found = _search(bench, request.memory_limit_bytes)
         if found is not None and found.best is not None:
-            first = _point(bench.bench, found, found.best, request.memory_limit_bytes)
-            points = [first, *_less(bench, first, LIMITS if whole else LIMITS // 2)]
-            return [*points, *_others(bench, found, request.memory_limit_bytes)] if whole else points
-    return []
+            return bench, found, found.best
+    return None
 
 
 def _search(bench: _Bench, limit: int, shapes: Sequence[Arrangement] | None = None) -> Found | None:

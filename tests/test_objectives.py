@@ -287,6 +287,13 @@ def test_the_frontier_holds_the_fastest_plan_and_smaller_clusters() -> None:
     assert dump_plan(msgspec.structs.replace(found, frontier=())) == dump_plan(plan("throughput"))
 
 
+def test_parts_of_a_cluster_that_the_pins_do_not_fit_have_no_points() -> None:
+    found = plan("throughput", Aim(frontier=True), "dp=4", "offload=any")
+    assert {p.devices for p in found.frontier} == {4}
+    own = point_of(found)
+    assert min(p.seconds for p in found.frontier) == pytest.approx(own.seconds)
+
+
 def test_points_are_ranked() -> None:
     def point(seconds: float, size: int, devices: int, **mesh: int) -> Point:
         return Point(seconds, size, devices, mesh)
