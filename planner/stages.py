@@ -26,9 +26,7 @@ from .outer import outer_bound
 from .paths import makespan
 from .program import INFINITE
 from .screen import Bounded, Tables
-from .screen import Held as Live
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
-from .trial import merged
 from .walk import FAR, Walk
 
 NEAR = (0.0, 0.1, 0.3)
@@ -68,7 +66,8 @@ class StageSolve(Walk):
         """Several stages."""
         line = self.problem.line
         listed = FEW_UNITS if self.gap >= WIDE else LISTED
-        if self.p.chunks > 1 and not self.problem.exact and self.gap > EXACT:
+        counted = not self.problem.exact and self.gap > EXACT
+        if self.p.chunks > 1 and counted:
             low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
             done = low >= min(self.seconds, self.limit) * (1 - self.gap)
             if done or (self.best is not None and len(line) > listed):
@@ -76,7 +75,7 @@ class StageSolve(Walk):
             self.least = low
         elif self.limit < INFINITE and self._hopeless():
             return StageSolution(None, INFINITE, self.limit)
-        elif not self.problem.exact and self.gap > EXACT:
+        elif counted:
             low = self._counting()
             if low >= min(self.seconds, self.limit) * (1 - self.gap) or (self.best is not None and len(line) > listed):
                 return self._solution(low, TRIES)
@@ -90,7 +89,7 @@ class StageSolve(Walk):
         low = outer_bound(self, self._rows(), limit)
         if low >= limit * (1 - self.gap):
             return self._solution(low, 0)
-        if self.p.chunks == 1 and len(line) > listed:
+        if self.p.chunks == 1 and counted and len(line) > listed:
             return self._solution(max(low, self._free(limit)), TRIES)
         found = self._columns(limit)
         if all(found.columns) and self._relaxed(found, limit) < limit * (1 - self.gap):
@@ -105,12 +104,9 @@ class StageSolve(Walk):
 
     def _counting(self) -> float:
         """Plans by counts, the chain divided evenly and then freely; returns a bound (inf: nothing fits)."""
-        held = Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
-        splits = self.ready.splits
+        splits, tables = self.ready.splits, Tables(self.problem, self.ready.splits)
         longest = FAR * self.problem.line.before[-1] * self.p.microbatches
-        low, cuts = Bounded(self.problem, Tables(self.problem, splits), held, splits).even(
-            0.0, min(self.limit, longest)
-        )
+        low, cuts = Bounded(self.problem, tables, self._live(), splits).even(0.0, min(self.limit, longest))
         if cuts is None:
             return INFINITE if low >= longest else low
         self.least = max(self.least, low)

@@ -64,13 +64,16 @@ class Walk(Division):
         unique = {tuple(sorted(path.counts.items())): path for path in self.paths}
         return [PathRow(path, self.p.stages) for path in unique.values()]
 
+    def _live(self) -> Live | None:
+        """Who holds what in the schedule; None where there is no backward pass."""
+        return Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
+
     def _unlike(self) -> StageSolution:
         """Unlike devices: one division even in seconds and memory, then neighbours of the best while they help.
 
         The bound is one for all divisions (planner/pooled.py).
         """
-        held = Live(self.local, tuple(merged(v) for v in self.ready.live)) if self.problem.training else None
-        bounded = PooledBound(self.problem, held, self.ready.splits)
+        bounded = PooledBound(self.problem, self._live(), self.ready.splits)
         longest = FAR * max(pool.line.before[-1] for pool in self.problem.pools) * self.p.microbatches
         most = min(self.limit, longest)
         low = bounded.seconds(0.0, most)
