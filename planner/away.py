@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from .cluster import Host
 from .costs import PriceBook
@@ -154,6 +155,28 @@ class Moved:
         return self.ranks if self.level else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What the copies of a unit's parameters take, whatever its design.
+
+    `forward` and `backward` go with every microbatch, and a window is the compute that hides them; `adding` are seconds of the
+    host's memory beside a backward pass, to add up gradients that leave as they are made. At the end of a step `leaving` seconds
+    of copies may hide under the last backward pass, `returned` do not. `update` are seconds of the optimizer over states that
+    are away, with its `stride`, and `slots` the device bytes of those passing through; None where they are here.
+    """
+
+    forward: Traffic
+    backward: Traffic
+    forward_window: float
+    backward_window: float
+    adding: float
+    leaving: float
+    returned: float
+    stride: float
+    update: float | None
+    slots: float
+
+
 @dataclass(frozen=True)
 class Copies:
     """Seconds and bytes of offloads with one recipe and optimizer; rates of the update are worked out when first asked for."""
@@ -166,7 +189,7 @@ class Copies:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def state(self) -> StateBytes:
         """Bytes per element by cause."""
         return state_bytes(self.precision, self.optimizer)
@@ -200,48 +223,60 @@ class Copies:
         """Parameters brought in for one pass of one microbatch."""
         return parameter_traffic(moved.elements, self.state, ON_HOST, moved.ranks if moved.level == 3 else 1)[0]
 
-    def passes(self, away: Away, moved: list[Moved], saved_bytes: float) -> tuple[Traffic, Traffic]:
-        """Traffic of one microbatch, (forward, backward)."""
+    def moves(self, away: Away, moved: list[Moved], microbatches: int) -> Moves:
+        """What the copies of a unit's parameters take, whatever its design."""
         forward, backward = Traffic(), Traffic()
         if away.parameters:
             forward += sum((self.fetched(m) for m in moved), Traffic())
             backward += forward
-        if away.activations:
-            out, back = activation_traffic(saved_bytes, ON_HOST)
-            forward, backward = forward + out, backward + back
+        gradients = sum((self._gradient(m) for m in moved), Traffic()) if away.optimizer else Traffic()
         if away.gradients:
-            backward += sum((self._gradient(m) for m in moved), Traffic())
-        return forward, backward
+            backward += gradients
+        stride, update, slots = math.inf, None, 0.0
+        if away.optimizer:
+            elements = sum(m.trained / m.share for m in moved)
+            stride, rate = self.update(away)
+            update, slots = rate * elements, self.slots(away, elements)
+        leaving = Traffic() if away.gradients else gradients
+        return Moves(
+            forward, backward, self._window(forward), self._window(backward), self._adding(away, moved, microbatches),
+            self._window(leaving), self._returned(moved) if away.parameters and not away.optimizer else 0.0, stride, update, slots,
+        )  # fmt: skip
 
     def _gradient(self, moved: Moved) -> Traffic:
         return gradient_traffic(moved.trained / moved.share, self.state, ON_HOST)
 
-    def exposed(self, traffic: Traffic, compute: float) -> float:
-        """Seconds of copies that the compute of their unit does not hide; both directions have lanes of their own."""
-        return max(0.0, lane_seconds(self.host, traffic).window - compute)
+    def _window(self, traffic: Traffic) -> float:
+        return lane_seconds(self.host, traffic).window
 
-    def adding(self, away: Away, moved: list[Moved], microbatches: int) -> float:
-        """Seconds of the host's memory to add up one microbatch's gradients where they leave as they are made."""
+    def _adding(self, away: Away, moved: list[Moved], microbatches: int) -> float:
         if not away.gradients or microbatches == 1:
             return 0.0
         size = sum(m.trained / m.share for m in moved) * self.state.gradient
         return ADDED * size / self.host.rank_host_memory_bytes_per_second
 
-    def ends(self, away: Away, moved: list[Moved], compute_back: float) -> float:
-        """Seconds of copies at the end of a step, the optimizer's own apart.
+    def _returned(self, moved: list[Moved]) -> float:
+        """Seconds of bringing parameters of the host to the device that updates them, where a recipe has no master copy of
+        them, and of writing them back."""
+        state, back = self.state, Traffic()
+        for m in moved:
+            whole = m.level in (1, 2)
+            size = m.elements * (state.copy or state.parameter) if whole else m.trained / m.share * state.parameter
+            need = 0.0 if whole or state.master else size
+            back += Traffic(in_bytes=need, out_bytes=size, copies=1 if size else 0)
+        return self._window(back)
 
-        Gradients that stayed until now leave under the last backward pass. Parameters of the host that the device updates are
-        brought there, where a recipe has no master copy of them, and are written back.
+    def exposed(self, moves: Moves, left: float, compute: float, compute_back: float) -> tuple[float, float, float]:
+        """Seconds that the compute of a unit does not hide: forward, backward and at a step's end.
+
+        `left` are saved bytes that leave after the forward pass and come back; both directions have lanes of their own.
         """
-        found = 0.0
-        if away.optimizer and not away.gradients:
-            found += self.exposed(sum((self._gradient(m) for m in moved), Traffic()), compute_back)
-        if away.parameters and not away.optimizer:
-            state, back = self.state, Traffic()
-            for m in moved:
-                whole = m.level in (1, 2)
-                size = m.elements * (state.copy or state.parameter) if whole else m.trained / m.share * state.parameter
-                need = 0.0 if whole or state.master else size
-                back += Traffic(in_bytes=need, out_bytes=size, copies=1 if size else 0)
-            found += lane_seconds(self.host, back).window
-        return found
+        forward, backward = moves.forward_window, moves.backward_window
+        if left:
+            out, back = activation_traffic(left, ON_HOST)
+            forward, backward = self._window(moves.forward + out), self._window(moves.backward + back)
+        return (
+            max(0.0, forward - compute),
+            max(0.0, backward - compute_back, moves.adding - compute_back),
+            max(0.0, moves.leaving - compute_back) + moves.returned,
+        )  # fmt: skip

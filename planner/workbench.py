@@ -13,7 +13,7 @@ from .costs import PriceBook
 from .front import Design, crossing_state, ways_of
 from .fronts import Fronts, Named
 from .memory import Setting
-from .options import Data, Option, Storing
+from .options import Option, Storing
 from .outline import Outline
 from .overlap import Overlap
 from .part import Chain, chain
@@ -27,6 +27,7 @@ from .schedules import SCHEDULES
 from .screen import Screen
 from .shapes import Arrangement
 from .stageproblem import Memory, Pipeline, StageProblem
+from .stored import Data
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ class Workbench:
         if key not in self._options:
             measured = self.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
             levels = self._levels(data)
-            found = [o for named, n in measured for o in self.storing.options(region, named, n, data, levels)]
-            self._options[key] = undominated(found)
+            self._options[key] = undominated(self.storing.options(region, measured, data, levels))
         return self._options[key]
 
     def option(self, region: int, shape: Arrangement, design: Design, zero: int, offload: str) -> Option | None:
@@ -156,7 +156,7 @@ class Workbench:
         numbers = self.fronts.bench(region, shape.tp, shape.pieces, shape.cp).measure(design)
         if numbers is None:
             return None
-        found = self.storing.options(region, Named(design, "", "none"), numbers, self.data(shape), (zero,))
+        found = self.storing.options(region, [(Named(design, "", "none"), numbers)], self.data(shape), (zero,))
         return next((o for o in found if o.offload == offload), None)
 
     def data(self, shape: Arrangement) -> Data:
