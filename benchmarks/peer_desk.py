@@ -115,12 +115,8 @@ class Desk:
         key = (region, shape.pieces, data, policies, levels)
         if key not in self._offers:
             numbers = bench.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
-            made = [
-                bench.storing.options(region, named, n, data, levels)
-                for named, n in numbers
-                if named.policy in policies
-            ]
-            self._offers[key] = [o for found in made for o in found]
+            mine = [(named, n) for named, n in numbers if named.policy in policies]
+            self._offers[key] = bench.storing.options(region, mine, data, levels)
         return self._offers[key]
 
     def like(

@@ -137,7 +137,7 @@ def _allowed(away: Away, pins: Pins, had: dict[str, bool]) -> bool:
         return False
     if pins.offload == "none":
         return not classes
-    return pins.offload in (None, "any") or pins.offload in classes or not had[pins.offload]
+    return pins.offload is None or pins.offload in classes or not had[pins.offload]
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,21 @@ class Model:
         layout = next(o.entry for r in self.n[s] for o in self.options(r))
         return (0.0,) * 4 + self.division.sends(s, (layout, layout))
 
+    @cached_property
+    def lengths(self) -> dict[int, tuple[int, ...]]:
+        """By stage, variables that are its forward, backward, weight, finish, send forward and send backward seconds.
+
+        A path then names a few of them, not every option of every stage.
+        """
+        found = {}
+        for s, (variables, seconds) in self.seconds.items():
+            made = [self.program.add(upper=INFINITE) for _ in range(6)]
+            for v, column, constant in zip(made, (seconds * self.scale).T.tolist(), self._constant(s), strict=True):
+                terms = [(n, -x) for n, x in zip(variables, column, strict=True) if x]
+                self.program.row([(v, 1.0), *terms], constant * self.scale, constant * self.scale)
+            found[s] = tuple(made)
+        return found
+
     def path(self, path: Path) -> bool:
         """Add T >= the length of a path; False where it is known."""
         key = tuple(sorted(path.counts.items()))
@@ -255,13 +270,10 @@ class Model:
         weights = np.zeros((len(self.division.arcs), 6))
         for (stage, part), n in key:
             weights[stage] += n * PARTS[part]
-        terms, low = [(self.time, 1.0)], path.constant
-        for s, (variables, seconds) in self.seconds.items():
-            if weights[s].any():
-                lengths = seconds @ weights[s] * self.scale
-                terms += [(v, -x) for v, x in zip(variables, lengths.tolist(), strict=True) if x]
-                low += float(weights[s] @ np.array(self._constant(s)))
-        self.program.row(terms, low=low * self.scale)
+        terms = [(self.time, 1.0)]
+        for s, variables in self.lengths.items():
+            terms += [(v, -w) for v, w in zip(variables, weights[s].tolist(), strict=True) if w]
+        self.program.row(terms, low=path.constant * self.scale)
         return True
 
     def counts(self, values: Floats) -> Counts:

@@ -20,7 +20,7 @@ from .cluster import Cluster
 from .costs import PriceBook
 from .fewer import device_counts, priced_on, sized
 from .goal import Point
-from .joint import Found, JointSearch, Solved
+from .joint import Found, Solved, search
 from .objectives import least_peak, limited
 from .outline import Outline
 from .plan import Plan, ShapeRecord
@@ -43,10 +43,11 @@ OTHERS = 4
 
 @dataclass(frozen=True)
 class _Bench:
-    """A workbench of one number of devices, with its shapes."""
+    """A workbench of one number of devices, with its shapes, and the searches made of them (planner/joint.py)."""
 
     bench: Workbench
     shapes: Sequence[Arrangement]
+    offered: Sequence[bool]
 
 
 def frontier(
@@ -113,38 +114,26 @@ def _parts(cluster: Cluster) -> Iterator[Cluster]:
 def _points(
     outline: Outline, cluster: Cluster, prices: PriceBook, request: Request, *, whole: bool
 ) -> list[Point]:  # fmt: skip
-    """The plans of one number of devices under falling limits; the host is offered where nothing fits without it."""
+    """The plans of one number of devices under falling limits."""
+    from .solve import make_bench, tiers_of
+
     try:
-        fastest = _fastest(outline, cluster, prices, request)
+        made = make_bench(outline, cluster, prices, replace(request, progress=silent), tiers=False)
+        bench = _Bench(*made, tiers_of(cluster, request.pins))
+        found = _search(bench, request.memory_limit_bytes)
     except PinError:
         return []
-    if fastest is None:
+    if found is None or found.best is None:
         return []
-    bench, found, best = fastest
-    first = _point(bench.bench, found, best, request.memory_limit_bytes)
+    bench = replace(bench, bench=bench.bench.offering(bench.offered[-1]))
+    first = _point(bench.bench, found, found.best, request.memory_limit_bytes)
     points = [first, *_less(bench, first, LIMITS if whole else LIMITS // 2)]
     return [*points, *_others(bench, found, request.memory_limit_bytes)] if whole else points
 
 
-def _fastest(
-    outline: Outline, cluster: Cluster, prices: PriceBook, request: Request
-) -> tuple[_Bench, Found, Solved] | None:  # fmt: skip
-    """The search of all shapes within the limit, on the bench that it found a plan with; raises PinError."""
-    from .solve import make_bench, tiers_of
-
-    made, shapes = make_bench(outline, cluster, prices, replace(request, progress=silent), tiers=False)
-    offered = tiers_of(cluster, request.pins)
-    for tiers in offered[-1:] if request.pins.offload == "any" else offered:
-        bench = _Bench(made.offering(tiers), shapes)
-        found = _search(bench, request.memory_limit_bytes)
-        if found is not None and found.best is not None:
-            return bench, found, found.best
-    return None
-
-
 def _search(bench: _Bench, limit: int, shapes: Sequence[Arrangement] | None = None) -> Found | None:
     try:
-        return JointSearch(limited(bench.bench, limit), bench.shapes if shapes is None else shapes, silent).run()
+        return search(limited(bench.bench, limit), bench.shapes if shapes is None else shapes, silent, bench.offered)[1]
     except PinError:
         if shapes is None:
             raise

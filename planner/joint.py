@@ -47,20 +47,23 @@ class Solved:
 
 @dataclass
 class Found:
-    """The outcome of a search: the best, records of all shapes, the proven bound; and a bound whatever memory there is."""
+    """The outcome of a search: the best, records of all shapes, and a proven bound.
+
+    `roomy_seconds` is one for plans with host memory and disk too, whether they were offered or not: it looks at no memory.
+    """
 
     best: Solved | None
     records: list[ShapeRecord]
     bound_seconds: float
     interrupted: bool = False
-    unlimited_seconds: float = 0.0
+    roomy_seconds: float = 0.0
 
     def after(self, first: Found) -> Found:
         """These bounds, with the plans of a search before that offered less."""
-        told = {_key(r) for r in self.records if r.status == "solved"}
-        solved = {_key(r): r for r in first.records if r.status == "solved" and _key(r) not in told}
-        records = [*solved.values(), *(r for r in self.records if _key(r) not in solved)]
-        return replace(self, records=sorted(records, key=_rank))
+        best: dict[tuple[object, ...], ShapeRecord] = {}
+        for record in sorted([*self.records, *(r for r in first.records if r.status == "solved")], key=_rank):
+            best.setdefault(_key(record), record)
+        return replace(self, records=list(best.values()))
 
 
 def _key(record: ShapeRecord) -> tuple[object, ...]:
@@ -105,7 +108,7 @@ class JointSearch:
         self.best = best
         self.records: list[ShapeRecord] = []
         self.refused: list[PinError] = []
-        self.closed = self.unlimited = math.inf
+        self.closed = self.roomy = math.inf
         self.raised = 0
 
     def run(self) -> Found:
@@ -129,10 +132,10 @@ class JointSearch:
                 raise
             interrupted = True
             self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
-            self.unlimited = 0.0
+            self.roomy = min(self.roomy, item.bound, *(left.bound for left in queue if not left.screened))
         if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
-        return Found(self.best, sorted(self.records, key=_rank), self.closed, interrupted, self.unlimited)
+        return Found(self.best, sorted(self.records, key=_rank), self.closed, interrupted, self.roomy)
 
     def _raise(self, item: _Open, queue: list[_Open]) -> None:
         if self.raised % TOLD == 0:
@@ -140,7 +143,7 @@ class JointSearch:
         self.raised += 1
         try:
             bound = max(item.bound, self.bench.talk_bound(item.shape))
-            self.unlimited = min(self.unlimited, bound)
+            self.roomy = min(self.roomy, bound)
             if bound < self.seconds * (1 - self.gap):
                 bound = max(bound, self.bench.screened(item.shape, bound, self.seconds))
         except PinError as error:
@@ -159,7 +162,7 @@ class JointSearch:
 
     def _step(self, item: _Open) -> None:
         if not item.screened:
-            self.unlimited = min(self.unlimited, item.bound)
+            self.roomy = min(self.roomy, item.bound)
         if item.bound >= self.seconds * (1 - self.gap):
             self._record(item.shape, "cut" if item.bound < math.inf else "does not fit", item.bound)
             self.closed = min(self.closed, item.bound)
@@ -189,6 +192,25 @@ class JointSearch:
     def _record(self, shape: Arrangement, status: str, bound: float, solution: StageSolution | None = None) -> None:
         known = bound if 0 < bound < math.inf else None
         self.records.append(_told(shape, status, known, solution.step_seconds if solution is not None else None))
+
+
+def search(
+    bench: Workbench, shapes: Sequence[Arrangement], tell: Progress, offered: Sequence[bool]
+) -> tuple[Workbench, Found]:  # fmt: skip
+    """One search after the other, without and with host memory and disk as `offered` says, each for better plans than before.
+
+    Plans without them are quick to find, and nearly all others are then cut by their bounds. Returns the bench that offers the
+    most. Raises PinError where no shape meets the pins.
+    """
+    found = NOTHING
+    for k, tiers in enumerate(offered):
+        bench = bench.offering(tiers)
+        found = JointSearch(bench, shapes, tell, found.best).run().after(found)
+        if found.interrupted:
+            last = k + 1 == len(offered)
+            found = found if last else replace(found, bound_seconds=min(found.bound_seconds, found.roomy_seconds))
+            return bench.offering(offered[-1]), found
+    return bench, found
 
 
 def _talk(shape: Arrangement) -> float:

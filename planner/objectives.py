@@ -82,7 +82,7 @@ def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request
 def limited(bench: Workbench, limit: int) -> Workbench:
     """A workbench under another memory limit; prices and options, which no limit changes, are shared."""
     made = copy.copy(bench)
-    made.task, made.screen = replace(bench.task, limit_bytes=limit), Screen()
+    made.task, made.screen = replace(bench.task, limit_bytes=limit), Screen(bench.screen.held)
     return made
 
 

@@ -130,7 +130,7 @@ class Storing:
 
         Raises PinError where an offload is pinned and there is no host.
         """
-        if self.host is None and self.pins.offload not in (None, "none", "any"):
+        if self.host is None and self.pins.offload not in (None, "none"):
             raise PinError(
                 f"offload={self.pins.offload}: the cluster has no host memory; describe it in a [host] table"
             )
@@ -142,7 +142,9 @@ class Storing:
         for named, numbers in measured:
             found = spread(numbers, data.experts, data.ranks, exchange, self.training)
             if found is not None:
-                made += [self._option(region, named, found, lying, data) for lying in shelf.places(named, found, levels)]
+                made += [
+                    self._option(region, named, found, lying, data) for lying in shelf.places(named, found, levels)
+                ]
         return made
 
     def _option(self, region: int, named: Named, n: Numbers, lying: _Lying, data: Data) -> Option:

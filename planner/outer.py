@@ -19,13 +19,8 @@ from .trial import Trial
 CYCLE = (1.0, 1.0, 0.0, 0.0)
 
 
-def outer_bound(
-    trial: Trial, rows: Sequence[PathRow], limit: float, arcs: Sequence[Sequence[tuple[int, int]]] | None = None
-) -> float:  # fmt: skip
-    """Seconds that no plan below `limit` is below; at least `limit` where there is none.
-
-    `arcs` are the intervals of every stage that a division may have, where they are known otherwise (unlike devices).
-    """
+def outer_bound(trial: Trial, rows: Sequence[PathRow], limit: float) -> float:
+    """Seconds that no plan below `limit` is below; at least `limit` where there is none."""
     if trial.p.chunks > 1:
         return max((_fixed(trial, row) for row in rows), default=0.0)
     line, m = trial.problem.line, trial.p.microbatches
@@ -34,13 +29,11 @@ def outer_bound(
     time = program.add(1.0, upper=INFINITE)
     nodes: dict[tuple[int, int], list[tuple[int, float]]] = {}
     terms: list[list[tuple[int, float]]] = [[(time, 1.0)] for _ in rows]
-    for s, mine in enumerate(arcs if arcs is not None else line.arcs(trial.p.stages, limit / m)):
+    for s, mine in enumerate(line.arcs(trial.p.stages, limit / m)):
         here = []
         for i, j in mine:
             lengths = [_length(trial, row, s, i, j) for row in rows]
-            if arcs is None and any(
-                a + row.others(s, line, i, j) > limit for a, row in zip(lengths, rows, strict=True)
-            ):
+            if any(a + row.others(s, line, i, j) > limit for a, row in zip(lengths, rows, strict=True)):
                 continue
             variable = program.add(whole=True)
             here.append((variable, 1.0))

@@ -103,7 +103,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "recompute": Key(_one_of("none", "selective", "full")),
         "sequence_parallel": Key(_switch),
         "schedule": Key(_one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")),
-        "offload": Key(_one_of("none", "any", "optimizer", "params", "activations")),
+        "offload": Key(_one_of("none", "optimizer", "params", "activations")),
         "dtype": Key(_one_of(*DTYPES)),
         "precision": Key(_one_of(*RECIPES)),
         "optimizer": Key(_optimizer),

@@ -49,6 +49,10 @@ STEP_ROW = -1
 Vectors = tuple[tuple[tuple[int, ...], ...], ...]
 
 
+HeldKey = tuple[str, int, int, int]
+"""A schedule, ranks, chunks a rank and microbatches."""
+
+
 @dataclass(frozen=True)
 class Held:
     """Who holds what in a schedule: the stages of every rank, and their live microbatches at the worst moments."""
@@ -171,8 +175,9 @@ def _column(options: Sequence[Option], value: Callable[[Option], float]) -> Floa
 class Screen:
     """Bounds of shapes; what shapes share is kept."""
 
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, int, int, int], Held] = {}
+    def __init__(self, held: dict[HeldKey, Held] | None = None) -> None:
+        """`held` is what another screen has read off action lists."""
+        self.held: dict[HeldKey, Held] = {} if held is None else held
         self.pooled: dict[object, Tables] = {}
         self.tables: dict[object, Tables] = {}
 

@@ -18,7 +18,7 @@ from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
 from .infeasible import explain
-from .joint import NOTHING, JointSearch
+from .joint import search
 from .legal import check_choices
 from .memory import Setting, facts
 from .objectives import housed
@@ -99,7 +99,7 @@ def one_kind(cluster: Cluster, what: str) -> None:
 
 
 def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan:
-    """The best plan of the whole space; a second search offers host memory and disk where the first finds nothing."""
+    """The best plan of the whole space; raises Infeasible where nothing fits."""
     plan = search_joint(outline, cluster, prices, request)
     if plan is None:
         raise explain_joint(outline, cluster, prices, request)
@@ -108,13 +108,8 @@ def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: 
 
 def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The same, None where nothing fits."""
-    bench, shapes = make_bench(outline, cluster, prices, request, tiers=False)
-    found = NOTHING
-    for tiers in tiers_of(cluster, request.pins):
-        bench = bench.offering(tiers)
-        found = JointSearch(bench, shapes, request.progress, found.best).run().after(found)
-        if found.interrupted or (found.best is not None and request.pins.offload != "any"):
-            break
+    made, shapes = make_bench(outline, cluster, prices, request, tiers=False)
+    bench, found = search(made, shapes, request.progress, tiers_of(cluster, request.pins))
     if found.best is None:
         return None
     return plan_of(
@@ -152,11 +147,8 @@ def workbench(
 
 
 def tiers_of(cluster: Cluster, pins: Pins) -> tuple[bool, ...]:
-    """Whether to offer the host: not at first, only where something is pinned there, or never.
-
-    The second search is made where the first finds nothing, or where it is asked for (offload=any).
-    """
-    if pins.offload not in (None, "none", "any"):
+    """Whether each search offers the host: none does, only one that does where something is pinned there, or both in turn."""
+    if pins.offload not in (None, "none"):
         return (True,)
     return (False,) if pins.offload == "none" or not has_host(cluster) else (False, True)
 

@@ -10,7 +10,7 @@ from ..errors import PlanError
 from .appraise import Appraisal, appraise, predict
 from .bench import home_of
 from .choices import states
-from .cluster import Cluster, has_host, pool_names
+from .cluster import Cluster, pool_names
 from .front import Design
 from .joint import Found, Solved
 from .options import Option
@@ -62,7 +62,7 @@ def plan_of(
     bound = min(found.bound_seconds, figures.step_seconds)
     gap = (figures.step_seconds - bound) / figures.step_seconds if figures.step_seconds else 0.0
     entries, stages = _entries(bench, shape, cuts, options, figures)
-    given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()), *_unoffered(bench, found, bound))
+    given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()))
     solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
     return Plan(
         version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
@@ -74,18 +74,6 @@ def plan_of(
         runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
         notes=(*notes, *_unpriced(bench, shape)),
     )  # fmt: skip
-
-
-def _unoffered(bench: Workbench, found: Found, bound: float) -> tuple[str, ...]:
-    """That the host was not offered, where it might have made a faster plan, and by how much at the most."""
-    task = bench.task
-    most = found.unlimited_seconds
-    if bench.tiers or task.pins.offload == "none" or not has_host(task.cluster) or most >= bound:
-        return ()
-    least = f"; with them no plan takes less than {most:.4g} s" if most > 0 else ""
-    return (
-        f"host memory and disk: not offered, as there are plans without them{least} (--pin offload=any offers them)",
-    )
 
 
 def _unpriced(bench: Workbench, shape: Arrangement) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The stage solve over pools of unlike devices: a division even in seconds and memory, then its neighbours while they help.
 
 Every division is solved by counts (planner/fixed.py). Where few are left that may be better than the best, all of them are, and
-the least of their bounds is one for the shape; otherwise what planner/pooled.py and the critical paths met say of all divisions.
+the least of their bounds is one for the shape; otherwise the program with the division in it is (planner/free.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from .division import Division
 from .fixed import Fixed
+from .free import Free
 from .master import PathRow
-from .outer import outer_bound
 from .paths import makespan
 from .pooled import PooledBound, neighbours
 from .program import INFINITE
@@ -36,10 +36,8 @@ EVERY = 48
 NEAREST = 8
 """Of its neighbours, so many are simulated to see which comes first."""
 
-OUTER_ARCS = 1500
-"""Intervals of all stages up to which their program is solved for a bound, over `OUTER_ROWS` paths."""
-
-OUTER_ROWS = 60
+FREE_ARCS = 1500
+"""Intervals of all stages up to which the program with the division in it is solved."""
 
 FAR = 1e3
 """How many times longer than its least a step over unlike devices is looked for; beyond, memory is what is short."""
@@ -82,14 +80,15 @@ class Walk(Division):
         if low >= longest:
             return StageSolution(None, INFINITE, INFINITE)
         self._walk(bounded, bounded.first(low, most), low)
-        if self.best is None:
+        limit = min(self.seconds, self.limit)
+        if limit == INFINITE:
             return StageSolution(None, INFINITE, low)
         if self.p.chunks > 1:
-            low = max(low, min(self.tried[tuple(bounded.division)], self.seconds))
-        elif low < self.seconds * (1 - self.gap):
+            low = max(low, min(self.tried[tuple(bounded.division)], limit))
+        elif low < limit * (1 - self.gap):
             low = max(low, self._every(bounded))
-        if self.p.chunks == 1 and low < self.seconds * (1 - self.gap):
-            low = max(low, self._pooled_outer(bounded))
+        if self.p.chunks == 1 and low < limit * (1 - self.gap):
+            low = max(low, self._freely(bounded, min(self.seconds, self.limit)))
         return self._solution(low, len(self.tried))
 
     def _walk(self, bounded: PooledBound, cuts: list[int], low: float) -> None:
@@ -134,15 +133,10 @@ class Walk(Division):
 
         return [*sorted(ranked[:NEAREST], key=lambda c: (least(c), c)), *ranked[NEAREST:]]
 
-    def _pooled_outer(self, bounded: PooledBound) -> float:
-        """A bound over the paths met, for divisions inside the fences of the best step; 0 where they leave too many."""
-        limit = min(self.seconds, self.limit)
+    def _freely(self, bounded: PooledBound, limit: float) -> float:
+        """A bound over divisions inside the fences of `limit` seconds, divided freely; 0 where they leave too many."""
         fences = bounded.fences(limit)
         if fences is None:
             return limit
-        met, self.paths = self.paths, []
-        self._seed()
-        self.paths += met  # the last ones are looked at: those of the divisions tried
         arcs = bounded.arcs(fences)
-        rows = self._rows()[-OUTER_ROWS:]
-        return outer_bound(self, rows, limit, arcs) if sum(map(len, arcs)) <= OUTER_ARCS else 0.0
+        return Free(self, arcs).solve(limit) if sum(map(len, arcs)) <= FREE_ARCS else 0.0

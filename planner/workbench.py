@@ -79,7 +79,7 @@ class Workbench:
             return self
         made = copy.copy(self)
         made.tiers = tiers
-        made.storing, made._options, made.screen = made._storing(), {}, Screen()
+        made.storing, made.screen = made._storing(), Screen(self.screen.held)
         return made
 
     def on(self, shape: Arrangement, rank: int) -> Workbench:
@@ -144,7 +144,7 @@ class Workbench:
     def options(self, region: int, shape: Arrangement) -> list[Option]:
         """Every option of a unit; raises PinError where the pins leave none."""
         data = self.data(shape)
-        key = (region, shape.tp, shape.cp, shape.pieces, data)
+        key = (self.tiers, region, shape.tp, shape.cp, shape.pieces, data)
         if key not in self._options:
             measured = self.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
             levels = self._levels(data)

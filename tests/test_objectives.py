@@ -288,7 +288,7 @@ def test_the_frontier_holds_the_fastest_plan_and_smaller_clusters() -> None:
 
 
 def test_parts_of_a_cluster_that_the_pins_do_not_fit_have_no_points() -> None:
-    found = plan("throughput", Aim(frontier=True), "dp=4", "offload=any")
+    found = plan("throughput", Aim(frontier=True), "dp=4")
     assert {p.devices for p in found.frontier} == {4}
     own = point_of(found)
     assert min(p.seconds for p in found.frontier) == pytest.approx(own.seconds)

@@ -18,7 +18,7 @@ from shardwright.planner.hostupdate import MOST_SUBGROUPS, SLOTS, UpdateRates, b
 from shardwright.planner.memory import Setting
 from shardwright.planner.offload import ON_HOST, Offload, duplex_bytes_per_second, held_bytes, lane_seconds
 from shardwright.planner.offload import Traffic as Copied
-from shardwright.planner.options import PASSING, Data, Option, Storing
+from shardwright.planner.options import PASSING, Option, Storing
 from shardwright.planner.outline import Outline, Region
 from shardwright.planner.overlap import Overlap
 from shardwright.planner.part import chain
@@ -27,6 +27,7 @@ from shardwright.planner.placement import R
 from shardwright.planner.plan import MeshAxis
 from shardwright.planner.precision import RECIPES, state_bytes
 from shardwright.planner.prices import Prices
+from shardwright.planner.stored import Data, Stored
 from shardwright.planner.unitexperts import RECEIVED, expert_sizes, spread
 from shardwright.profiles.devices import parse_cluster
 from solver_outlines import FakePrices, transformer
@@ -72,7 +73,7 @@ def by_label(found: list[Option]) -> dict[tuple[int, str], Option]:
 @pytest.mark.parametrize(("level", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_zero_memory_table(level: int, gigabytes: float) -> None:
     """ZeRO (Rajbhandari et al. 2020), figure 1: 7.5 B parameters on 64 devices, mixed-precision Adam."""
-    (found,) = storing().options(0, NAMED, numbers(elements=7.5e9), data(64), (level,))
+    (found,) = storing().options(0, [(NAMED, numbers(elements=7.5e9))], data(64), (level,))
     assert (found.static + found.gradient) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
@@ -82,14 +83,14 @@ def test_collectives_of_every_level() -> None:
     whole = {n: prices.collective(n, ELEMENTS * width, 1, 8).seconds
              for n in ("all_reduce", "all_gather", "reduce_scatter")}  # fmt: skip
     step = [prices.optimizer_seconds(ELEMENTS / share, "adamw", RECIPES["zero"].precision()) for share in (1, 8)]
-    found = {o.zero: o for o in storing(prices=prices).options(0, NAMED, numbers(), data(), (0, 1, 2, 3))}
+    found = {o.zero: o for o in storing(prices=prices).options(0, [(NAMED, numbers())], data(), (0, 1, 2, 3))}
     gather, scatter = whole["all_gather"], whole["reduce_scatter"]
     assert [found[z].forward - 1 for z in range(4)] == pytest.approx([0, 0, 0, gather])
     assert [found[z].backward - 2 for z in range(4)] == pytest.approx([0, 0, scatter, gather + scatter])
     assert [found[z].finish for z in range(4)] == pytest.approx(
         [whole["all_reduce"] + step[0], gather + scatter + step[1], gather + step[1], step[1]]
     )
-    one = {o.zero: o for o in storing(prices=prices).options(0, NAMED, numbers(), data(1), (0,))}
+    one = {o.zero: o for o in storing(prices=prices).options(0, [(NAMED, numbers())], data(1), (0,))}
     assert one[0].finish == pytest.approx(step[0])
     assert {o.offload for o in found.values()} == {""}
 
@@ -97,7 +98,7 @@ def test_collectives_of_every_level() -> None:
 def test_collectives_hide_under_their_unit() -> None:
     prices = FakePrices()
     device = replace(DEVICE, overlap_fraction=0.5, overlap_slowdown=1.1)
-    made = replace(storing(prices=prices), device=device).options(0, NAMED, numbers(), data(), (3,))
+    made = replace(storing(prices=prices), device=device).options(0, [(NAMED, numbers())], data(), (3,))
     gather = prices.collective("all_gather", ELEMENTS * 2, 1, 8).seconds
     assert made[0].forward == pytest.approx(1 + Overlap.of(device).exposed(1.0, gather))
     assert made[0].forward < 1 + gather
@@ -111,19 +112,24 @@ def test_collectives_hide_under_their_unit() -> None:
 def test_bytes_behind_the_device(recipe: str, level: int) -> None:
     """As planner/offload.py has them for model states; a compute copy counts as the parameters of levels 1 and 2."""
     store, state = storing(recipe), state_bytes(RECIPES[recipe].precision(), "adamw")
-    weights = [Weights(ELEMENTS, ELEMENTS, True, False, False, True)]
     share = 8 if level else 1
-    plain = store._memory(weights, data(), level)
-    away = store._memory(weights, data(), level, Away("host"))
+    plain = kept(store, level)
+    away = kept(store, level, Away("host"))
     expected = held_bytes(ELEMENTS, state, Offload(optimizer=ON_HOST), zero=level, shards=8)
     assert away["host"] == pytest.approx(expected.host + state.gradient * ELEMENTS / share)
     if state.copy or level in (0, 3):
         assert away["static"] + away["gradient"] == pytest.approx(expected.device)
     assert plain["static"] - away["static"] == pytest.approx(_leaves(recipe, level) * ELEMENTS / share)
-    disk = store._memory(weights, data(), level, Away("disk", gradients=True))
+    disk = kept(store, level, Away("disk", gradients=True))
     assert disk["disk"] == pytest.approx(expected.host)
     assert disk["host"] == pytest.approx(state.gradient * ELEMENTS / share)
     assert (disk["gradient"], disk["static"], disk["step"]) == (0.0, away["static"], 0.0)
+
+
+def kept(store: Storing, level: int, away: Away = HERE, ranks: int = 8) -> dict[str, float]:
+    """Bytes of one parameter."""
+    weights = (Weights(ELEMENTS, ELEMENTS, True, False, False, True),)
+    return store.keeping.memory(Stored(weights, data(ranks), True), level, away)
 
 
 def _leaves(recipe: str, level: int) -> float:
@@ -136,22 +142,22 @@ def _leaves(recipe: str, level: int) -> float:
 
 
 def test_parameters_on_the_host() -> None:
-    store, weights = storing(), [Weights(ELEMENTS, ELEMENTS, True, False, False, True)]
-    found = store._memory(weights, data(), 3, Away("host", gradients=True, parameters=True))
+    store = storing()
+    found = kept(store, 3, Away("host", gradients=True, parameters=True))
     assert found["static"] == 0.0
     assert found["host"] == pytest.approx((2 + 2 + 12) * ELEMENTS / 8)
     assert found["gathered"] == 2 * 2 * ELEMENTS
-    alone = store._memory(weights, data(1), 0, Away(parameters=True))
+    alone = kept(store, 0, Away(parameters=True), ranks=1)
     assert (alone["static"], alone["host"]) == (12 * ELEMENTS, 2 * ELEMENTS)
     assert alone["gathered"] == 4 * ELEMENTS
-    cast = storing("fsdp-fp32")._memory(weights, data(), 3, Away(parameters=True))
+    cast = kept(storing("fsdp-fp32"), 3, Away(parameters=True))
     assert cast["host"] == pytest.approx((4 + 2) * ELEMENTS / 8)  # and the copy that is sent
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1e-3])
 def test_activations_hide_under_their_unit(seconds: float) -> None:
     """3e8 bytes at 20e9 bytes a second take 15 ms one way."""
-    found = by_label(storing(host=HOST).options(0, NAMED, numbers(seconds), data(), (0,)))
+    found = by_label(storing(host=HOST).options(0, [(NAMED, numbers(seconds))], data(), (0,)))
     plain, away = found[0, ""], found[0, "activations"]
     copy = SAVED / 20e9 + 1e-5
     assert away.forward - plain.forward == pytest.approx(max(0.0, copy - seconds))
@@ -165,7 +171,7 @@ def test_activations_hide_under_their_unit(seconds: float) -> None:
 
 
 def test_run_again_the_window_is_longer() -> None:
-    found = [by_label(storing(host=HOST).options(0, replace(NAMED, policy="full"), numbers(1e-3, again=again), data(), (0,)))
+    found = [by_label(storing(host=HOST).options(0, [(replace(NAMED, policy="full"), numbers(1e-3, again=again))], data(), (0,)))
              for again in (0.0, 5e-3)]  # fmt: skip
     stuck = [f[0, "activations"].backward - f[0, ""].backward for f in found]
     assert stuck[0] - stuck[1] == pytest.approx(5e-3)
@@ -174,7 +180,7 @@ def test_run_again_the_window_is_longer() -> None:
 def test_copies_both_ways_share_the_link() -> None:
     """Parameters come while activations go (forward), parameters and activations come while gradients go (backward)."""
     host = replace(HOST, duplex_fraction=0.8)
-    found = by_label(storing(host=host).options(0, NAMED, numbers(0.0), data(), (3,)))
+    found = by_label(storing(host=host).options(0, [(NAMED, numbers(0.0))], data(), (3,)))
     away, plain = found[3, _label(host, True, "gradients+params+activations")], found[3, ""]
     rate = duplex_bytes_per_second(host)
     fetch = 2 * ELEMENTS / 8
@@ -186,7 +192,7 @@ def test_copies_both_ways_share_the_link() -> None:
 
 
 def test_gradients_leave_as_they_are_made_or_once() -> None:
-    found = by_label(storing(host=HOST).options(0, NAMED, numbers(0.0), data(), (2,)))
+    found = by_label(storing(host=HOST).options(0, [(NAMED, numbers(0.0))], data(), (2,)))
     plain = found[2, ""]
     often, once = (found[2, _label(HOST, False, words)] for words in ("gradients", ""))
     size = 2 * ELEMENTS / 8  # bfloat16, its shard
@@ -195,7 +201,7 @@ def test_gradients_leave_as_they_are_made_or_once() -> None:
     assert once.backward == plain.backward
     assert once.finish - often.finish == pytest.approx(copy)
     assert (plain.gradient, once.gradient, often.gradient) == (size, size, 0.0)
-    single = storing(host=HOST).options(0, NAMED, numbers(0.0), data(microbatches=1), (0, 1, 2, 3))
+    single = storing(host=HOST).options(0, [(NAMED, numbers(0.0))], data(microbatches=1), (0, 1, 2, 3))
     assert all("gradients" in o.offload for o in single if "optimizer" in o.offload)
 
 
@@ -223,7 +229,7 @@ def test_the_update_takes_the_best_stride(per_element: float) -> None:
     """From all on the CPU over interleaved to all streamed through the GPU, as the CPU gets slower."""
     host = replace(HOST, host_update_seconds_per_element=per_element)
     stride, rate = _stride(host)
-    found = by_label(storing(host=host).options(0, NAMED, numbers(0.0), data(), (1,)))
+    found = by_label(storing(host=host).options(0, [(NAMED, numbers(0.0))], data(), (1,)))
     away, plain = found[1, _label(host, False, "")], found[1, ""]
     assert away.parts["optimizer"] == pytest.approx(rate * ELEMENTS / 8)
     assert away.finish - plain.finish == pytest.approx(
@@ -247,7 +253,7 @@ def test_strides_fall_with_the_speed_of_the_cpu() -> None:
 
 
 def test_disk_is_slower_and_leaves_the_host_free() -> None:
-    found = by_label(storing(host=HOST).options(0, NAMED, numbers(), data(), (3,)))
+    found = by_label(storing(host=HOST).options(0, [(NAMED, numbers())], data(), (3,)))
     disk = next(o for (_, label), o in found.items() if label.endswith("@disk+gradients"))
     near = next(o for (_, label), o in found.items() if "@" not in label and label.endswith("gradients"))
     assert disk.disk == pytest.approx(12 * ELEMENTS / 8)
@@ -255,13 +261,13 @@ def test_disk_is_slower_and_leaves_the_host_free() -> None:
     assert near.host - disk.host == disk.disk
     assert disk.finish > near.finish
     assert disk.parts["optimizer"] == pytest.approx(_stride(HOST, tier="disk")[1] * ELEMENTS / 8)
-    without = storing(host=replace(HOST, disk_bytes=0)).options(0, NAMED, numbers(), data(), (0, 1, 2, 3))
+    without = storing(host=replace(HOST, disk_bytes=0)).options(0, [(NAMED, numbers())], data(), (0, 1, 2, 3))
     assert not any("@disk" in o.offload for o in without)
 
 
 def test_prices_without_a_cluster_are_refused() -> None:
     with pytest.raises(TypeError, match="FakePrices"):
-        storing(prices=FakePrices(), host=HOST).options(0, NAMED, numbers(), data(), (0,))
+        storing(prices=FakePrices(), host=HOST).options(0, [(NAMED, numbers())], data(), (0,))
 
 
 # -- what is offered
@@ -269,7 +275,7 @@ def test_prices_without_a_cluster_are_refused() -> None:
 
 def labels(pins: Pins = Pins(), levels: tuple[int, ...] = (0, 1, 2, 3), **more) -> list[str]:  # noqa: B008
     named = replace(NAMED, policy=more.pop("policy", "none"))
-    return [o.offload for o in storing(host=HOST, pins=pins).options(0, named, numbers(**more), data(), levels)]
+    return [o.offload for o in storing(host=HOST, pins=pins).options(0, [(named, numbers(**more))], data(), levels)]
 
 
 def test_pins_choose_classes() -> None:
@@ -294,8 +300,8 @@ def test_a_unit_without_the_class_stays() -> None:
 
 def test_an_offload_needs_a_host() -> None:
     with pytest.raises(PinError, match=r"offload=params.*\[host\]"):
-        storing(pins=Pins(offload="params")).options(0, NAMED, numbers(), data(), (0,))
-    assert len(storing(pins=Pins(offload="none")).options(0, NAMED, numbers(), data(), (0,))) == 1
+        storing(pins=Pins(offload="params")).options(0, [(NAMED, numbers())], data(), (0,))
+    assert len(storing(pins=Pins(offload="none")).options(0, [(NAMED, numbers())], data(), (0,))) == 1
 
 
 def test_few_are_offered() -> None:
@@ -397,7 +403,7 @@ def test_experts_that_do_not_divide() -> None:
     assert spread(unit(4, "e")[1], 4, 8, float, True) is None  # two a rank
     assert spread(plain, 1, 8, float, True) is plain
     made = Data(6, 1, 1, 1, 1, experts=3, expert_stride=1)
-    assert storing("fp32").options(0, NAMED, plain, made, (0,)) == []
+    assert storing("fp32").options(0, [(NAMED, plain)], made, (0,)) == []
 
 
 @pytest.mark.parametrize(
@@ -407,7 +413,7 @@ def test_experts_have_their_own_data_axis(level: int, bytes_: float) -> None:
     """8 ranks, experts over 4: a quarter of the weights, shared by two."""
     _, plain = unit()
     axis = Data(8, 1, 1, 4, 2, experts=4, expert_stride=1)
-    (option,) = storing("fp32").options(0, NAMED, plain, axis, (level,))
+    (option,) = storing("fp32").options(0, [(NAMED, plain)], axis, (level,))
     assert option.static + option.gradient == pytest.approx(bytes_ * STACKS)
     assert option.memory["gathered"] == (2 * 4 * STACKS / 4 if level == 3 else 0.0)
 
@@ -415,17 +421,17 @@ def test_experts_have_their_own_data_axis(level: int, bytes_: float) -> None:
 def test_reductions_of_experts_skip_the_expert_axis() -> None:
     prices = FakePrices()
     _, plain = unit()
-    (option,) = storing("fp32", prices=prices).options(0, NAMED, plain, Data(8, 2, 2, 4, 2, 4, 2), (0,))
+    (option,) = storing("fp32", prices=prices).options(0, [(NAMED, plain)], Data(8, 2, 2, 4, 2, 4, 2), (0,))
     update = prices.optimizer_seconds(STACKS / 4, "adamw", RECIPES["fp32"].precision())
     assert option.finish == pytest.approx(prices.collective("all_reduce", STACKS, 8, 2).seconds + update)
-    whole = storing("fp32", prices=prices).options(0, NAMED, plain, Data(8, 2, 2, 4, 2, 8, 2), (0,))
+    whole = storing("fp32", prices=prices).options(0, [(NAMED, plain)], Data(8, 2, 2, 4, 2, 8, 2), (0,))
     assert whole[0].finish == pytest.approx(update / 2)  # each expert on one rank: nothing to reduce
 
 
 def test_optimizer_of_experts_goes_to_the_host() -> None:
     _, plain = unit()
     axis = Data(8, 1, 1, 4, 2, experts=4, expert_stride=1)
-    found = by_label(storing("fp32", host=HOST).options(0, replace(NAMED, policy=""), plain, axis, (1,)))
+    found = by_label(storing("fp32", host=HOST).options(0, [(replace(NAMED, policy=""), plain)], axis, (1,)))
     (away,) = (o for (_, label), o in found.items() if label)
     assert away.host == pytest.approx((8 + 4 + 4) * STACKS / 4 / 2)
 

@@ -16,7 +16,7 @@ from shardwright.planner.front import Design
 from shardwright.planner.fronts import Fronts, Named
 from shardwright.planner.labels import Bags, MemoryRows
 from shardwright.planner.memory import Setting
-from shardwright.planner.options import Data, Option, Storing
+from shardwright.planner.options import Option, Storing
 from shardwright.planner.part import chain
 from shardwright.planner.pins import Pins
 from shardwright.planner.placement import R, split
@@ -27,6 +27,7 @@ from shardwright.planner.prices import Prices
 from shardwright.planner.program import INFINITE
 from shardwright.planner.residual import residual_factors
 from shardwright.planner.stages import Memory, Pipeline, StageSolution, StageSolve
+from shardwright.planner.stored import Data
 from shardwright.profiles.devices import parse_cluster
 from solver_outlines import FakePrices, transformer
 
@@ -58,7 +59,7 @@ def unit(seconds: float, elements: float, saved: float = 1e8) -> Numbers:
 
 def levels(numbers: Numbers, microbatches: int, ranks: int = 8) -> list[Option]:
     """The unit at every ZeRO level."""
-    return storing().options(0, NAMED, numbers, Data(ranks, 1, 1, microbatches, 1), (0, 1, 2, 3))
+    return storing().options(0, [(NAMED, numbers)], Data(ranks, 1, 1, microbatches, 1), (0, 1, 2, 3))
 
 
 def step(o: Option, microbatches: int) -> float:
@@ -79,8 +80,8 @@ def picks(found: StageSolution) -> list[int]:
 def test_context_parallelism_divides_cost() -> None:
     """Galvatron: a context axis left the time of a layer as it was."""
     found = fronts()
-    whole = storing().options(1, *found.numbers(1, 1, 1)[0], Data(1, 1, 1, 4, 1), (0,))[0]
-    shared = storing().options(1, *found.numbers(1, 1, 1, 4)[0], Data(1, 1, 1, 4, 1), (0,))[0]
+    whole = storing().options(1, [found.numbers(1, 1, 1)[0]], Data(1, 1, 1, 4, 1), (0,))[0]
+    shared = storing().options(1, [found.numbers(1, 1, 1, 4)[0]], Data(1, 1, 1, 4, 1), (0,))[0]
     assert shared.parts["compute"] < 0.35 * whole.parts["compute"]
     assert shared.saved == pytest.approx(whole.saved / 4)
     assert shared.static == whole.static
