@@ -110,7 +110,7 @@ def _memory(
     once = bench.data(shape).once
     held = {
         "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
-        "buffers": bench.given_bytes(), "reserve": float(bench.task.setting.reserve),
+        "buffers": bench.given_bytes, "reserve": float(bench.task.setting.reserve),
     }  # fmt: skip
     kept = "saved" if training else "cache"
     running = {**held, "gradients": 0.0 if once else gradients, kept: saved, "temporaries": work}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .arcs import Line
 
 
@@ -13,11 +15,12 @@ def even_cuts(line: Line, local: Sequence[Sequence[int]], microbatches: int) -> 
     Units are taken with their least seconds; memory is left to the mixtures.
     """
     count = sum(len(stages) for stages in local)
-    share = line.before[-1] / count
+    at = np.array(line.before) / (line.before[-1] / count)
     cuts = [0]
     for s in range(1, count):
         low, high = cuts[-1] + 1, len(line) - (count - s)
-        cuts.append(min(range(low, high + 1), key=lambda k: (round(abs(line.before[k] / share - s), 9), k)))
+        # Rounded, so that of positions that are as near the first is taken.
+        cuts.append(low + int(np.abs(at[low : high + 1] - s).round(9).argmin()))
     cuts.append(len(line))
     return _moved(line, local, microbatches, cuts)
 
@@ -30,12 +33,14 @@ def _moved(line: Line, local: Sequence[Sequence[int]], microbatches: int, cuts: 
         moved = False
         for s in range(1, len(cuts) - 1):
             for step in (-1, 1):
-                if not cuts[s - 1] < cuts[s] + step < cuts[s + 1]:
+                most, beside = max(spans) * (1 - 1e-6), {rank_of[s - 1], rank_of[s]}
+                # The ranks on both sides of the cut are all that changes: the slowest ones must be among them.
+                slowest = {r for r, span in enumerate(spans) if span >= most}
+                if not slowest <= beside or not cuts[s - 1] < cuts[s] + step < cuts[s + 1]:
                     continue
                 other = [*cuts[:s], cuts[s] + step, *cuts[s + 1 :]]
-                beside = {rank_of[s - 1], rank_of[s]}  # the ranks on both sides of the cut are all that changes
                 changed = {r: _span(line, local[r], microbatches, other) for r in beside}
-                if max(changed.get(r, span) for r, span in enumerate(spans)) < max(spans) * (1 - 1e-6):
+                if max(changed.values()) < most:
                     cuts, moved = other, True
                     spans = [changed.get(r, span) for r, span in enumerate(spans)]
     return cuts

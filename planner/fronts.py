@@ -62,6 +62,16 @@ class Named:
     policy: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The fastest design of a style, the bytes it keeps, and the program that says what else may be kept with it."""
+
+    style: Style
+    program: FrontProgram
+    design: Design
+    kept_bytes: float
+
+
 class Fronts:
     """Designs and numbers of a chain's regions, remembered."""
 
@@ -74,6 +84,7 @@ class Fronts:
             chain, prices, pins, setting, residual, tell,
         )  # fmt: skip
         self.overlap = overlap
+        self._shardings: dict[tuple[int, int], tuple[Sharding, ...]] = {}
         self._designs: dict[tuple[int, int], tuple[Named, ...]] = {}
         self._benches: dict[tuple[int, int, int, int], Bench] = {}
         self._numbers: dict[tuple[int, int, int, int], tuple[tuple[Named, Numbers], ...]] = {}
@@ -129,8 +140,9 @@ class Fronts:
             return None
         if key not in self._plain:
             bench = self.bench(region, ways, pieces, context)
-            designs = {n.design.choices: n.design for n in self.designs(region, ways)}
-            plain = [replace(d, again=frozenset(), regather=frozenset()) for d in designs.values()]
+            plain = dict.fromkeys(
+                replace(s.design, again=frozenset(), regather=frozenset()) for s in self.shardings(region, ways)
+            )
             found = [n for n in (bench.seconds(d) for d in plain) if n is not None]
             self._plain[key] = (min(f for f, _ in found), min(b for _, b in found)) if found else None
         return self._plain[key]
@@ -168,19 +180,36 @@ class Fronts:
         """The designs of a region; raises PinError where the pins leave none."""
         key = (region, ways)
         if key not in self._designs:
-            self.tell(f"region {self.chain.outline.regions[region].name} on {ways} ranks")
             found: dict[Design, Named] = {}
+            for sharding in self.shardings(region, ways):
+                for named in self._styled(region, ways, sharding):
+                    found.setdefault(named.design, named)
+            if not found:
+                raise self._none_left()
+            self._designs[key] = tuple(found.values())
+        return self._designs[key]
+
+    def shardings(self, region: int, ways: int) -> tuple[Sharding, ...]:
+        """The fastest sharding of a region in each style; raises PinError where the pins leave none."""
+        key = (region, ways)
+        if key not in self._shardings:
+            self.tell(f"region {self.chain.outline.regions[region].name} on {ways} ranks")
+            found: list[Sharding] = []
             refused: list[PinError] = []
             for style in self.styles(ways):
                 try:
-                    for named in self._styled(region, ways, style):
-                        found.setdefault(named.design, named)
+                    sharding = self._sharded(region, ways, style)
                 except PinError as error:
                     refused.append(error)
+                else:
+                    found += [sharding] if sharding is not None else []
             if not found:
-                raise refused[0] if refused else PinError(f"the pins {', '.join(self.pins.texts)} leave no plan")
-            self._designs[key] = tuple(found.values())
-        return self._designs[key]
+                raise refused[0] if refused else self._none_left()
+            self._shardings[key] = tuple(found)
+        return self._shardings[key]
+
+    def _none_left(self) -> PinError:
+        return PinError(f"the pins {', '.join(self.pins.texts)} leave no plan")
 
     def styles(self, ways: int) -> tuple[Style, ...]:
         """The styles that the pins leave on a model axis of so many ranks."""
@@ -193,7 +222,7 @@ class Fronts:
             return tuple(s for s in STYLES if s.tensor_parallel and s.sequence_parallel == on)
         return STYLES
 
-    def _styled(self, region: int, ways: int, style: Style) -> Iterator[Named]:
+    def _sharded(self, region: int, ways: int, style: Style) -> Sharding | None:
         part, costs = self.chain.at(region, self.reference), self.costs(ways)
         pins = replace(
             self.pins, tp=ways if style.tensor_parallel else None, dp=ways,
@@ -210,9 +239,13 @@ class Fronts:
         )
         first = program.solve(nodes=NODES)
         if first is None:
-            return
-        bench = self.bench(region, ways, self.reference)
-        policies = list(self._policies(part, program, first, region))
+            return None
+        return Sharding(style, program, replace(first[0], entry=style.layout, exit=style.layout), first[1])
+
+    def _styled(self, region: int, ways: int, sharding: Sharding) -> Iterator[Named]:
+        """What may be kept and run again with a sharding."""
+        bench, style, part = self.bench(region, ways, self.reference), sharding.style, sharding.program.part
+        policies = list(self._policies(part, sharding, region))
         banned = {design for design, policy in policies if part.outline.training and self._bans(region, policy)}
         for design, policy in policies:
             if design in banned:
@@ -223,10 +256,8 @@ class Fronts:
                 regather = named.design.regather | copies(bench, named.design)
                 yield replace(named, design=replace(named.design, regather=regather))
 
-    def _policies(
-        self, part: Part, program: FrontProgram, first: tuple[Design, float], region: int
-    ) -> Iterator[tuple[Design, str]]:
-        design, most = first
+    def _policies(self, part: Part, sharding: Sharding, region: int) -> Iterator[tuple[Design, str]]:
+        program, design, most = sharding.program, sharding.design, sharding.kept_bytes
         plain = replace(design, again=frozenset(), regather=frozenset())
         pinned = self._pinned(region)
         if not part.outline.training:

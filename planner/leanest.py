@@ -68,7 +68,7 @@ def leanest(outline: Outline, cluster: Cluster, prices: PriceBook, request: Requ
     lows = least_bytes(bench, shapes)
     if lows is None:
         return msgspec.structs.replace(best, goal=Goal())
-    fixed = bench.task.setting.reserve + bench.given_bytes()
+    fixed = bench.task.setting.reserve + bench.given_bytes
     share = 1.0
     for _ in range(ROUNDS):
         peak = best.predicted.peak_bytes_per_device
@@ -112,7 +112,7 @@ def least_bytes(bench: Workbench, shapes: Sequence[Arrangement]) -> dict[Key, fl
     unlike = {_key(s): s for s in shapes}
     if len(unlike) > MOST:
         return None
-    fixed = bench.task.setting.reserve + bench.given_bytes()
+    fixed = bench.task.setting.reserve + bench.given_bytes
     found = {key: low + fixed for key, shape in unlike.items() if (low := _least(bench, shape)) is not None}
     return found or None
 

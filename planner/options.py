@@ -185,25 +185,30 @@ class Shelf:
     def __init__(self, storing: Storing, data: Data) -> None:
         self.storing, self.data = storing, data
         self._stored: dict[tuple[Weights, ...], list[Stored]] = {}
-        self._lying: dict[tuple[tuple[Weights, ...], Case], tuple[_Lying, ...]] = {}
+        self._talk: dict[tuple[tuple[Weights, ...], int], Talk] = {}
+        self._offered: dict[tuple[tuple[Weights, ...], bool, str], list[_Lying]] = {}
         self._one: dict[tuple[tuple[Weights, ...], int, Away], _Lying] = {}
 
-    def places(self, named: Named, n: Numbers, levels: Sequence[int]) -> Iterator[_Lying]:
+    def places(self, named: Named, n: Numbers, levels: Sequence[int]) -> list[_Lying]:
         """All that a design is offered."""
-        store, weights = self.storing, n.weights
+        saves = self.storing.training and n.saved > 0
+        key = (n.weights, saves, named.policy)
+        if key not in self._offered:
+            self._offered[key] = list(self._places(n.weights, saves, named.policy, levels))
+        return self._offered[key]
+
+    def _places(
+        self, weights: tuple[Weights, ...], saves: bool, policy: str, levels: Sequence[int]
+    ) -> Iterator[_Lying]:
+        store, data = self.storing, self.data
         if weights not in self._stored:
-            self._stored[weights] = stored_of(weights, self.data, store.training)
+            self._stored[weights] = stored_of(weights, data, store.training)
         stored = self._stored[weights]
-        trains, any_elements = any(s.trained for s in stored), any(s.elements for s in stored)
+        trains, some = any(s.trained for s in stored), any(s.elements for s in stored)
         for level in levels:
-            case = Case(
-                level, self.data.ranks, self.data.microbatches, trains, any_elements,
-                store.training and n.saved > 0, named.policy,
-            )  # fmt: skip
-            if (weights, case) not in self._lying:
-                found = offers(store.host, store.pins, case)
-                self._lying[weights, case] = tuple(self._at(weights, level, away) for away in found)
-            yield from self._lying[weights, case]
+            case = Case(level, data.ranks, data.microbatches, trains, some, saves, policy)
+            for away in offers(store.host, store.pins, case):
+                yield self._at(weights, level, away)
 
     def _at(self, weights: tuple[Weights, ...], level: int, away: Away) -> _Lying:
         key = (weights, level, away)
@@ -212,6 +217,8 @@ class Shelf:
             moves = None
             if store.host is not None and away != HERE:
                 moves = store.copies.moves(away, [s.moved(level) for s in stored], self.data.microbatches)
-            talk = sum((store.keeping.talk(s, level) for s in stored), Talk())
-            self._one[key] = _Lying(level, away, talk, store.keeping.all_memory(stored, level, away), moves)
+            if (weights, level) not in self._talk:
+                self._talk[weights, level] = sum((store.keeping.talk(s, level) for s in stored), Talk())
+            memory = store.keeping.all_memory(stored, level, away)
+            self._one[key] = _Lying(level, away, self._talk[weights, level], memory, moves)
         return self._one[key]

@@ -233,7 +233,7 @@ class PooledBound(Bounded):
         stages = self.local[rank]
         mine = [(cuts[s], cuts[s + 1]) for s in stages]
         tables = self.each[self.problem.at[rank]]
-        return max(tables.rank(mine, v) for v in self._live(rank)) + float(self.ahead[mine[0][0]])
+        return tables.rank(mine, self._live(rank))[0] + float(self.ahead[mine[0][0]])
 
     def _moved(self, cuts: list[int], seconds_of: Callable[[int, Sequence[int]], float]) -> list[int]:
         """Borders moved while that makes the mean of the ranks' seconds shorter."""

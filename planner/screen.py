@@ -133,18 +133,21 @@ class Tables:
     def _over(self, spans: Floats) -> npt.NDArray[np.bool_]:
         return np.asarray(spans[..., -1] > BYTES_CLOSE * self.room)
 
-    def rank(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> float:
-        """The least seconds of a rank that holds these intervals with these live microbatches, memory at its best price."""
-        spans = self._held(intervals, vector)
-        return float((spans[:-1] if self.bounded else spans).max())
+    def rank(self, intervals: Sequence[tuple[int, int]], vectors: Sequence[Sequence[int]]) -> tuple[float, bool]:
+        """The least seconds of a rank that holds these intervals, memory at its best price, and whether its least bytes fit.
 
-    def fits(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> bool:
-        """Whether the least bytes of what a rank holds are within its room."""
-        return not (self.bounded and bool(self._over(self._held(intervals, vector))))
-
-    def _held(self, intervals: Sequence[tuple[int, int]], vector: Sequence[int]) -> Floats:
-        sums = (self.along(k)[j] - self.along(k)[i] for (i, j), k in zip(intervals, vector, strict=True))
-        return np.asarray(sum(sums) - self._limits(vector[0]))
+        Each of `vectors` says how many microbatches are alive in them at one moment (`STEP_ROW` in all: the optimizer's step).
+        """
+        found = sorted({k for vector in vectors for k in vector})
+        place = {k: n for n, k in enumerate(found)}
+        starts, ends = np.array(intervals).T
+        held = np.stack([sums[ends] - sums[starts] for sums in map(self.along, found)])
+        alive = np.array([[place[k] for k in vector] for vector in vectors])
+        limits = np.stack([self._limits(vector[0]) for vector in vectors])
+        spans: Floats = held[alive, np.arange(len(starts))].sum(axis=1) - limits
+        if not self.bounded:
+            return float(spans.max()), True
+        return float(spans[:, :-1].max()), not bool(self._over(spans).any())
 
     def reach(self, start: int, live: Sequence[int], beside: float, most: float) -> int:
         """The furthest end of an interval from `start` that may be done within `most` seconds."""
@@ -233,10 +236,9 @@ class Bounded:
         found = 0.0
         for rank, stages in enumerate(local):
             mine = [spans[s] for s in stages]
-            vectors = self._live(rank)
-            if not all(self.tables.fits(mine, vector) for vector in vectors):
+            least, fits = self.tables.rank(mine, self._live(rank))
+            if not fits:
                 return INFINITE
-            least = max(self.tables.rank(mine, vector) for vector in vectors)
             found = max(found, least + line.beside(mine[0][0], self.splits))
         return found
 

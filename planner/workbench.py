@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import PinError
 from .arcs import Line
@@ -203,6 +204,7 @@ class Workbench:
             self.memory(), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
         )  # fmt: skip
 
+    @cached_property
     def given_bytes(self) -> float:
         """Bytes of buffers and constants, which every rank has."""
         tensors = self.task.outline.tensors.values()
@@ -211,15 +213,18 @@ class Workbench:
     def memory(self) -> Memory:
         """What a rank may use: the limit less the context, and its share of the host."""
         host = self.task.cluster.host
-        cap = max(self.task.limit_bytes - self.task.setting.reserve - self.given_bytes(), 0.0)
+        cap = max(self.task.limit_bytes - self.task.setting.reserve - self.given_bytes, 0.0)
         if host is None or not self.tiers:
             return Memory(cap, 0.0, 0.0)
         return Memory(cap, float(host.rank_host_bytes), float(host.rank_disk_bytes))
 
     def crossing_bytes(self, shape: Arrangement, at: int, layout: str) -> float:
         """Bytes of one rank's part of what crosses before unit `at`, for one microbatch."""
+        return self._border_bytes(shape, self.chain.borders[at - 1], layout)
+
+    def _border_bytes(self, shape: Arrangement, border: tuple[str, ...], layout: str) -> float:
         total = 0.0
-        for name in self.chain.borders[at - 1]:
+        for name in border:
             tensor = self.task.outline.tensors[name]
             state = crossing_state(tensor, layout, self.chain.places.get(name, ()), shape.tp)
             total += tensor.bytes / shape.pieces / shape.cp / (shape.tp if state.is_split else 1)
@@ -241,7 +246,7 @@ class Workbench:
         """Seconds of changing the layout of what crosses between units: a gather one way, a slice the other."""
         if shape.tp == 1 or not self.chain.borders:
             return {}
-        most = max(self.crossing_bytes(shape, at, "R") for at in range(1, len(self.chain)))
+        most = max(self._border_bytes(shape, border, "R") for border in set(self.chain.borders))
         gather = self.task.prices.collective("all_gather", most, 1, shape.tp).seconds
         back = gather if self.task.outline.training else 0.0
         return {("R", "S"): (0.0, back), ("S", "R"): (gather, 0.0)}
