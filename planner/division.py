@@ -59,7 +59,7 @@ class Division(Trial):
     def _fitting(self) -> list[list[tuple[int, int]]]:
         """A plan from the mixtures that fit if any does; nothing where none does. Returns the arcs it was looked for among."""
         line, problem = self.problem.line, self.problem
-        bags = Bags(problem.options, problem.change, [])
+        bags = Bags(problem.options, problem.change, [], pairs=self.pairs)
         arcs = self.division if self.p.chunks > 1 else line.arcs(self.p.stages, line.before[-1])
         columns = []
         for s, mine in enumerate(arcs):

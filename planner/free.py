@@ -51,7 +51,10 @@ class Free:
             if self._enough(low, limit) or not self._lengthen(model, values, answer.values[model.time] / scale):
                 break
         if not self._enough(low, limit) and sum(len(v) for s in model.n.values() for v in s.values()) <= SMALL:
-            low = max(low, self._whole(model.paths, limit, scale))
+            if trial.quick:
+                trial.skipped = True
+            else:
+                low = max(low, self._whole(model.paths, limit, scale))
         return min(low, limit)
 
     def _enough(self, low: float, limit: float) -> bool:

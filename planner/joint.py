@@ -85,12 +85,16 @@ NOTHING = Found(None, [], math.inf)
 
 @dataclass(order=True)
 class _Open:
-    """A queue entry: by what the shape may take (its bound, and a little for what its axes cost), then by the shape."""
+    """A queue entry: by what the shape may take (its bound, and a little for what its axes cost), then by the shape.
+
+    `solution` is that of a quick solve.
+    """
 
     likely: float
     shape: Arrangement
     bound: float = field(compare=False, default=0.0)
     screened: bool = field(compare=False, default=False)
+    solution: StageSolution | None = field(compare=False, default=None)
 
 
 TALK = {"tp": 0.03, "cp": 0.06, "ep": 0.02, "pp": 0.03, "chunks": 0.01}
@@ -126,13 +130,18 @@ class JointSearch:
                 if not item.screened and item.bound < self.seconds * (1 - self.gap):
                     self._raise(item, queue)
                     continue
-                self._step(item)
+                again = self._step(item)
+                if again is not None:
+                    heapq.heappush(queue, again)
         except KeyboardInterrupt:
             if self.best is None:
                 raise
             interrupted = True
             self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
             self.roomy = min(self.roomy, item.bound, *(left.bound for left in queue if not left.screened))
+            for left in (item, *queue):
+                if left.solution is not None and left.solution.stages is not None:
+                    self._record(left.shape, "solved", left.bound, left.solution)
         if self.best is None and self.refused and len(self.refused) == len(self.records):
             raise self.refused[0]
         return Found(self.best, sorted(self.records, key=_rank), self.closed, interrupted, self.roomy)
@@ -160,34 +169,39 @@ class JointSearch:
     def seconds(self) -> float:
         return self.best.seconds if self.best is not None else math.inf
 
-    def _step(self, item: _Open) -> None:
+    def _step(self, item: _Open) -> _Open | None:
+        """Solve a shape, quickly at first; returns it where a longer solve may tell more."""
         if not item.screened:
             self.roomy = min(self.roomy, item.bound)
         if item.bound >= self.seconds * (1 - self.gap):
-            self._record(item.shape, "cut" if item.bound < math.inf else "does not fit", item.bound)
-            self.closed = min(self.closed, item.bound)
-            return
+            self._close(item, item.bound)
+            return None
         self.tell(Event("solve", item.shape.told(), self.seconds if self.seconds < math.inf else None))
         try:
             problem = self.bench.problem(item.shape)
         except PinError as error:
             self._refuse(item.shape, error)
-            return
+            return None
         limit, ready = self.seconds * (1 - self.gap / 2), self.bench.ready(item.shape)
-        solution = StageSolve(problem, gap=self.gap, limit_seconds=limit, ready=ready).run()
-        if solution.stages is None:
-            slower = solution.bound_seconds < math.inf
-            if slower:
-                self.closed = min(self.closed, max(solution.bound_seconds, item.bound))
-            self._record(
-                item.shape, "cut" if slower else "does not fit", solution.bound_seconds if slower else item.bound
-            )
-            return
-        bound = max(item.bound, min(solution.bound_seconds, solution.step_seconds))
+        quick = item.solution is None
+        found = StageSolve(problem, gap=self.gap, limit_seconds=limit, ready=ready, quick=quick).run()
+        if found.stages is not None and found.step_seconds < self.seconds:
+            self.best = Solved(item.shape, found)
+        bound = max(item.bound, min(found.bound_seconds, found.step_seconds))
+        known = item.solution
+        best = found if known is None or found.step_seconds < known.step_seconds else known
+        if found.open:
+            return _Open(bound, item.shape, bound, True, best)
+        self._close(replace(item, solution=best), bound)
+        return None
+
+    def _close(self, item: _Open, bound: float) -> None:
+        """Nothing more is asked of a shape."""
         self.closed = min(self.closed, bound)
-        self._record(item.shape, "solved", bound, solution)
-        if solution.step_seconds < self.seconds:
-            self.best = Solved(item.shape, solution)
+        if item.solution is not None and item.solution.stages is not None:
+            self._record(item.shape, "solved", min(bound, item.solution.step_seconds), item.solution)
+            return
+        self._record(item.shape, "cut" if bound < math.inf else "does not fit", bound)
 
     def _record(self, shape: Arrangement, status: str, bound: float, solution: StageSolution | None = None) -> None:
         known = bound if 0 < bound < math.inf else None

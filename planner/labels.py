@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from .options import Option
 from .pareto import best_rows
+from .program import INFINITE
 
 Floats = npt.NDArray[np.float64]
 Picks = npt.NDArray[np.int16]
@@ -98,6 +99,14 @@ class Limit:
     seconds: float
 
 
+PAIRS = 1e8
+"""Pairs of mixtures that one stage solve may compare: some seconds."""
+
+
+class Exhausted(Exception):
+    """Mixtures are too many to be listed."""
+
+
 class Bags:
     """Bags of the intervals of one chain under one shape, remembered.
 
@@ -105,14 +114,16 @@ class Bags:
     what is compared between mixtures: seconds the step never falls with for all mixtures that may be optimal, one row for
     one objective, none for mixtures that fit if any does (to within the grid of `BYTES` where they are more than `most`).
     `coarse` bags serve a first plan, not a bound, and may be empty though something fits. `cells` is the grid of the columns
-    (seconds) where a bag of more than `most` mixtures is thinned; None: none is.
+    (seconds) where a bag of more than `most` mixtures is thinned; None: none is. Exhausted is raised where more than `pairs`
+    mixtures would be compared.
     """
 
     def __init__(
         self, options: Sequence[Sequence[Option]], change: Mapping[Layouts, tuple[float, float]],
         columns: Sequence[Sequence[float]], *, coarse: bool = False, cells: Sequence[float] | None = None, most: int = MOST,
+        pairs: float = INFINITE,
     ) -> None:  # fmt: skip
-        self.options, self.change, self.coarse, self.most = options, change, coarse, most
+        self.options, self.change, self.coarse, self.most, self.pairs = options, change, coarse, most, pairs
         self.cells = None if cells is None else np.array(cells, dtype=np.float64)
         self.columns = np.array(columns, dtype=np.float64).reshape(-1, TIMES)
         self.flat: list[Option] = [o for group in options for o in group]
@@ -313,6 +324,9 @@ class _Build:
         It ends where the grid says no more: the rest differ in `exact`.
         """
         times = 0
+        self.owner.pairs -= len(bag) ** 2
+        if self.owner.pairs < 0:
+            raise Exhausted
         while True:
             grid = np.floor(np.maximum(loose, 0.0) / (times * cells)) if times and cells is not None else loose
             index = best_rows(np.hstack([grid, exact]))

@@ -92,13 +92,17 @@ class Held:
 
 @dataclass(frozen=True)
 class StageSolution:
-    """The best division found (None: nothing fits), its step time, the proven bound, and the options `picks` point into."""
+    """The best division found (None: nothing fits), its step time, the proven bound, and the options `picks` point into.
+
+    `open`: a solve that is not quick may find a better one, or prove more.
+    """
 
     stages: tuple[Held, ...] | None
     step_seconds: float
     bound_seconds: float
     flat: Sequence[Option] = ()
     rounds: int = 0
+    open: bool = False
 
     @property
     def gap(self) -> float:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from .counts import best_counts
 from .fixed import TRIES, Fixed
 from .free import Free
-from .labels import FEW, GRID, MOST, Bags, Limit
+from .labels import FEW, GRID, MOST, Bags, Exhausted, Limit
 from .master import Master, PathRow
 from .options import end_to_end
 from .outer import outer_bound
@@ -27,6 +27,7 @@ from .paths import makespan
 from .program import INFINITE
 from .screen import Bounded, Tables
 from .stageproblem import Column, Columns, Held, Memory, Pipeline, StageProblem, StageSolution
+from .trial import EXACT
 from .walk import FAR, Walk
 
 NEAR = (0.0, 0.1, 0.3)
@@ -34,9 +35,6 @@ NEAR = (0.0, 0.1, 0.3)
 
 POLISH = 4
 """Solves of that search."""
-
-EXACT = 1e-6
-"""A gap below which nothing is thinned."""
 
 LISTED = 40
 """Units up to which every mixture that fits is listed where the quickest ones of all arcs do not."""
@@ -59,31 +57,53 @@ class StageSolve(Walk):
         if len(self.problem.line) < self.p.stages:
             return StageSolution(None, INFINITE, INFINITE)
         if self.problem.pools:
+            self.quick = False
             return self._unlike()
         return self._single() if self.p.stages == 1 else self._several()
 
     def _several(self) -> StageSolution:
         """Several stages."""
-        line = self.problem.line
         listed = FEW_UNITS if self.gap >= WIDE else LISTED
         counted = not self.problem.exact and self.gap > EXACT
         if self.p.chunks > 1 and counted:
             low = Fixed(self, [mine[0] for mine in self._even()]).solve(self.limit)
-            done = low >= min(self.seconds, self.limit) * (1 - self.gap)
-            if done or (self.best is not None and len(line) > listed):
-                return self._solution(min(low, self.limit) if low < INFINITE else low, TRIES)
+            if self._counted_enough(low, listed):
+                return self._told(min(low, self.limit) if low < INFINITE else low)
             self.least = low
         elif self.limit < INFINITE and self._hopeless():
             return StageSolution(None, INFINITE, self.limit)
         elif counted:
             low = self._counting()
-            if low >= min(self.seconds, self.limit) * (1 - self.gap) or (self.best is not None and len(line) > listed):
-                return self._solution(low, TRIES)
-        arcs = self._first()
-        if not arcs and not self.slow and (self.problem.exact or len(line) <= LISTED):
+            if self._counted_enough(low, listed):
+                return self._told(low)
+            self.least = max(self.least, low)
+        try:
+            return self._listed(listed, counted)
+        except Exhausted:
+            return self._solution(self.least, TRIES)
+
+    def _counted_enough(self, low: float, listed: int) -> bool:
+        """Whether mixtures need not be listed after a solve by counts: its bound is close, the chain is long, or time is short."""
+        if low >= min(self.seconds, self.limit) * (1 - self.gap) or (
+            self.best is not None and len(self.problem.line) > listed
+        ):
+            return True
+        self.skipped = self.skipped or self.quick
+        return self.quick
+
+    def _told(self, low: float) -> StageSolution:
+        """The solution so far, open where something was skipped that may prove more than `low` seconds."""
+        enough = low >= min(self.seconds, self.limit) * (1 - self.gap)
+        return replace(self._solution(low, TRIES), open=self.skipped and not enough)
+
+    def _listed(self, listed: int, counted: bool) -> StageSolution:
+        """By mixtures of options; raises Exhausted where they are too many."""
+        line, arcs = self.problem.line, self._first()
+        fitting = not arcs and not self.slow and (self.problem.exact or len(line) <= LISTED)
+        if fitting:
             arcs = self._fitting()
         if self.best is None:
-            return StageSolution(None, INFINITE, self.limit if self.slow else INFINITE)
+            return StageSolution(None, INFINITE, self.limit if self.slow else INFINITE if fitting else self.least)
         self._seed()
         limit = min(self.seconds, self.limit)
         low = outer_bound(self, self._rows(), limit)
@@ -149,8 +169,11 @@ class StageSolve(Walk):
             return StageSolution(None, INFINITE, INFINITE)
         known = min(self.seconds, self.limit)
         # One column of seconds takes a fine grid at little cost.
-        lost = self._quickest(self._bags([self.busy], [known / 100]), Limit(self.busy, known))
-        found = self._solution(min(self.seconds, self.limit) - lost, 0)
+        try:
+            lost = self._quickest(self._bags([self.busy], [known / 100]), Limit(self.busy, known))
+        except Exhausted:
+            lost = INFINITE
+        found = self._solution(max(0.0, min(self.seconds, self.limit) - lost), 0)
         if counted is not None and counted.step_seconds < found.step_seconds:
             return replace(counted, bound_seconds=min(found.bound_seconds, counted.step_seconds))
         return found
@@ -220,7 +243,7 @@ class StageSolve(Walk):
     def _reachable(self, rooms: list[dict[tuple[int, int], Limit]], limit: float) -> list[dict[tuple[int, int], Limit]]:
         """Arcs that still lie on a division once the least busy seconds *within memory* of each are known."""
         line = self.problem.line
-        bags = Bags(self.problem.options, self.problem.change, [self.alone])
+        bags = Bags(self.problem.options, self.problem.change, [self.alone], pairs=self.pairs)
         kept: list[dict[tuple[int, int], Limit]] = []
         for s, mine in enumerate(rooms):
             alive = {}
@@ -273,7 +296,8 @@ class StageSolve(Walk):
         """Bags thinned on a grid of shares of `cells` seconds; not at all where no gap is left for it."""
         grid = [GRID * self.gap * c for c in cells] if self.gap > EXACT else None
         return Bags(
-            self.problem.options, self.problem.change, columns, cells=grid, most=MOST if self.gap <= 2e-3 else FEW
+            self.problem.options, self.problem.change, columns, cells=grid, most=MOST if self.gap <= 2e-3 else FEW,
+            pairs=self.pairs,
         )  # fmt: skip
 
     def _lost(self, lost: Sequence[float], bags: Bags) -> float:

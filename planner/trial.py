@@ -7,11 +7,14 @@ from functools import cached_property
 
 import numpy as np
 
-from .labels import Bag, Bags, Layouts, MemoryRows, Runs
+from .labels import PAIRS, Bag, Bags, Layouts, MemoryRows, Runs
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
 from .ready import Ready, make_ready, seed_paths
 from .stageproblem import Column, StageProblem
+
+EXACT = 1e-6
+"""A gap below which nothing is thinned, and any number of mixtures listed."""
 
 MOST_ROWS = 6
 """Maximal vectors of live microbatches a rank's memory is checked at; more are merged, which only asks for more memory."""
@@ -21,12 +24,16 @@ SLOWER = (1.1, 1.5, 4.0)
 
 
 class Trial:
-    """What is known of a stage problem: its schedule, memory rows, the best plan so far and all critical paths met."""
+    """What is known of a stage problem: its schedule, memory rows, the best plan so far and all critical paths met.
+
+    A `quick` solve leaves out what costs most (`skipped`): programs in whole numbers, and listing mixtures.
+    """
 
     def __init__(
-        self, problem: StageProblem, *, gap: float = 1e-3, limit_seconds: float = INFINITE, ready: Ready | None = None
+        self, problem: StageProblem, *, gap: float = 1e-3, limit_seconds: float = INFINITE, ready: Ready | None = None,
+        quick: bool = False,
     ) -> None:  # fmt: skip
-        self.problem, self.gap, self.limit = problem, gap, limit_seconds
+        self.problem, self.gap, self.limit, self.quick = problem, gap, limit_seconds, quick
         self.p = problem.pipeline
         name = self.p.schedule if problem.training else "forward"
         self.ready = ready or make_ready(name, self.p.ranks, self.p.chunks, self.p.microbatches)
@@ -43,9 +50,14 @@ class Trial:
         self.seconds = INFINITE
         self.paths: list[Path] = []
         self.division: list[list[tuple[int, int]]] = []
-        self.slow = False
+        self.slow = self.skipped = False
         self.least = 0.0
         self.coarse = Bags(problem.options, problem.change, [self.busy], coarse=True)
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of mixtures that may be compared: any number where the solve is to be exact."""
+        return INFINITE if self.problem.exact or self.gap <= EXACT else PAIRS
 
     def _memory_rows(self) -> list[MemoryRows]:
         once = self.p.microbatches == 1 and self.p.stages == 1

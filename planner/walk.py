@@ -47,9 +47,10 @@ class Walk(Division):
     """Divisions over unlike devices."""
 
     def __init__(
-        self, problem: StageProblem, *, gap: float = 1e-3, limit_seconds: float = INFINITE, ready: Ready | None = None
+        self, problem: StageProblem, *, gap: float = 1e-3, limit_seconds: float = INFINITE, ready: Ready | None = None,
+        quick: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(problem, gap=gap, limit_seconds=limit_seconds, ready=ready)
+        super().__init__(problem, gap=gap, limit_seconds=limit_seconds, ready=ready, quick=quick)
         self.tried: dict[tuple[int, ...], float] = {}
 
     def _solution(self, bound: float, rounds: int) -> StageSolution:
