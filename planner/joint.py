@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import PinError
@@ -49,14 +49,14 @@ class Solved:
 class Found:
     """The outcome of a search: the best, records of all shapes, and a proven bound.
 
-    `roomy_seconds` is one for plans with host memory and disk too, whether they were offered or not: it looks at no memory.
+    `roomy` has bounds of shapes that hold with host memory and disk too, whether they were offered or not.
     """
 
     best: Solved | None
     records: list[ShapeRecord]
     bound_seconds: float
     interrupted: bool = False
-    roomy_seconds: float = 0.0
+    roomy: Mapping[Arrangement, float] = field(default_factory=dict)
 
     def after(self, first: Found) -> Found:
         """These bounds, with the plans of a search before that offered less."""
@@ -102,17 +102,22 @@ TALK = {"tp": 0.03, "cp": 0.06, "ep": 0.02, "pp": 0.03, "chunks": 0.01}
 
 
 class JointSearch:
-    """One search over shapes, for better plans than `best`."""
+    """One search over shapes, for better plans than that of a search `before`.
+
+    `onward`: another search follows that offers host memory and disk, so bounds are looked for that hold for it as well.
+    """
 
     def __init__(
-        self, bench: Workbench, shapes: Sequence[Arrangement], tell: Progress, best: Solved | None = None
+        self, bench: Workbench, shapes: Sequence[Arrangement], tell: Progress, before: Found = NOTHING, *,
+        onward: bool = False,
     ) -> None:  # fmt: skip
         self.bench, self.shapes, self.tell = bench, shapes, tell
         self.gap = CLOSE if bench.task.cluster.devices < 64 else WIDE
-        self.best = best
+        self.best, self.known, self.onward = before.best, before.roomy, onward
+        self.roomy: dict[Arrangement, float] = {}
         self.records: list[ShapeRecord] = []
         self.refused: list[PinError] = []
-        self.closed = self.roomy = math.inf
+        self.closed = math.inf
         self.raised = 0
 
     def run(self) -> Found:
@@ -120,7 +125,7 @@ class JointSearch:
         queue, interrupted = list[_Open](), False
         try:
             for shape in self.shapes:
-                bound = self.bench.bound(shape)
+                bound = self.roomy[shape] = self.known.get(shape) or self.bench.bound(shape)
                 queue.append(_Open(bound * _talk(shape), shape, bound))
             for item in heapq.nsmallest(PLAIN, (i for i in queue if i.shape.pp == 1)):
                 item.likely = 0.0
@@ -138,7 +143,6 @@ class JointSearch:
                 raise
             interrupted = True
             self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
-            self.roomy = min(self.roomy, item.bound, *(left.bound for left in queue if not left.screened))
             for left in (item, *queue):
                 if left.solution is not None and left.solution.stages is not None:
                     self._record(left.shape, "solved", left.bound, left.solution)
@@ -151,8 +155,9 @@ class JointSearch:
             self.tell(Event("bound", item.shape.told(), self.seconds if self.best is not None else None))
         self.raised += 1
         try:
-            bound = max(item.bound, self.bench.talk_bound(item.shape))
-            self.roomy = min(self.roomy, bound)
+            bound = item.bound
+            if item.shape not in self.known:
+                bound = self.roomy[item.shape] = self._roomy(item)
             if bound < self.seconds * (1 - self.gap):
                 bound = max(bound, self.bench.screened(item.shape, bound, self.seconds))
         except PinError as error:
@@ -160,6 +165,13 @@ class JointSearch:
             return
         likely = item.likely and bound * (1 + (_talk(item.shape) - 1) / 4)
         heapq.heappush(queue, _Open(likely, item.shape, bound, True))
+
+    def _roomy(self, item: _Open) -> float:
+        """A bound of a shape that looks at no memory."""
+        bound = max(item.bound, self.bench.talk_bound(item.shape))
+        if not self.onward or bound >= self.seconds * (1 - self.gap):
+            return bound
+        return max(bound, self.bench.roomy(item.shape, bound, self.seconds))
 
     def _refuse(self, shape: Arrangement, error: PinError) -> None:
         self.refused.append(error)
@@ -171,8 +183,6 @@ class JointSearch:
 
     def _step(self, item: _Open) -> _Open | None:
         """Solve a shape, quickly at first; returns it where a longer solve may tell more."""
-        if not item.screened:
-            self.roomy = min(self.roomy, item.bound)
         if item.bound >= self.seconds * (1 - self.gap):
             self._close(item, item.bound)
             return None
@@ -219,11 +229,11 @@ def search(
     found = NOTHING
     for k, tiers in enumerate(offered):
         bench = bench.offering(tiers)
-        found = JointSearch(bench, shapes, tell, found.best).run().after(found)
+        onward = k + 1 < len(offered)
+        found = JointSearch(bench, shapes, tell, found, onward=onward).run().after(found)
         if found.interrupted:
-            last = k + 1 == len(offered)
-            found = found if last else replace(found, bound_seconds=min(found.bound_seconds, found.roomy_seconds))
-            return bench.offering(offered[-1]), found
+            least = min([found.bound_seconds, *found.roomy.values()] if onward else [found.bound_seconds])
+            return bench.offering(offered[-1]), replace(found, bound_seconds=least)
     return bench, found
 
 

@@ -65,6 +65,12 @@ class Option:
         return self.forward + self.backward
 
 
+MANY = 1e9
+"""Elements of which starting the optimizer is no part that counts."""
+
+KINDS = 2
+"""Kinds of parameters in a unit: those of experts, and the others."""
+
 PASSING = 2.0
 """Saved sets of one unit on the device while they come and go: the one in use, and the one before or after it on its way."""
 
@@ -117,6 +123,17 @@ class Storing:
         """What goes to the host and comes back."""
         assert self.host is not None
         return Copies(self.host, self.prices, self.precision, self.optimizer)
+
+    def undercut(self) -> float:
+        """Seconds by which the optimizer's step of a unit may be shorter with its states behind the device than with them on it.
+
+        No more than starting it takes, for each kind of parameters; inf where even an element takes less there.
+        """
+        assert self.host is not None
+        start, many = (self.prices.optimizer_seconds(n, self.optimizer, self.precision) for n in (1.0, MANY))
+        tiers = ("host", "disk") if self.host.disk_bytes else ("host",)
+        rates = [self.copies.update(Away(tier, parameters=p))[1] for tier in tiers for p in (False, True)]
+        return KINDS * start if min(rates) >= (many - start) / MANY else math.inf
 
     @cached_property
     def overlap(self) -> Overlap:

@@ -72,10 +72,11 @@ def held_of(name: str, ranks: int, chunks: int, microbatches: int) -> Held:
 
 @dataclass
 class Tables:
-    """Sums over the chain for the options of one mesh and size of microbatch."""
+    """Sums over the chain for the options of one mesh and size of microbatch; a unit may end `spare` seconds sooner."""
 
     problem: StageProblem
     splits: bool
+    spare: float = 0.0
     sums: dict[int, Floats] = field(default_factory=dict)
     bytes: dict[int, Floats] = field(default_factory=dict)
 
@@ -87,7 +88,9 @@ class Tables:
         once = pipeline.microbatches == 1 and pipeline.stages == 1
         self.rows = MemoryRows((0, 1), self.problem.memory.cap_bytes, once=once)
         used = sorted(set(self.problem.line.regions))
-        self.seconds = {r: _column(self.problem.options[r], lambda o: m * o.seconds + end * o.finish) for r in used}
+        self.seconds = {
+            r: _column(self.problem.options[r], lambda o: m * o.seconds + end * (o.finish - self.spare)) for r in used
+        }
         room = self.problem.memory.cap_bytes - min(o.work for r in used for o in self.problem.options[r])
         self.bounded = room < float("inf")
         self.room = max(room, 1.0) if self.bounded else 0.0
@@ -178,9 +181,10 @@ def _column(options: Sequence[Option], value: Callable[[Option], float]) -> Floa
 class Screen:
     """Bounds of shapes; what shapes share is kept."""
 
-    def __init__(self, held: dict[HeldKey, Held] | None = None) -> None:
-        """`held` is what another screen has read off action lists."""
+    def __init__(self, held: dict[HeldKey, Held] | None = None, spare: float = 0.0) -> None:
+        """`held` is what another screen has read off action lists, `spare` what the end of a unit's step may take less."""
         self.held: dict[HeldKey, Held] = {} if held is None else held
+        self.spare = spare
         self.pooled: dict[object, Tables] = {}
         self.tables: dict[object, Tables] = {}
 
@@ -196,7 +200,7 @@ class Screen:
         if tables is None:
             if len(self.tables) >= KEPT:
                 self.tables.clear()
-            tables = self.tables[key, splits, p.stages == 1] = Tables(problem, splits)
+            tables = self.tables[key, splits, p.stages == 1] = Tables(problem, splits, self.spare)
         held = self.held_by(name, p.ranks, p.chunks, p.microbatches) if problem.training else None
         return Bounded(problem, tables, held, splits).seconds(low, most)
 

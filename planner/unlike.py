@@ -96,6 +96,9 @@ class UnlikeBench(Workbench):
         bounded = PooledBound(problem, held, training and SCHEDULES[name].splits_backward, self.screen.pooled, key)
         return bounded.seconds(low, most)
 
+    def roomy(self, shape: Arrangement, low: float, most: float) -> float:
+        return low
+
     # -- options
 
     def problem(self, shape: Arrangement) -> StageProblem:

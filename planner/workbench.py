@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PinError
@@ -66,6 +67,7 @@ class Workbench:
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self.screen = Screen()
+        self.open = Screen(self.screen.held, self._undercut())
 
     def _storing(self) -> Storing:
         task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
@@ -131,6 +133,24 @@ class Workbench:
         """A bound with memory and what passes before a rank can begin, between `low` and `most`; raises PinError."""
         key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
         return self.screen.seconds(self.problem(shape), key, low, most)
+
+    def roomy(self, shape: Arrangement, low: float, most: float) -> float:
+        """As `screened`, without looking at memory: a bound for plans with host memory and disk too."""
+        if self.open.spare == math.inf:
+            return low
+        problem = replace(self.problem(shape), memory=Memory(math.inf, math.inf, math.inf))
+        key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
+        return max(low, self.open.seconds(problem, key, low, most))
+
+    def _undercut(self) -> float:
+        """Seconds by which a unit's update may be shorter with its states behind the device than with them on it.
+
+        Copies only add to everything else. Inf where an element takes less there.
+        """
+        host = self.task.cluster.host
+        if host is None or not self.task.outline.training:
+            return 0.0
+        return replace(self.storing, host=host).undercut()
 
     def ready(self, shape: Arrangement) -> Ready:
         """The schedule of a shape, made once."""

@@ -468,19 +468,3 @@ def test_models_with_layers_that_differ(widths: list[int], kinds: int, pins: tup
     plan = plan_with(outline, *pins)
     check(plan, outline)
     assert again(plan, outline).predicted.step_seconds == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
-
-
-def test_the_host_is_used_where_it_pays() -> None:
-    """Memory for a plan that runs nearly everything again, on devices that compute long enough: the host does better."""
-    spec = "h100-sxm:2"
-    outline = transformer(layers=2, batch=256, seq=1024, hidden=1024, heads=16, vocab=1024)
-    roomy = plan_with(outline, spec=spec)
-    prices, asked = Prices(cluster(spec), "bfloat16"), ask(outline, "offload=none", spec=spec)
-    least = least_memory(outline, cluster(spec), prices, asked)
-    assert least is not None
-    limit = round(1.05 * least.predicted.peak_bytes_per_device)
-    free, without = (plan_with(outline, *pins, spec=spec, limit=limit) for pins in ((), ("offload=none",)))
-    check(free, outline)
-    assert any(r.offload for r in free.regions)
-    assert not any(r.offload for p in (without, roomy) for r in p.regions)
-    assert free.predicted.step_seconds < 0.8 * without.predicted.step_seconds

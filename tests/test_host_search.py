@@ -1,0 +1,55 @@
+"""Host memory and disk in the joint search: offered always, used where they pay, inside the bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from shardwright.planner.objectives import least_memory
+from shardwright.planner.prices import Prices
+from shardwright.planner.solve import make_bench
+from shardwright.planner.stages import StageSolve
+from solver_outlines import transformer
+from test_joint import ask, check, cluster, plan_with
+
+
+def test_the_host_is_used_where_it_pays() -> None:
+    """Memory for a plan that runs nearly everything again, on devices that compute long enough: the host does better."""
+    spec = "h100-sxm:2"
+    outline = transformer(layers=2, batch=256, seq=1024, hidden=1024, heads=16, vocab=1024)
+    roomy = plan_with(outline, spec=spec)
+    prices, asked = Prices(cluster(spec), "bfloat16"), ask(outline, "offload=none", spec=spec)
+    least = least_memory(outline, cluster(spec), prices, asked)
+    assert least is not None
+    limit = round(1.05 * least.predicted.peak_bytes_per_device)
+    free, without = (plan_with(outline, *pins, spec=spec, limit=limit) for pins in ((), ("offload=none",)))
+    check(free, outline)
+    assert any(r.offload for r in free.regions)
+    assert not any(r.offload for p in (without, roomy) for r in p.regions)
+    assert free.predicted.step_seconds < 0.8 * without.predicted.step_seconds
+
+
+@pytest.mark.parametrize("hidden", [256, 1024])
+def test_bounds_without_memory_hold_with_a_host(hidden: int) -> None:
+    """For every shape: made of options without a host, and never above the best plan with one, whatever the memory."""
+    spec = "h100-sxm:4"
+    outline = transformer(layers=3, batch=16, seq=256, hidden=hidden, heads=8, vocab=512)
+    prices = Prices(cluster(spec), "bfloat16")
+    bench, shapes = make_bench(outline, cluster(spec), prices, ask(outline, "cp=1", spec=spec), tiers=False)
+    offered, solved = bench.offering(True), 0
+    for shape in shapes:
+        bound = bench.roomy(shape, bench.bound(shape), math.inf)
+        found = StageSolve(offered.problem(shape), gap=1e-3, ready=bench.ready(shape)).run()
+        assert bound <= found.step_seconds * (1 + 1e-9), shape.told()
+        solved += found.stages is not None
+    assert solved > 20
+
+
+def test_nothing_is_said_without_memory_where_the_host_is_the_faster_one() -> None:
+    spec = "h100-sxm:4"
+    outline, found = transformer(layers=2, batch=16, seq=256, hidden=256, heads=8, vocab=512), cluster(spec)
+    assert found.host is not None
+    found = replace(found, host=replace(found.host, host_update_seconds_per_element=1e-15))
+    bench, shapes = make_bench(outline, found, Prices(found, "bfloat16"), ask(outline, spec=spec), tiers=False)
+    assert bench.roomy(shapes[0], 0.0, math.inf) == 0.0
