@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..planner.plan import Plan
+
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MEMORY = {
     "optimizer": "optimizer states", "saved": "saved activations", "gathered": "gathered weights",
@@ -59,6 +61,13 @@ def change_text(change: float) -> str:
 def memory_text(cause: str) -> str:
     """The planner's short name of what takes memory, in full words."""
     return _MEMORY.get(cause, cause.replace("_", " "))
+
+
+def behind_texts(plan: Plan) -> list[tuple[str, str]]:
+    """(where, bytes) of what lies behind a device; nothing where all is on it."""
+    found = plan.predicted
+    sizes = (("in host memory", found.host_bytes_per_device), ("on disk", found.disk_bytes_per_device))
+    return [(name, bytes_text(size)) for name, size in sizes if size]
 
 
 def time_text(cause: str) -> str:

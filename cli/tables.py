@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..planner.plan import Plan
 from .candidates import NUMBERS, searched
-from .figures import bytes_text, count_text, memory_text, percent_text, seconds_text, time_text
+from .figures import behind_texts, bytes_text, count_text, memory_text, percent_text, seconds_text, time_text
 from .goals import NUMBERS as GOAL_NUMBERS
 from .goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from .placements import alike, summaries
@@ -220,6 +220,8 @@ def _memory(plan: Plan) -> Table:
     peak = predicted.peak_bytes_per_device
     made.add_row("peak", bytes_text(peak), percent_text(peak / limit), _bar(peak / limit), style="bold")
     made.add_row("limit", bytes_text(limit), "", "")
+    for where, told in behind_texts(plan):
+        made.add_row(where, told, "", "")
     return made
 
 

@@ -41,6 +41,8 @@ class Appraisal:
     stages: tuple[StageFigures, ...]
     traffic: tuple[Traffic, ...]
     limit_bytes: int
+    host_bytes: int
+    disk_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -77,8 +79,24 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
             ),
             *_handed(bench, shape, ready.local[busiest], ready.placement, cuts, options),
         ),
-        limits[fullest],
+        limits[fullest], *(math.ceil(max(found)) for found in zip(*behind(bench, shape, cuts, options), strict=True)),
     )  # fmt: skip
+
+
+def behind(
+    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Bytes of every rank in host memory and on disk."""
+    ready, found = bench.ready(shape), list[tuple[float, float]]()
+    for stages, live in zip(ready.local, ready.live, strict=True):
+        host = disk = 0.0
+        for c, s in enumerate(stages):
+            alive = max((vector[c] for vector in live), default=1)
+            mine = options[cuts[s] : cuts[s + 1]]
+            host += sum(o.host + alive * o.host_saved for o in mine)
+            disk += sum(o.disk for o in mine)
+        found.append((host, disk))
+    return found
 
 
 def _causes(shape: Arrangement, options: Sequence[Option], step: float) -> dict[str, float]:
@@ -176,5 +194,6 @@ def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Predictio
         tokens_per_second_per_device=outline.tokens / seconds / devices if seconds else 0.0,
         mfu=flops / seconds / devices / peak if seconds else 0.0,
         peak_bytes_per_device=found.peak_bytes, memory=found.memory, seconds=found.seconds, traffic=found.traffic,
-        sources=sources, error=max(errors, default=0.0),
+        sources=sources, error=max(errors, default=0.0), host_bytes_per_device=found.host_bytes,
+        disk_bytes_per_device=found.disk_bytes,
     )  # fmt: skip

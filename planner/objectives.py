@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import PinError
-from .appraise import appraise
+from .appraise import appraise, behind
 from .arcs import Line
 from .cluster import Cluster, has_host, unlike
 from .costs import PriceBook
@@ -168,18 +168,9 @@ def _cuts_by_room(line: Line, rooms: Sequence[float]) -> tuple[int, ...]:
 
 def housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
     """Whether every rank's share of host memory and disk holds what lies there."""
-    ready = bench.ready(shape)
-    for rank, (stages, live) in enumerate(zip(ready.local, ready.live, strict=True)):
-        memory = bench.on(shape, rank).memory()
-        host = disk = 0.0
-        for c, s in enumerate(stages):
-            alive = max((vector[c] for vector in live), default=1)
-            mine = options[cuts[s] : cuts[s + 1]]
-            host += sum(o.host + alive * o.host_saved for o in mine)
-            disk += sum(o.disk for o in mine)
-        if host > memory.host_bytes or disk > memory.disk_bytes:
-            return False
-    return True
+    shares = [bench.on(shape, rank).memory() for rank in range(shape.pp)]
+    found = zip(behind(bench, shape, cuts, options), shares, strict=True)
+    return all(host <= share.host_bytes and disk <= share.disk_bytes for (host, disk), share in found)
 
 
 def _held(option: Option, alive: int) -> float:

@@ -150,7 +150,10 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Predicted figures of one step. `memory` and `seconds` are by cause; `sources` says where prices came from."""
+    """Predicted figures of one step. `memory` and `seconds` are by cause; `sources` says where prices came from.
+
+    `host_bytes_per_device` and `disk_bytes_per_device` lie behind the rank that has the most there.
+    """
 
     step_seconds: float
     tokens_per_second_per_device: float
@@ -161,6 +164,8 @@ class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     traffic: tuple[Traffic, ...] = ()
     sources: dict[str, str] = {}
     error: float = 0.0
+    host_bytes_per_device: int = 0
+    disk_bytes_per_device: int = 0
 
 
 class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

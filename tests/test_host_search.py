@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+from shardwright.cli.figures import behind_texts, bytes_text
+from shardwright.cli.report.build import build
+from shardwright.cli.tables import plan_tables
 from shardwright.planner.objectives import least_memory
+from shardwright.planner.plan import Plan
 from shardwright.planner.prices import Prices
 from shardwright.planner.solve import make_bench
 from shardwright.planner.stages import StageSolve
 from solver_outlines import transformer
 from test_joint import ask, check, cluster, plan_with
+
+
+def printed(plan: Plan) -> str:
+    """The tables of a plan as text."""
+    console = Console(width=120, markup=False, highlight=False, emoji=False)
+    with console.capture() as caught:
+        console.print(plan_tables(plan))
+    return caught.get()
 
 
 def test_the_host_is_used_where_it_pays() -> None:
@@ -28,6 +42,17 @@ def test_the_host_is_used_where_it_pays() -> None:
     assert any(r.offload for r in free.regions)
     assert not any(r.offload for p in (without, roomy) for r in p.regions)
     assert free.predicted.step_seconds < 0.8 * without.predicted.step_seconds
+    host = cluster(spec).host
+    assert host is not None
+    assert 0 < free.predicted.host_bytes_per_device <= host.rank_host_bytes
+    assert without.predicted.host_bytes_per_device == without.predicted.disk_bytes_per_device == 0
+    said = [("in host memory", bytes_text(free.predicted.host_bytes_per_device))]
+    assert behind_texts(free) == said
+    assert not behind_texts(without)
+    assert re.search(rf"in host memory +{said[0][1]}", printed(free))
+    assert re.search(rf"In host memory</th><td class=.n.>{said[0][1]}<", build(free))
+    assert "in host memory" not in printed(without)
+    assert "In host memory<" not in build(without)
 
 
 @pytest.mark.parametrize("hidden", [256, 1024])

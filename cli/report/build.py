@@ -20,7 +20,7 @@ import markupsafe
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
 from ..candidates import NUMBERS, candidates, searched
-from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
+from ..figures import behind_texts, bytes_text, memory_text, percent_text, seconds_text, time_text
 from ..goals import NUMBERS as GOAL_NUMBERS
 from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from ..placements import RegionSummary, alike, summaries, word
@@ -70,6 +70,7 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         limit_at=_limit_at(plan),
         time=_time(plan),
         bytes_text=bytes_text,
+        behind_texts=behind_texts,
         seconds_text=seconds_text,
         searched=searched(plan),
         runners_up=candidates(plan, plan.runners_up),
