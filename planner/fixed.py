@@ -97,10 +97,7 @@ class Fixed:
         if relaxed.low >= min(limit, self.trial.seconds) * (1 - 2 * self.trial.gap):
             return relaxed.low
         if sum(len(self.division.every[r]) for runs in self.division.runs for r in runs) <= SMALL:
-            if self.trial.quick:
-                self.trial.skipped = True
-                return relaxed.low
-            return max(relaxed.low, self._whole(relaxed.paths, limit, scale))
+            return relaxed.low if self.trial.skips() else max(relaxed.low, self._whole(relaxed.paths, limit, scale))
         return relaxed.low
 
     def _enough(self, low: float, seconds: float) -> bool:

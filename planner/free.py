@@ -51,9 +51,7 @@ class Free:
             if self._enough(low, limit) or not self._lengthen(model, values, answer.values[model.time] / scale):
                 break
         if not self._enough(low, limit) and sum(len(v) for s in model.n.values() for v in s.values()) <= SMALL:
-            if trial.quick:
-                trial.skipped = True
-            else:
+            if not trial.skips():
                 low = max(low, self._whole(model.paths, limit, scale))
         return min(low, limit)
 

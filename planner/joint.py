@@ -123,12 +123,13 @@ class JointSearch:
     def run(self) -> Found:
         """Search to the end, or an interrupt once there is a plan. Raises PinError where no shape meets the pins."""
         queue, interrupted = list[_Open](), False
+        item: _Open | None = None
         try:
             for shape in self.shapes:
                 bound = self.roomy[shape] = self.known.get(shape) or self.bench.bound(shape)
                 queue.append(_Open(bound * _talk(shape), shape, bound))
-            for item in heapq.nsmallest(PLAIN, (i for i in queue if i.shape.pp == 1)):
-                item.likely = 0.0
+            for plain in heapq.nsmallest(PLAIN, (i for i in queue if i.shape.pp == 1)):
+                plain.likely = 0.0
             heapq.heapify(queue)
             while queue:
                 item = heapq.heappop(queue)
@@ -142,8 +143,11 @@ class JointSearch:
             if self.best is None:
                 raise
             interrupted = True
-            self.closed = min(self.closed, item.bound, *(left.bound for left in queue))
-            for left in (item, *queue):
+            waiting = queue if item is None else [item, *queue]
+            # Interrupted before all shapes stood in the queue, nothing is known of the others.
+            unknown = [] if len(self.roomy) == len(self.shapes) else [0.0]
+            self.closed = min([self.closed, *unknown, *(left.bound for left in waiting)])
+            for left in waiting:
                 if left.solution is not None and left.solution.stages is not None:
                     self._record(left.shape, "solved", left.bound, left.solution)
         if self.best is None and self.refused and len(self.refused) == len(self.records):

@@ -84,17 +84,13 @@ class StageSolve(Walk):
 
     def _counted_enough(self, low: float, listed: int) -> bool:
         """Whether mixtures need not be listed after a solve by counts: its bound is close, the chain is long, or time is short."""
-        if low >= min(self.seconds, self.limit) * (1 - self.gap) or (
-            self.best is not None and len(self.problem.line) > listed
-        ):
+        if self.enough(low) or (self.best is not None and len(self.problem.line) > listed):
             return True
-        self.skipped = self.skipped or self.quick
-        return self.quick
+        return self.skips()
 
     def _told(self, low: float) -> StageSolution:
         """The solution so far, open where something was skipped that may prove more than `low` seconds."""
-        enough = low >= min(self.seconds, self.limit) * (1 - self.gap)
-        return replace(self._solution(low, TRIES), open=self.skipped and not enough)
+        return replace(self._solution(low, TRIES), open=self.skipped and not self.enough(low))
 
     def _listed(self, listed: int, counted: bool) -> StageSolution:
         """By mixtures of options; raises Exhausted where they are too many."""

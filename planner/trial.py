@@ -59,6 +59,15 @@ class Trial:
         """Pairs of mixtures that may be compared: any number where the solve is to be exact."""
         return INFINITE if self.problem.exact or self.gap <= EXACT else PAIRS
 
+    def skips(self) -> bool:
+        """Whether what comes next is left out, which is then remembered."""
+        self.skipped = self.skipped or self.quick
+        return self.quick
+
+    def enough(self, low: float) -> bool:
+        """Whether a bound is within the gap of the best plan, or of the limit where that is less."""
+        return low >= min(self.seconds, self.limit) * (1 - self.gap)
+
     def _memory_rows(self) -> list[MemoryRows]:
         once = self.p.microbatches == 1 and self.p.stages == 1
         vectors = [merged(v) for v in self.ready.live]

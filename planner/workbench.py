@@ -67,7 +67,7 @@ class Workbench:
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
         self.screen = Screen()
-        self.open = Screen(self.screen.held, self._undercut())
+        self.memoryless = Screen(self.screen.held, self._undercut())
 
     def _storing(self) -> Storing:
         task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
@@ -136,11 +136,11 @@ class Workbench:
 
     def roomy(self, shape: Arrangement, low: float, most: float) -> float:
         """As `screened`, without looking at memory: a bound for plans with host memory and disk too."""
-        if self.open.spare == math.inf:
+        if self.memoryless.spare == math.inf:
             return low
         problem = replace(self.problem(shape), memory=Memory(math.inf, math.inf, math.inf))
         key = (shape.tp, shape.cp, shape.pieces, self.data(shape))
-        return max(low, self.open.seconds(problem, key, low, most))
+        return max(low, self.memoryless.seconds(problem, key, low, most))
 
     def _undercut(self) -> float:
         """Seconds by which a unit's update may be shorter with its states behind the device than with them on it.

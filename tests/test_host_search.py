@@ -11,9 +11,12 @@ from rich.console import Console
 from shardwright.cli.figures import behind_texts, bytes_text
 from shardwright.cli.report.build import build
 from shardwright.cli.tables import plan_tables
+from shardwright.planner.joint import JointSearch
 from shardwright.planner.objectives import least_memory
 from shardwright.planner.plan import Plan
 from shardwright.planner.prices import Prices
+from shardwright.planner.progress import silent
+from shardwright.planner.shapes import Arrangement
 from shardwright.planner.solve import make_bench
 from shardwright.planner.stages import StageSolve
 from solver_outlines import transformer
@@ -78,3 +81,21 @@ def test_nothing_is_said_without_memory_where_the_host_is_the_faster_one() -> No
     found = replace(found, host=replace(found.host, host_update_seconds_per_element=1e-15))
     bench, shapes = make_bench(outline, found, Prices(found, "bfloat16"), ask(outline, spec=spec), tiers=False)
     assert bench.roomy(shapes[0], 0.0, math.inf) == 0.0
+
+
+def test_an_interrupt_before_the_second_search_has_begun_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while its shapes are being queued: the plan of the first search comes back, with no bound for the others."""
+    spec, outline = "h100-sxm:2", transformer(layers=2, batch=16, seq=256, hidden=256, heads=8, vocab=512)
+    prices, asked = Prices(cluster(spec), "bfloat16"), ask(outline, "cp=1", spec=spec)
+    bench, shapes = make_bench(outline, cluster(spec), prices, asked, tiers=False)
+    first = JointSearch(bench, shapes, silent, onward=True).run()
+    second = JointSearch(bench.offering(True), shapes, silent, replace(first, roomy={}))
+
+    def interrupt(shape: Arrangement) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second.bench, "bound", interrupt)
+    found = second.run()
+    assert found.interrupted
+    assert found.best is first.best
+    assert found.bound_seconds == 0.0
