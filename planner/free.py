@@ -50,9 +50,9 @@ class Free:
                 Fixed(trial, spans).solve(min(limit, trial.seconds))
             if self._enough(low, limit) or not self._lengthen(model, values, answer.values[model.time] / scale):
                 break
-        if not self._enough(low, limit) and sum(len(v) for s in model.n.values() for v in s.values()) <= SMALL:
-            if not trial.skips():
-                low = max(low, self._whole(model.paths, limit, scale))
+        few = sum(len(v) for s in model.n.values() for v in s.values()) <= SMALL
+        if not self._enough(low, limit) and few and not trial.skips():
+            low = max(low, self._whole(model.paths, limit, scale))
         return min(low, limit)
 
     def _enough(self, low: float, limit: float) -> bool:
