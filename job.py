@@ -78,7 +78,8 @@ class Job:
     ) -> Job:  # fmt: skip
         """Capture, outline and price `model`; its parameters and inputs are only looked at.
 
-        `runnable` keeps the plan to what the runtime executes.
+        `runnable` keeps the plan to what the runtime executes. The cluster is calibrated where the store has a factor for its
+        devices and the stack (profiles/calibrate.py).
         """
         from .passes.kernels import dropping_attention
         from .passes.prepare import prepare, prepare_phase
@@ -94,7 +95,15 @@ class Job:
         pins.check("optimizer", optimizer)
         with clock.phase("prices"):
             from .passes.measure import measured_prices
+            from .profiles.calibrate import with_stored
+            from .profiles.ledger import stack_text
+            from .profiles.local import versions
+            from .profiles.store import Store
 
+            if not aim.phase:  # factors are of training steps
+                cluster = with_stored(
+                    cluster, stack_text(precision, pins), versions(), Store(Path(store) if store else None)
+                )
             prices = measured_prices(summary, cluster, precision.compute, store=store)
         request = Request(
             source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,

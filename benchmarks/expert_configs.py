@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from published_runs import Run, add_arguments, read_runs
 from run_jobs import Jobs, one_thread, solve
@@ -36,7 +36,7 @@ SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Case:
-    """One question: all published answers to it. `rows` have equal model, cluster, batch and precision; pins differ."""
+    """One question: all published answers to it. `rows` have equal model, cluster, batch, precision and software; pins differ."""
 
     set: str
     rows: tuple[Run, ...]
@@ -74,7 +74,7 @@ class Pinned:
 
 def cases(runs: Iterable[Run], most_rows: int | None = None) -> list[Case]:
     """Usable runs by question, with equal pins named once, at most `most_rows` evenly spread ones each."""
-    found: dict[tuple[str, str, int, str], dict[tuple[str, ...], Run]] = {}
+    found: dict[tuple[Any, ...], dict[tuple[str, ...], Run]] = {}
     for run in runs:
         if run.usable:
             found.setdefault(run.case, {}).setdefault(run.pins, run)
@@ -123,7 +123,7 @@ def priced(case: Case, jobs: Jobs) -> list[Pinned]:
     if not plans:
         return failed
     try:
-        free = solve(job, ())
+        free = solve(job, case.rows[0].given)
     except ShardwrightError as error:
         return [*failed, *(_failed(run, "no free plan", error) for run, _ in plans)]
     return failed + [

@@ -212,7 +212,7 @@ class Mixed:
 
     def fits(self, desk: Desk, shape: Arrangement, alive: int, start: Counts, middle: Counts, end: Counts) -> Any:
         """Whether a rank that holds these units fits."""
-        memory, once = desk.bench.memory(), shape.microbatches == 1 and shape.pp == 1
+        memory, once = desk.bench.memory(shape), shape.microbatches == 1 and shape.pp == 1
 
         def total(name: str) -> Floats:
             return self.first.sum(name, start, middle) + self.rest.sum(name, middle, end)

@@ -231,7 +231,7 @@ def _layers(
     desk: Desk, shape: Arrangement, offers: Sequence[Sequence[Option]], alive: int, change: dict[tuple[str, str], float]
 ) -> tuple[float, list[Option]] | None:
     """The quickest options of the layers of one stage that fit; None where none do."""
-    cap, m = desk.bench.memory().cap_bytes, shape.microbatches
+    cap, m = desk.bench.memory(shape).cap_bytes, shape.microbatches
     once = m == 1 and shape.pp == 1
     least = max(min(o.work for o in mine) for mine in offers)
     works = sorted({o.work for mine in offers for o in mine if o.work >= least}, reverse=True)

@@ -16,15 +16,19 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from run_models import cluster_string, config_of, sizes_of
+from run_models import cluster_string, config_of, family_of, sizes_of, step_flops
+from run_stacks import Stack, attention_of, kernels_of, metric_of, recipe_of, stack_of, zero_of
 from shardwright.profiles.devices import load_device
 
-MEGATRON_DROPOUT = 0.1
-"""Megatron-LM trains with it unless told otherwise; the other frameworks here use none."""
+KNOBS = frozenset(
+    {"dp", "tp", "pp", "vpp", "cp", "ep", "sp", "zero_stage", "fsdp", "micro_batch", "recompute", "precision", "offload",
+     "schedule", "other"}
+)  # fmt: skip
+"""Settings that make a single-knob pair when all but one are equal."""
 
 NOMINAL = 1.1
 """Devices have up to this much of the decimal size in their name (a "16 GB" one 16 GiB)."""
@@ -36,7 +40,11 @@ class Run:
 
     `config` is a Hugging Face config, `batch` counts sequences, `pins` are the row's own configuration as `K=V` (without
     the precision recipe, which is part of the question and not of the answer). `assumed`: what the row does not say and
-    was filled in; `lost`: what it says and pins cannot. `measured_seconds` is a step's, 0 where the row gives none.
+    was filled in; `lost`: what it says and pins cannot. `measured_seconds` is a step's and
+    `measured_bytes` a device's peak, 0 where the row gives none; `metric` is what those count (run_layouts.py), "" where they
+    cannot be compared. A row that is not `sound` is flagged: its own figures do not add up. `groups` are its ablation groups,
+    `stack` its source, device and software, `node_ranks` the devices its nodes have (whether it uses them or not), and `knobs`
+    the settings it states.
     """
 
     id: str
@@ -53,11 +61,24 @@ class Run:
     reasons: tuple[str, ...] = ()
     out_of_memory: bool = False
     measured_seconds: float = 0.0
+    measured_bytes: float = 0.0
+    metric: str = ""
+    reliability: str = ""
+    sound: bool = True
+    groups: tuple[str, ...] = ()
+    stack: tuple[str, ...] = ()
+    node_ranks: int = 0
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its configuration is complete: it can be priced."""
+        return not self.reasons
 
     @property
     def usable(self) -> bool:
         """Whether its configuration is complete and ran."""
-        return not self.reasons
+        return not self.reasons and not self.out_of_memory
 
     @property
     def model(self) -> str:
@@ -65,9 +86,14 @@ class Run:
         return json.dumps([self.config, self.seq], sort_keys=True)
 
     @property
-    def case(self) -> tuple[str, str, int, str]:
-        """(model, cluster, batch, precision): runs that share it are answers to one question."""
-        return (self.model, self.cluster, self.batch, self.precision)
+    def given(self) -> tuple[str, ...]:
+        """Pins that say what software runs the model: part of the question, not of the answer."""
+        return tuple(pin for pin in self.pins if pin.startswith(("attention=", "kernels=")))
+
+    @property
+    def case(self) -> tuple[str, str, int, str, tuple[str, ...]]:
+        """(model, cluster, batch, precision, software): runs that share it are answers to one question."""
+        return (self.model, self.cluster, self.batch, self.precision, self.given)
 
 
 def read_runs(path: Path, sets: Sequence[str] = ()) -> list[Run]:
@@ -86,42 +112,56 @@ def read_runs(path: Path, sets: Sequence[str] = ()) -> list[Run]:
 
 
 def read_row(row: Mapping[str, Any]) -> Run:
-    """One row as a Run."""
-    model, hardware, stated, result = row["model"], row["hardware"], row["parallelism"], row.get("result", {})
+    """One row as a Run; one whose figures are not numbers is not complete. Raises KeyError without its main parts."""
+    try:
+        return _read(row)
+    except ValueError as error:
+        return Run(row["id"], row["set"], {}, 0, "", 0, 0, "", (), reasons=(f"a figure that is no number: {error}",))
+
+
+def _read(row: Mapping[str, Any]) -> Run:
+    model, hardware, stated, result = row["model"], row["hardware"], row["parallelism"], row.get("result") or {}
     assumed: list[str] = []
     lost: list[str] = []
     reasons: list[str] = []
     framework = str(stated.get("framework", ""))
+    noted = re.search(r"(\d+)k vocabulary", str(row.get("notes")))
+    if noted and model.get("vocab") is None:
+        model = {**model, "vocab": int(noted[1]) * 1000}
+        assumed.append(f"vocabulary of {model['vocab']}: from the row's notes")
     sizes = sizes_of(model, framework, assumed)
     if sizes is None:
         reasons.append("sizes of the model not stated")
+    stack = stack_of(stated)
     seq = int(model.get("seq_len") or 0)
     if not seq:
         reasons.append("sequence length not stated")
     cluster = cluster_string(hardware, assumed, reasons)
     devices = int(hardware.get("gpus") or 0)
-    if devices == 1:
-        reasons.append("one device")
     degrees = _degrees(stated, devices, assumed, reasons)
     batch = _batch(stated, degrees, reasons)
     device = (cluster or "").partition(":")[0]
-    failed = _out_of_memory(result)
-    reasons += _ruled_out(stated, result, device, failed)
-    precision = _precision(stated, framework, device, assumed, lost)
-    pins = _pins(stated, model, degrees, lost) if not reasons else ()
-    dropout = MEGATRON_DROPOUT if framework.startswith("Megatron") else 0.0
-    config = config_of(model, sizes, seq, dropout) if sizes is not None else {}
+    reasons += _ruled_out(stated, result, device)
+    if "single layer" in str(row.get("kind")):
+        reasons.append("times one layer, not a step")
+    precision = recipe_of(stated, device, stack, assumed, lost)
+    pins = _pins(stated, str(model.get("attention") or ""), device, degrees, stack, lost) if not reasons else ()
+    config = config_of(model, sizes, seq, stack.dropout) if sizes is not None else {}
+    family = family_of(str(model.get("family", "")), model)
     return Run(
         row["id"], row["set"], config, seq, cluster or "", devices, batch, precision, pins, tuple(assumed), tuple(lost),
-        tuple(reasons), failed, _measured(result, batch * seq, devices),
+        tuple(reasons), _out_of_memory(result), _measured(result, sizes or {}, family, batch, seq, devices), _bytes(result),
+        metric_of(row, lost) if not reasons else "",
+        str(row.get("reliability", "")), not row.get("flags"), tuple(row.get("ablation_groups") or ()),
+        _stack(row, device), int(hardware.get("gpus_per_node") or 0), {k: v for k, v in stated.items() if k in KNOBS},
     )  # fmt: skip
 
 
 def _degrees(stated: Mapping[str, Any], devices: int, assumed: list[str], reasons: list[str]) -> dict[str, int]:
     """dp, tp, pp, cp, vpp, ep as far as they are known; the product of the first four is the number of devices."""
     found = {k: int(stated[k]) for k in ("dp", "tp", "pp", "cp", "vpp", "ep") if stated.get(k) is not None}
-    if found.get("dp") == devices:
-        found |= {"tp": 1, "pp": 1}
+    if found.get("dp") == devices or (stated.get("zero_stage") == 3 and "megatron" not in str(stated).lower()):
+        found = {"tp": 1, "pp": 1, **found}
     for key in ("tp", "pp"):
         if key not in found:
             reasons.append(f"{key} not stated")
@@ -140,15 +180,27 @@ def _degrees(stated: Mapping[str, Any], devices: int, assumed: list[str], reason
 
 def _batch(stated: Mapping[str, Any], degrees: Mapping[str, int], reasons: list[str]) -> int:
     """The global batch in sequences; 0, or a reason, where it is missing or does not fit the microbatches."""
-    batch, micro = stated.get("global_batch"), stated.get("micro_batch")
+    batch, micro = stated.get("global_batch"), _micro(stated, degrees)
+    counted = stated.get("grad_accum") or degrees.get("pp") == 1
+    if batch is None and micro and "dp" in degrees and counted:
+        batch = micro * degrees["dp"] * int(stated.get("grad_accum") or 1)
     for name, value in (("global batch", batch), ("microbatch", micro)):
-        if value is None:
+        if not value:
             reasons.append(f"{name} not stated")
-    if batch is None or micro is None:
+    if not batch or not micro:
         return int(batch or 0)
     if "dp" in degrees and batch % (micro * degrees["dp"]):
         reasons.append(f"a batch of {batch} is not whole microbatches of {micro} x dp {degrees['dp']}")
     return int(batch)
+
+
+def _micro(stated: Mapping[str, Any], degrees: Mapping[str, int]) -> int:
+    """Sequences of a microbatch, as stated or what the global batch leaves; one microbatch where none is counted. 0: unknown."""
+    if stated.get("micro_batch") is not None:
+        return int(stated["micro_batch"])
+    batch, parts = stated.get("global_batch"), degrees.get("dp", 0) * int(stated.get("grad_accum") or 1)
+    one_stage = degrees.get("pp", 1) == 1 or stated.get("grad_accum")
+    return int(batch) // parts if batch and parts and one_stage and batch % parts == 0 else 0
 
 
 def _out_of_memory(result: Mapping[str, Any]) -> bool:
@@ -156,9 +208,9 @@ def _out_of_memory(result: Mapping[str, Any]) -> bool:
     return not ran and str(result.get("other", "")).startswith("OOM")
 
 
-def _ruled_out(stated: Mapping[str, Any], result: Mapping[str, Any], device: str, failed: bool) -> list[str]:
+def _ruled_out(stated: Mapping[str, Any], result: Mapping[str, Any], device: str) -> list[str]:
     """Why a complete row is no run of this model on this cluster."""
-    reasons = ["out of memory in the source"] if failed else []
+    reasons = []
     if re.search(r"LoRA|bnb\.nf4|4-bit", " ".join(str(stated.get(k)) for k in ("framework", "precision", "other"))):
         reasons.append("trains adapters or quantised weights, not the model")
     needed = float(result.get("memory_gib_per_gpu") or 0.0) * 2**30
@@ -167,65 +219,66 @@ def _ruled_out(stated: Mapping[str, Any], result: Mapping[str, Any], device: str
     return reasons
 
 
-def _measured(result: Mapping[str, Any], tokens: int, devices: int) -> float:
+def _measured(
+    result: Mapping[str, Any], sizes: Mapping[str, int], family: str, batch: int, seq: int, devices: int
+) -> float:  # fmt: skip
+    """Seconds of a step, as stated or from tokens, samples or FLOPs a second."""
     if result.get("iteration_time_s"):
         return float(result["iteration_time_s"])
-    rate = float(result.get("tokens_per_s_per_gpu") or 0.0)
-    return tokens / rate / devices if rate and devices else 0.0
+    tokens, samples, flops = (
+        float(result.get(k) or 0.0) for k in ("tokens_per_s_per_gpu", "samples_per_s", "tflops_per_gpu")
+    )
+    if tokens and devices:
+        return batch * seq / tokens / devices
+    if samples:
+        return batch / samples
+    if not flops or not devices:
+        return 0.0
+    kind = str(result.get("tflops_kind") or "")
+    return step_flops(sizes, family, batch, seq, recomputed="hardware" in kind) / (flops * 1e12 * devices)
 
 
-def _precision(stated: Mapping[str, Any], framework: str, device: str, assumed: list[str], lost: list[str]) -> str:
-    """Our recipe for a row's precision: the bytes kept per parameter by its framework, at the dtype it computes in."""
-    text = str(stated.get("precision") or "").lower()
-    if not text:
-        assumed.append("mixed precision: not stated")
-    if "fp32" in text:
-        return "fp32"
-    if "fp8" in text:
-        lost.append(f"precision {stated['precision']}: priced in bf16")
-    if device.startswith(("v100", "t4")):
-        lost.append("fp16 with a master copy: priced as the recipe fp16, which keeps parameters in fp32 alone")
-        return "fp16"
-    if "fp16" in text:
-        lost.append(f"precision {stated['precision']}: priced in bf16, which has the same sizes and rates here")
-    if "megatron" in framework.lower() or framework.startswith("AA-Scaling"):
-        return "megatron"
-    if "deepspeed" in framework.lower():
-        return "zero"
-    if text.endswith("-true"):
-        return "pure-bf16"
-    if "PURE" in str(stated.get("fsdp")):
-        lost.append("gradients reduced in bf16")
-    return "fsdp-fp32"
+def _bytes(result: Mapping[str, Any]) -> float:
+    """A device's peak bytes. What allocators and nvidia-smi call GB is 2**30 bytes."""
+    return float(result.get("memory_gib_per_gpu") or 0.0) * 2**30
+
+
+def _stack(row: Mapping[str, Any], device: str) -> tuple[str, ...]:
+    """What one efficiency factor of a user would cover: a source, a device, and the software it ran."""
+    stated = row["parallelism"]
+    parts = (stated.get("framework"), stated.get("precision"), row["model"].get("attention"))
+    return (str((row.get("source") or {}).get("title") or row["set"]), device, *(str(part or "") for part in parts))
 
 
 def _pins(
-    stated: Mapping[str, Any], model: Mapping[str, Any], degrees: Mapping[str, int], lost: list[str]
-) -> tuple[str, ...]:
+    stated: Mapping[str, Any], attention: str, device: str, degrees: Mapping[str, int], stack: Stack, lost: list[str]
+) -> tuple[str, ...]:  # fmt: skip
     pins = [f"{k}={degrees[k]}" for k in ("dp", "tp", "pp", "cp")]
-    pins.append(f"micro_batch={int(stated['micro_batch'])}")
+    pins.append(f"micro_batch={_micro(stated, degrees)}")
     pins += _schedule(stated, degrees, lost)
-    pins += _zero(stated, degrees, lost)
+    pins += zero_of(stated, degrees["dp"], stack, lost)
     if stated.get("sp") is not None and degrees["tp"] > 1:
         pins.append(f"sequence_parallel={'on' if stated['sp'] else 'off'}")
-    pins += _recompute(str(stated.get("recompute") or ""), lost)
+    pins += _recompute(str(stated.get("recompute") or ""), stack, lost)
     pins += _offload(str(stated.get("offload") or ""), lost)
-    pins += _attention(str(model.get("attention") or ""))
+    pins += [
+        f"attention={attention_of(attention, stack, device)}",
+        f"kernels={kernels_of(stated, stack)}",
+        f"loss={stack.loss}",
+    ]
     return tuple(pins)
 
 
 def _schedule(stated: Mapping[str, Any], degrees: Mapping[str, int], lost: list[str]) -> list[str]:
-    """`schedule=` and `vpp=`: a pipeline only, and only what the row says of it."""
+    """`schedule=` and `vpp=` of a pipeline: what the row says of it, else 1F1B, which every framework has by default."""
     name, chunks = str(stated.get("schedule") or ""), degrees.get("vpp")
     if degrees["pp"] == 1:
         return []
-    if "first/last stage" in str(stated.get("other")):
-        lost.append("the row's own stage sizes: the planner chooses them")
     if (chunks or 1) > 1:
         return ["schedule=interleaved", f"vpp={chunks}"]
-    known = {"1F1B": ["schedule=1f1b", "vpp=1"], "GPipe": ["schedule=gpipe", "vpp=1"], "": []}
+    known = {"1F1B": ["schedule=1f1b", "vpp=1"], "GPipe": ["schedule=gpipe", "vpp=1"], "": ["schedule=1f1b", "vpp=1"]}
     if name in known:
-        return known[name] or ([f"vpp={chunks}"] if chunks else [])
+        return known[name]
     if name == "ZB-1p":
         lost.append("schedule ZB-1p: zb-h1, the one of that memory")
         return ["schedule=zb-h1", "vpp=1"]
@@ -233,31 +286,23 @@ def _schedule(stated: Mapping[str, Any], degrees: Mapping[str, int], lost: list[
     return ["vpp=1"]
 
 
-def _zero(stated: Mapping[str, Any], degrees: Mapping[str, int], lost: list[str]) -> list[str]:
-    """`zero=`; what splits among one data-parallel rank is no choice."""
-    fsdp = str(stated.get("fsdp") or "")
-    if "HSDP" in fsdp or "replicas" in fsdp:
-        lost.append(f"{fsdp}: parameters sharded inside a group of ranks; zero=3 shards over all")
-    if degrees["dp"] == 1:
-        return []
-    level = stated.get("zero_stage")
-    if level is None and re.search(r"full_shard|fsdp", f"{fsdp} {stated.get('framework', '')}", re.IGNORECASE):
-        level = 0 if "FSDP=0" in fsdp else 3
-    return [] if level is None else [f"zero={2 if 'SHARD_GRAD_OP' in fsdp else int(level)}"]
-
-
-def _recompute(text: str, lost: list[str]) -> list[str]:
-    for value in ("full", "selective", "none"):
-        if text.startswith(value):
-            return [f"recompute={value}"]
-    if text:
-        lost.append(f"recompute {text}: the planner chooses it")
+def _recompute(text: str, stack: Stack, lost: list[str]) -> list[str]:
+    """`recompute=`. "selective" is what Megatron calls running attention again; elsewhere it is a choice of whole layers."""
+    if text.startswith(("none", "full")):
+        return [f"recompute={text[:4]}"]
+    if text.startswith("selective") and ("attention" in text or stack.recipe == "megatron"):
+        return ["recompute=selective"]
+    if text.startswith("fraction 1.0"):
+        return ["recompute=full"]
+    if text and not text.startswith("fraction"):  # of layers: run_layouts.py has it
+        lost.append(f"recompute {text}: the planner chooses what")
     return []
 
 
 def _offload(text: str, lost: list[str]) -> list[str]:
+    """`offload=`; who does not speak of it does not do it."""
     if not text:
-        return []
+        return ["offload=none"]
     if text == "none" or "=False" in text:
         return ["offload=none"]
     if "stride" in text:
@@ -268,17 +313,6 @@ def _offload(text: str, lost: list[str]) -> list[str]:
         return ["offload=activations"]
     lost.append(f"offload {text}: parameters and optimizer states; pinned as params")
     return ["offload=params"]
-
-
-def _attention(text: str) -> list[str]:
-    """`attention=` from a row's words; "fused" alone is a fused softmax, which keeps the scores.
-
-    Fused norms and the like are not priced (`kernels=eager` is the only value built), so they are not pinned.
-    """
-    low = text.lower()
-    if "flash" in low and "unfused" not in low:
-        return ["attention=flash"]
-    return ["attention=math"] if low else []
 
 
 def by_set(runs: Iterable[Run]) -> dict[str, list[Run]]:

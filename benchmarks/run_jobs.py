@@ -10,7 +10,7 @@ from published_runs import Run
 from shardwright.api import cluster_of
 from shardwright.job import Clock, Job
 from shardwright.passes.models import rebuild
-from shardwright.planner.cluster import default_limit_bytes
+from shardwright.planner.cluster import Cluster, default_limit_bytes
 from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan, Source
 from shardwright.planner.precision import choose_precision
@@ -36,7 +36,7 @@ class Jobs:
 
     def job(self, run: Run) -> Job:
         """The job of a run's model, cluster, batch and precision, without pins. Raises ShardwrightError."""
-        cluster = cluster_of(run.cluster, self.memory_limit)
+        cluster = whole_nodes(cluster_of(run.cluster, self.memory_limit), run.node_ranks)
         precision = choose_precision(cluster.device, recipe=run.precision)
         key = (run.model, precision.compute)
         if self._base is None or key != self._key:
@@ -61,6 +61,14 @@ class Jobs:
             choose_precision(cluster.device, recipe=run.precision), source, optimizer="adamw", objective="throughput",
             loss_fn=None, store=None, clock=self.clock,
         )  # fmt: skip
+
+
+def whole_nodes(cluster: Cluster, node_ranks: int) -> Cluster:
+    """A run on fewer devices than its node has, alone there: memory and disk are all its own; cores are bound in equal shares."""
+    host = cluster.host
+    if host is None or node_ranks <= cluster.per_node or cluster.devices > cluster.per_node:
+        return cluster
+    return replace(cluster, host=replace(host.scaled(node_ranks), ranks=cluster.per_node))
 
 
 def solve(job: Job, pins: Sequence[str], limit_bytes: int | None = None) -> Plan:

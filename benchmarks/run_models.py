@@ -10,15 +10,41 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-NAMED: Mapping[str, Mapping[str, int]] = {
-    "llama-2 7b": {"layers": 32, "hidden": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
-    "llama-2 13b": {"layers": 40, "hidden": 5120, "ffn": 13824, "heads": 40, "kv_heads": 40, "vocab": 32000},
-    "llama-2 34b": {"layers": 48, "hidden": 8192, "ffn": 22016, "heads": 64, "kv_heads": 8, "vocab": 32000},
-    "llama-2 70b": {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000},
+_KEYS = ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")
+NAMED: Mapping[str, tuple[int, ...]] = {
+    "llama-2 7b": (32, 4096, 11008, 32, 32, 32000),
+    "llama-2 13b": (40, 5120, 13824, 40, 40, 32000),
+    "llama-2 34b": (48, 8192, 22016, 64, 8, 32000),
+    "llama-2 70b": (80, 8192, 28672, 64, 8, 32000),
+    "llama-3 8b": (32, 4096, 14336, 32, 8, 128256),
+    "llama-3 70b": (80, 8192, 28672, 64, 8, 128256),
+    "llama-3 405b": (126, 16384, 53248, 128, 8, 128256),
+    "gpt3 5b": (24, 4096, 16384, 32, 32, 51200),
+    "gpt3 20b": (44, 6144, 24576, 48, 48, 51200),
+    "gpt3 175b": (96, 12288, 49152, 96, 96, 51200),
+    "nemotron 8b": (32, 4096, 16384, 32, 32, 256000),
+    "nemotron 22b": (40, 6144, 24576, 48, 48, 256000),
+    "nemotron 340b": (96, 18432, 73728, 96, 8, 256000),
+    "opt 350m": (24, 1024, 4096, 16, 16, 50272),
+    "opt 1.3b": (24, 2048, 8192, 32, 32, 50272),
+    "opt 13b": (40, 5120, 20480, 40, 40, 50272),
+    "gpt-2 small": (12, 768, 3072, 12, 12, 50257),
+    "gpt-2 medium": (24, 1024, 4096, 16, 16, 50257),
+    "gpt-2 large": (36, 1280, 5120, 20, 20, 50257),
+    "gpt-2 xl": (48, 1600, 6400, 25, 25, 50257),
 }
-"""Sizes of models whose configs are public, for rows that give the name only (34b: Code Llama 34B, the one released)."""
+"""Sizes (layers, hidden, ffn, heads, kv_heads, vocab) of models whose configs are public, for rows that give the name only
+(34b: Code Llama 34B, the one released; nemo's GPT-3 and Nemotron from its recipes)."""
 
-VOCAB = {"gpt": 50257, "llama": 32000, "bert": 30522, "t5": 32128, "mixtral": 32000}
+_SPELLINGS = (
+    (r"llama[- ]?3(\.\d)?(\(\.\d\))?[- ]*", "llama-3 "), (r"llama[- ]?2[- ]*", "llama-2 "), (r"gpt-?3[- ]*", "gpt3 "),
+    (r"nemotron[- ]*", "nemotron "), (r"opt[- ]+", "opt "),
+)  # fmt: skip
+
+VOCAB = {"gpt": 50257, "llama": 32000, "bert": 30522, "t5": 32128, "mixtral": 32000, "nemotron": 256000}
+TOKENIZERS = {"AA-Scaling": 128000}
+"""Vocabulary by framework that has one of its own (Aleph Alpha's alpha-001-128k)."""
+
 MEGATRON_VOCAB_MULTIPLE = 1024
 """Megatron pads its vocabulary to a multiple of 128 x tp; 8 is the widest tensor parallelism inside a node."""
 
@@ -50,7 +76,7 @@ _UNITS = {"Gb/s": "Gbps", "Gbps": "Gbps", "Tb/s": "Tbps", "Tbps": "Tbps", "GB/s"
 
 
 def family_of(name: str, model: Mapping[str, Any]) -> str:
-    """The architecture that stands for a model: "gpt", "llama", "bert", "t5" or "mixtral"."""
+    """The architecture that stands for a model: "gpt", "llama", "bert", "t5", "nemotron" or "mixtral"."""
     low = name.lower()
     if model.get("experts"):
         return "mixtral"
@@ -58,13 +84,33 @@ def family_of(name: str, model: Mapping[str, Any]) -> str:
         return "llama"
     if "bert" in low:
         return "bert"
+    if "nemotron" in low:
+        return "nemotron"
     return "t5" if re.match(r"t5\b", low) else "gpt"
 
 
 def named_sizes(name: str) -> Mapping[str, int]:
-    """Sizes of a model known by name ("LLAMA2-7B", "Llama-2 7b"), or nothing."""
-    low = re.sub(r"llama-?2[- ]", "llama-2 ", name.lower())
-    return NAMED.get(low, {})
+    """Sizes of a model known by name ("LLAMA2-7B", "Llama-2 7b", "OPT-350M (...)"), or nothing."""
+    low = name.lower().replace("(.1)", "")
+    for pattern, spelled in _SPELLINGS:
+        low = re.sub(f"^{pattern}", spelled, low)
+    words = " ".join(low.split()[:2])
+    return dict(zip(_KEYS, NAMED[words], strict=True)) if words in NAMED else {}
+
+
+def step_flops(sizes: Mapping[str, int], family: str, batch: int, seq: int, *, recomputed: bool) -> float:
+    """FLOPs of a step as papers count them: 6 per weight and token, 12 per layer, width and pair of positions, causal or not.
+
+    With everything run again in the backward pass the layers count 4/3 of that and the vocabulary stays (Narayanan et al.
+    2021, equation 3). 0 where sizes are missing.
+    """
+    if not sizes:
+        return 0.0
+    hidden, share = sizes["hidden"], sizes["kv_heads"] / sizes["heads"]
+    products = 3 if family in ("llama", "mixtral") else 2
+    layer = (2 + 2 * share) * hidden**2 + products * hidden * sizes["ffn"] + 2 * hidden * seq
+    layers = (8.0 if recomputed else 6.0) * sizes["layers"] * layer
+    return batch * seq * (layers + 6.0 * sizes["vocab"] * hidden)
 
 
 def sizes_of(model: Mapping[str, Any], framework: str, assumed: list[str]) -> dict[str, int] | None:
@@ -87,7 +133,7 @@ def sizes_of(model: Mapping[str, Any], framework: str, assumed: list[str]) -> di
         assumed.append(f"ffn {sizes['ffn']}")
     sizes.setdefault("kv_heads", sizes["heads"])
     if "vocab" not in sizes:
-        sizes["vocab"] = VOCAB[family]
+        sizes["vocab"] = next((n for name, n in TOKENIZERS.items() if name in framework), VOCAB[family])
         assumed.append(f"vocabulary of {sizes['vocab']}")
     if "megatron" in framework.lower() and sizes["vocab"] % 128:
         sizes["vocab"] += -sizes["vocab"] % MEGATRON_VOCAB_MULTIPLE
@@ -120,6 +166,13 @@ def config_of(model: Mapping[str, Any], sizes: Mapping[str, int], seq: int, drop
         drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         return {"model_type": "bert", "architectures": ["BertForMaskedLM"], **common, **drop}
     gated = {**common, "num_key_value_heads": sizes["kv_heads"], "tie_word_embeddings": False, "hidden_act": "silu"}
+    if dropout:
+        gated["attention_dropout"] = dropout
+    if family == "nemotron":
+        return {
+            "model_type": "nemotron", "architectures": ["NemotronForCausalLM"], **gated, "hidden_act": "relu2",
+            "head_dim": sizes["hidden"] // sizes["heads"],
+        }  # fmt: skip
     if family == "mixtral":
         experts = {
             "num_local_experts": int(model["experts"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..planner.plan import Plan
+from ..planner.plan import Plan, Prediction
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MEMORY = {
@@ -70,6 +70,13 @@ def behind_texts(plan: Plan) -> list[tuple[str, str]]:
     return [(name, bytes_text(size)) for name, size in sizes if size]
 
 
+def calibration_texts(plan: Plan) -> list[str]:
+    """What the figures of each kind of device were multiplied by, and why; nothing where they are as they were."""
+    devices = [pool["device"] for pool in plan.cluster.get("pools") or [plan.cluster] if "device" in pool]
+    told = [(device.get("name", ""), device.get("sources", {}).get("calibration", "")) for device in devices]
+    return [f"{name}: {source}" for name, source in dict.fromkeys(told) if source]
+
+
 def time_text(cause: str) -> str:
     """The planner's short name of what takes time, in full words."""
     return _TIME.get(cause, cause.replace("_", " "))
@@ -87,3 +94,10 @@ def _three(value: float) -> str:
         return "0"
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 else 3
     return f"{value:.{digits}f}"
+
+
+def interval_text(predicted: Prediction) -> str:
+    """What nine of ten runs take: "0.9 s to 1.4 s"; "" in plans that do not say."""
+    if not predicted.step_seconds_high:
+        return ""
+    return f"{seconds_text(predicted.step_seconds_low)} to {seconds_text(predicted.step_seconds_high)}"

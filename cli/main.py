@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plan": (".plan", "Find the fastest plan that fits."),
         "run": (".run", "Run a plan."),
         "check": (".check", "Show what capture finds in a model: problems, ops without a rule, regions."),
+        "profile": (".profile", "Measure this machine, or recalibrate from past runs."),
         "report": (".report.command", "Write a plan as one HTML page."),
         "clusters": (".clusters", "Show the known devices, or all that is assumed of one."),
         "diff": (".diff", "Compare two plans."),

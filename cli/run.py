@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .ledger import note_run
 from .options import json_option, output_option
 
 
@@ -30,6 +31,7 @@ def command(
     """Run a plan on its ranks: rebuild the model from the plan, train some steps, measure.
 
     After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
+    What timed steps took goes into the ledger beside the prediction (`profile --from-ledger`, `report`).
     Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
     from ..planner.capability import check_plan
@@ -56,12 +58,11 @@ def command(
     own = [str(plan), f"--steps={5 if steps is None else steps}"]
     own += ["--verify"] * verify + ([f"--trace={trace}"] if trace else [])
     if under_torchrun():
-        from ..runtime.execute import main
-
         check_world(loaded)
-        raise SystemExit(main(own))
+        raise SystemExit(_be_rank(loaded, own))
     status, result = run_ranks(loaded, own, Nodes(nnodes, node_rank, rdzv_endpoint))
     if result is not None:
+        note_run(loaded, result)
         _present(loaded, result, as_json)
     raise SystemExit(status)
 
@@ -76,6 +77,20 @@ def run_ranks(plan: Any, own: list[str], nodes: Any) -> tuple[int, dict[str, Any
         arguments = torchrun_arguments(plan, [*target, f"--result={result}"], nodes)
         status = _start(arguments, shown=torchrun_arguments(plan, target, nodes))
         return status, json.loads(result.read_text()) if result.exists() else None
+
+
+def _be_rank(plan: Any, own: list[str]) -> int:
+    """Be one rank of a torchrun that runs already; rank 0 prints what was measured and notes it in the ledger."""
+    from ..runtime.execute import main
+
+    with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
+        path = Path(folder) / "result.json"
+        status = main([*own, f"--result={path}"])
+        if path.exists():
+            text = path.read_text()
+            click.echo(text)
+            note_run(plan, json.loads(text))
+    return status
 
 
 def _start(arguments: list[str], shown: list[str] | None = None) -> int:

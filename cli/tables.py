@@ -16,7 +16,17 @@ from rich.text import Text
 
 from ..planner.plan import Plan
 from .candidates import NUMBERS, searched
-from .figures import behind_texts, bytes_text, count_text, memory_text, percent_text, seconds_text, time_text
+from .figures import (
+    behind_texts,
+    bytes_text,
+    calibration_texts,
+    count_text,
+    interval_text,
+    memory_text,
+    percent_text,
+    seconds_text,
+    time_text,
+)
 from .goals import NUMBERS as GOAL_NUMBERS
 from .goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from .placements import alike, summaries
@@ -120,7 +130,7 @@ def headline(plan: Plan) -> dict[str, str]:
         "cluster": f"{plan.cluster.get('spec') or plan.cluster.get('name')}, {devices} devices",
         **kind_text(plan),
         **({"pipeline": pipeline} if pipeline else {}),
-        "step": f"{seconds_text(predicted.step_seconds)} predicted, give or take {percent_text(predicted.error)}",
+        "step": f"{seconds_text(predicted.step_seconds)} predicted; nine of ten runs {interval_text(predicted) or 'unknown'}",
         "throughput": f"{predicted.tokens_per_second_per_device:,.0f} tokens per second and device",
         "mfu": percent_text(predicted.mfu),
         "memory": f"{bytes_text(predicted.peak_bytes_per_device)} of {bytes_text(plan.memory_limit_bytes)} per device",
@@ -275,7 +285,7 @@ def _goals(plan: Plan) -> list[RenderableType]:
 
 def _notes(plan: Plan) -> list[RenderableType]:
     sources = (f"{cause} prices: {source}" for cause, source in plan.predicted.sources.items())
-    lines = [*plan.notes, *sources, *(f"given up: {text}" for text in plan.search.given_up)]
+    lines = [*plan.notes, *sources, *calibration_texts(plan), *(f"given up: {text}" for text in plan.search.given_up)]
     return [Group(Text("Notes", style="bold"), *(Text(f"- {line}") for line in lines))] if lines else []
 
 

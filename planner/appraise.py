@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .interval import step_interval
 from .options import Option, end_to_end
 from .paths import makespan
 from .plan import Prediction, Traffic
-from .prices import FLOPS_KINDS
 from .shapes import Arrangement
+from .work import FLOPS_KINDS
 from .workbench import Workbench
 
 
@@ -128,7 +129,7 @@ def _memory(
     once = bench.data(shape).once
     held = {
         "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
-        "buffers": bench.given_bytes, "reserve": float(bench.task.setting.reserve),
+        "buffers": bench.given_bytes, "reserve": bench.reserve(shape),
     }  # fmt: skip
     kept = "saved" if training else "cache"
     running = {**held, "gradients": 0.0 if once else gradients, kept: saved, "temporaries": work}
@@ -189,11 +190,12 @@ def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Predictio
     compute = bench.task.setting.precision.compute
     peaks = [pool.device.peak(compute) * pool.devices for pool in bench.task.cluster.pool_list()]
     peak = math.fsum(peaks) / bench.task.cluster.devices
+    low, high = step_interval(bench.task.cluster, seconds)
     return Prediction(
         step_seconds=seconds,
         tokens_per_second_per_device=outline.tokens / seconds / devices if seconds else 0.0,
         mfu=flops / seconds / devices / peak if seconds else 0.0,
         peak_bytes_per_device=found.peak_bytes, memory=found.memory, seconds=found.seconds, traffic=found.traffic,
         sources=sources, error=max(errors, default=0.0), host_bytes_per_device=found.host_bytes,
-        disk_bytes_per_device=found.disk_bytes,
+        disk_bytes_per_device=found.disk_bytes, step_seconds_low=low, step_seconds_high=high,
     )  # fmt: skip

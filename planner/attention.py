@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor
 from .rule_experts import Term
@@ -32,6 +33,12 @@ MATH = "aten._scaled_dot_product_attention_math"
 
 MATH_KIND = "attention_math"
 """The kind it is priced as: batched products, not a fused kernel."""
+
+GENERATIONS: Mapping[str, str] = MappingProxyType(
+    {"flash": "attention", "flash1": "attention_flash1", "flash3": "attention_flash3"}
+)
+"""Fused attention by the `attention=` pin: what PyTorch ships (FlashAttention-2), the first generation and Triton's ports of it,
+and the third (cuDNN's on Hopper likewise), as the kind whose efficiency it reaches."""
 
 DROPOUTS = frozenset({"aten.dropout", "aten.native_dropout"})
 
@@ -82,7 +89,7 @@ def _math(op: Op, tensors: Mapping[str, Tensor], drops: bool) -> Op:
     width = DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
     kept = [width * whole, whole, width * whole] if drops else [width * whole]
     saved = (*_OPERANDS, *(Saved("new", 0, scores, n) for n in kept))
-    flops = op.flops * (2.0 if _causal(op) else 1.0)
+    flops = op.flops * (2.0 if causal(op) else 1.0)
     backward = 2.0 * flops if op.backward_flops else 0.0
     return replace(op, target=MATH, saved=saved, flops=flops, backward_flops=backward)
 
@@ -96,7 +103,8 @@ def _size(op: Op, factors: Collection[int]) -> int:
     return math.prod(op.factors[f].size for f in factors)
 
 
-def _causal(op: Op) -> bool:
+def causal(op: Op) -> bool:
+    """Whether queries see only the positions before them."""
     return any(op.factors[f].split == "never" for f in op.operands[0].factors[-2])
 
 
@@ -105,12 +113,25 @@ def price_kind(op: Op) -> str:
     return MATH_KIND if op.target == MATH else op.kind
 
 
-def moved(op: Op, compute: str) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """Elements of scores that the separate kernels move, (forward, backward); none for any other op."""
+def moved(op: Op, compute: str, masks: bool = False) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Elements of scores that the separate kernels move, (forward, backward); none for any other op.
+
+    With `masks` the mask costs nothing: it is applied where the scores are normalised.
+    """
     if op.target != MATH:
         return (), ()
     scores = next(s.factors for s in op.saved if s.source == "new")
-    dropped = sum(s.source == "new" for s in op.saved) > 1
-    dropping = 2.0 + 1.0 / DTYPE_BYTES[compute] if dropped else 0.0
-    masked = 2.0 if _causal(op) or len(op.operands) > 3 else 0.0
+    dropping = 2.0 + 1.0 / DTYPE_BYTES[compute] if drops(op) else 0.0
+    masked = 2.0 if not masks and (causal(op) or len(op.operands) > 3) else 0.0
     return ((4.0 + masked + dropping, scores),), ((7.0 + dropping, scores),)
+
+
+def drops(op: Op) -> bool:
+    """Whether separate kernels of attention drop probabilities."""
+    return sum(s.source == "new" for s in op.saved) > 1
+
+
+def math_kernels(op: Op, masks: bool = False) -> tuple[int, int]:
+    """Kernels that attention starts as separate ones: products, softmax, mask and dropout; twice the products backward."""
+    beside = 1 + int(drops(op)) + int(not masks and causal(op))
+    return 2 + beside, 4 + beside

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from . import rule_experts
@@ -17,82 +17,17 @@ from .assign import Assignment
 from .attention import MATH
 from .choices import states
 from .costs import Call, Chain, Costs
-from .experts import ExpertFacts, expert_ops
+from .experts import expert_ops
 from .front import Design
 from .memory import Setting, buffer, local_bytes, new_bytes
+from .numbers import Numbers, Pass, UnitExperts, Weights
 from .outline import DTYPE_BYTES, Op, Tensor
 from .part import Part
 from .placement import Placement, R, State, V, local_elements
-from .prices import FLOPS_KINDS
 from .ring import scratch_bytes as ring_scratch
 from .template import Cut
 from .timeline import Timeline, Uses
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Parameters of a unit that are stored alike: local elements on the inner mesh, and how their gradients come about.
-
-    `whole`: they stand whole on the model axis, so that their gradients are summed over it. `borrowed`: an earlier unit owns
-    them. `needed`: the backward pass needs them again. `expert`: they are split with the experts of a mixture.
-    """
-
-    elements: float
-    rows: float
-    trainable: bool
-    whole: bool
-    borrowed: bool
-    needed: bool
-    expert: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class UnitExperts:
-    """One mixture-of-experts op of a unit under one design, on one rank of the inner mesh and for one microbatch.
-
-    `local` of all experts are the rank's, and `slots` token copies of `token_bytes` go through them; buffers have `rows`, those
-    of all experts. `forward`, `backward` and `weight` are seconds of compute, `gates` the bytes it saves anew, `scratch` those
-    inside it (forward, backward); `again` says that it runs again.
-    """
-
-    facts: ExpertFacts
-    local: int
-    slots: float
-    rows: float
-    token_bytes: int
-    forward: float
-    backward: float
-    weight: float
-    gates: float
-    scratch: tuple[float, float]
-    again: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """One unit under one design.
-
-    `forward` and `backward` are seconds with their exposed communication, `weight` the part of `backward` that makes weight
-    gradients, `again` what is run again in the backward pass (not in `backward`). `compute_forward` and `compute_backward`
-    are what other collectives may hide under. `saved` are bytes kept per microbatch, `peak` the most that is alive in the
-    backward pass of the unit with all it saves made again, `work` the most alive in its forward pass beyond what is kept.
-    `parts` are seconds by cause; `calls` are the collectives of one microbatch. `experts` are its mixtures of experts, with all
-    of their experts within the inner mesh.
-    """
-
-    forward: float
-    backward: float
-    weight: float
-    again: float
-    compute_forward: float
-    compute_backward: float
-    saved: float
-    peak: float
-    work: float
-    weights: tuple[Weights, ...]
-    parts: Mapping[str, float] = field(default_factory=dict)
-    calls: tuple[tuple[Call, int], ...] = ()
-    experts: tuple[UnitExperts, ...] = ()
+from .work import FLOPS_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +42,8 @@ class _Step:
     calls: tuple[Call, ...]
     wanted: tuple[Placement, ...]
     made: tuple[Placement, ...]
+    issue: float
+    issue_backward: float
 
 
 class Bench:
@@ -163,6 +100,8 @@ class Bench:
                 run.calls,
                 wanted,
                 made,
+                run.issue,
+                run.issue_backward,
             )
         return self._steps[key]
 
@@ -215,20 +154,27 @@ class _Walk:
 
     def seconds(self) -> tuple[float, float]:
         """Forward and backward seconds, nothing run again."""
+        ahead, back = self._passes()
+        return ahead.seconds, back.seconds
+
+    def _passes(self) -> tuple[Pass, Pass]:
+        """The forward and the backward pass, nothing run again."""
         steps, chains = self.steps.values(), [c for c in self.chains.values() if c is not None]
-        forward = sum(s.forward + s.inside for s in steps) + sum(c.copies_forward + c.forward for c in chains)
-        backward = sum(s.backward + s.inside_backward for s in steps) + sum(
-            c.copies_backward + c.backward for c in chains
-        )
-        return forward, backward
+        calls = [*(call for s in steps for call in s.calls), *(call for c in chains for call in c.calls)]
+        ahead, back = (self.bench.costs.issue(calls, backward=b) for b in (False, True))
+        return Pass(
+            sum(s.forward for s in steps) + sum(c.copies_forward for c in chains),
+            sum(s.inside for s in steps) + sum(c.forward for c in chains), ahead + sum(s.issue for s in steps),
+        ), Pass(
+            sum(s.backward for s in steps) + sum(c.copies_backward for c in chains),
+            sum(s.inside_backward for s in steps) + sum(c.backward for c in chains),
+            back + sum(s.issue_backward for s in steps),
+        )  # fmt: skip
 
     def numbers(self) -> Numbers:
         """All of it."""
         steps, chains = self.steps.values(), [c for c in self.chains.values() if c is not None]
-        compute = sum(s.forward for s in steps) + sum(c.copies_forward for c in chains)
-        back = sum(s.backward for s in steps) + sum(c.copies_backward for c in chains)
-        talk = sum(s.inside for s in steps) + sum(c.forward for c in chains)
-        talk_back = sum(s.inside_backward for s in steps) + sum(c.backward for c in chains)
+        ahead, back = self._passes()
         again, kept = self._again(), self._kept()
         peak, work = self._alive(kept)
         calls: dict[Call, int] = {}
@@ -236,18 +182,26 @@ class _Walk:
             calls[call] = calls.get(call, 0) + 1
         for call in (*(c for chain in chains for c in chain.calls), *self._called_again()):
             calls[call] = calls.get(call, 0) + 1
-        parts = {"compute": compute + back, "activation_communication": talk + talk_back, "recompute": again}
+        parts = {
+            "compute": ahead.busy + back.busy, "activation_communication": ahead.talk + back.talk, "recompute": again,
+        }  # fmt: skip
+        weight = sum(s.weight for s in steps)
+        if back.compute:
+            weight *= back.busy / back.compute
         return Numbers(
-            compute + talk, back + talk_back, sum(s.weight for s in steps), again, compute, back, kept, peak, work,
-            self.weights(), parts, tuple(calls.items()), self._experts(),
+            ahead.seconds, back.seconds, weight, again, ahead.busy, back.busy, kept, peak, work, self.weights(), parts,
+            tuple(calls.items()), self._experts(),
         )  # fmt: skip
 
     def _again(self) -> float:
         """Seconds of what the backward pass runs and gathers again."""
         steps = [self.steps[name] for name in sorted(self.design.again)]
-        return sum(s.forward + s.inside for s in steps) + sum(
-            c.forward + c.copies_forward for c in self._gathered_again()
-        )
+        gathered = list(self._gathered_again())
+        issue = self.bench.costs.issue(self._called_again(), backward=False)
+        return Pass(
+            sum(s.forward for s in steps) + sum(c.copies_forward for c in gathered),
+            sum(s.inside for s in steps) + sum(c.forward for c in gathered), issue + sum(s.issue for s in steps),
+        ).seconds  # fmt: skip
 
     def _called_again(self) -> Iterator[Call]:
         """The collectives of that."""

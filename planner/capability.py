@@ -34,6 +34,8 @@ MASK = (
     Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),
+    Executed("kernels", ("eager",), "fused kernels"),
+    Executed("loss", ("float",), "another form of the loss"),
 )  # fmt: skip
 """Keys that are not here are executed whatever their value."""
 

@@ -32,9 +32,12 @@ class Device:
     "attention", "elementwise", ... and "default"), of `peak_flops` for the first two and "conv", else of memory bandwidth.
     `kernel_overhead_seconds` is added to every kernel; no kernel takes less than `issue_seconds`, what the host needs to start
     one. `compute_units` (0: not modelled) and `contraction_half` describe how small matmuls fall short (planner/prices.py).
-    `context_bytes` is what the driver and the communication library take. `sources` says where each figure comes from.
+    `context_bytes` is what the driver and the libraries' kernels take, `communicator_bytes` the buffers of one communicator of the
+    communication library. `reserve_fraction` of the memory is left to the caching allocator, which keeps more than tensors use.
+    `sources` says where each figure comes from.
     `overlap_fraction` of a collective's seconds may hide under compute that does not wait for it; while both run, both take
-    `overlap_slowdown` times as long.
+    `overlap_slowdown` times as long. `calibration` is what every figure in seconds was multiplied by (profiles/calibrate.py).
+    Nine of ten measured steps lie between `accuracy_low` and `accuracy_high` times what is predicted (planner/interval.py).
     """
 
     name: str
@@ -47,11 +50,15 @@ class Device:
     contraction_half: float = 0.0
     issue_seconds: float = 0.0
     context_bytes: int = 0
+    communicator_bytes: int = 0
     reserve_fraction: float = 0.08
     kind: str = "gpu"
     sources: Mapping[str, str] = field(default_factory=dict)
     overlap_fraction: float = 0.0
     overlap_slowdown: float = 1.0
+    calibration: float = 1.0
+    accuracy_low: float = 0.65
+    accuracy_high: float = 1.6
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s for `dtype`; raises ClusterError naming the dtypes the device has."""
@@ -283,7 +290,7 @@ class Cluster:
 
 
 def default_limit_bytes(cluster: Cluster) -> int:
-    """The memory a plan may use per device: the limit given, else the device's memory less its reserve (8 %)."""
+    """The memory a plan may use per device: the limit given, else the device's memory less what its allocator loses."""
     if cluster.limit_bytes is not None:
         return cluster.limit_bytes
     devices = [pool.device for pool in cluster.pool_list()]
@@ -366,7 +373,11 @@ def _described(cluster: Cluster) -> dict[str, Any]:
 
 
 def _device_figures(device: Device) -> dict[str, Any]:
-    figures = {k: v for k, v in asdict(device).items() if k not in ("sources", "efficiencies")}
+    figures = {
+        k: v
+        for k, v in asdict(device).items()
+        if k not in ("sources", "efficiencies", "calibration", "accuracy_low", "accuracy_high")
+    }
     return {k: v for k, v in figures.items() if not device.source(k).startswith(MEASURED)}
 
 

@@ -8,8 +8,8 @@ from 0 to all parameters of the region), so that it can be shared out over the m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -33,6 +33,9 @@ class Price(Protocol):
 
     @property
     def error(self) -> float: ...
+
+    @property
+    def issue_seconds(self) -> float: ...
 
 
 class PriceBook(Protocol):
@@ -119,13 +122,18 @@ NOTHING = Chain(0.0, 0.0, 0.0, 0.0, (), False)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Seconds of one op: forward and backward compute, what collectives inside it add in each direction, and those calls."""
+    """Seconds of one op: forward and backward compute, what collectives inside it add in each direction, and those calls.
+
+    `issue` and `issue_backward` are what the host needs to start it, where that is not in the seconds of compute.
+    """
 
     forward: float
     backward: float
     inside: float
     calls: tuple[Call, ...]
     inside_backward: float = 0.0
+    issue: float = 0.0
+    issue_backward: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +149,22 @@ class Costs:
 
     def __init__(
         self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True, *,
-        overlap: Overlap = NONE, repeated: Mapping[str, float] = MappingProxyType({}),
+        overlap: Overlap = NONE, repeated: Mapping[str, float] = MappingProxyType({}), ahead: bool = False,
     ) -> None:  # fmt: skip
-        """`overlap` is what a ring's sends may hide, `repeated` the distinct share of keys and values by op (planner/ring.py)."""
+        """`overlap` is what a ring's sends may hide, `repeated` the distinct share of keys and values by op (planner/ring.py).
+
+        With `ahead` the host may run ahead of the device: what it needs to start an op is told apart. Without, no op takes
+        less than that.
+        """
         self.prices, self.shape, self.training = prices, shape, loss_is_differentiated
+        self.ahead = ahead
         self.overlap, self.repeated = overlap, repeated
         self._sizes = shape.sizes
         self._ops: dict[tuple[object, ...], Run] = {}
         self._sorts: dict[int, tuple[Op, int]] = {}  # with the op, which keeps its id its own
         self._numbered: dict[tuple[object, ...], int] = {}
         self._chains: dict[tuple[object, ...], Chain | None] = {}
-        self._collectives: dict[tuple[str, float, int], float] = {}
+        self._collectives: dict[tuple[str, float, int], tuple[float, float]] = {}
         self.sources: dict[str, dict[str, float]] = {"compute": {}, "communication": {}}
 
     def local_sizes(self, op: Op, choice: Sequence[str]) -> tuple[int, ...] | None:
@@ -183,12 +196,18 @@ class Costs:
         if key not in self._ops:
             rounds = self._rounds(choice)
             forward, backward = self.prices.op(op, sizes, tensors)
-            there = rounds * forward.seconds
-            back = rounds * backward.seconds if self.training else 0.0
-            if there + back:
+            there, back = (self._taken(price) for price in (forward, backward))
+            if not self.training:
+                back = (0.0, 0.0)
+            if there[0] + back[0]:
                 self.sources["compute"].setdefault(forward.source, forward.error)
-            self._ops[key] = self._added(there, back, inside, rounds)
+            run = self._added(rounds * there[0], rounds * back[0], inside, rounds)
+            self._ops[key] = replace(run, issue=rounds * there[1], issue_backward=rounds * back[1])
         return self._ops[key]
+
+    def _taken(self, price: Price) -> tuple[float, float]:
+        """Seconds of the device, and those of the host that are not in them."""
+        return (price.seconds, price.issue_seconds) if self.ahead else (max(price.seconds, price.issue_seconds), 0.0)
 
     def _sort(self, op: Op, tensors: Mapping[str, Tensor]) -> int:
         """A number that ops of equal price share; worked out once per op (to hash its factors takes longer than to look it up)."""
@@ -252,12 +271,20 @@ class Costs:
 
     def collective(self, call: Call) -> float:
         """Seconds of one collective call."""
+        return self._called(call)[0]
+
+    def issue(self, calls: Iterable[Call], *, backward: bool) -> float:
+        """Seconds of the host that starts those of `calls` that run in one direction."""
+        return sum(self._called(call)[1] for call in calls if call.backward == backward)
+
+    def _called(self, call: Call) -> tuple[float, float]:
+        """Seconds of one collective, and of the host that starts it."""
         key = (call.collective, call.bytes, call.axis)
         if key not in self._collectives:
             size = self.shape.sizes[call.axis]
             price = self.prices.collective(call.collective, call.bytes, self.shape.stride(call.axis), size)
             self.sources["communication"].setdefault(price.source, price.error)
-            self._collectives[key] = price.seconds if size > 1 else 0.0
+            self._collectives[key] = (price.seconds, price.issue_seconds) if size > 1 else (0.0, 0.0)
         return self._collectives[key]
 
     def chain(self, tensor: Tensor, source: Placement, target: Placement) -> Chain | None:

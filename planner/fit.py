@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .outline import Op, Outline, Tensor
-from .prices import FREE_KINDS, OpKey, OpRow, Prices, Rate
+from .prices import OpRow, Prices, Rate
+from .work import FREE_KINDS, OpKey
 
 UNTIMED_KINDS = FREE_KINDS | {"fill"}
 LEAST_ERROR = 0.05

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import PinError
-from .bench import Bench, Numbers
+from .bench import Bench
 from .context import ContextCut, context_choices
 from .costs import Costs, PriceBook, Shape
 from .front import Design, FrontProgram, Regathered, Way, crossing_state, ways_of
 from .memory import Setting, buffer
+from .numbers import Numbers
 from .outline import Tensor
 from .overlap import NONE, Overlap
 from .part import Chain, Part
@@ -99,7 +100,7 @@ class Fronts:
             axes = (MeshAxis("cp", context, "context", ""), MeshAxis("tp", ways, "model", ""))
             shape, training = Shape(axes if context > 1 else axes[1:]), self.chain.outline.training
             grouped = repeated(self.chain.outline) if context > 1 else {}
-            self._costs[key] = Costs(self.prices, shape, training, overlap=self.overlap, repeated=grouped)
+            self._costs[key] = Costs(self.prices, shape, training, overlap=self.overlap, repeated=grouped, ahead=True)
         return self._costs[key]
 
     def context(self, ranks: int) -> ContextCut:

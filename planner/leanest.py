@@ -112,8 +112,12 @@ def least_bytes(bench: Workbench, shapes: Sequence[Arrangement]) -> dict[Key, fl
     unlike = {_key(s): s for s in shapes}
     if len(unlike) > MOST:
         return None
-    fixed = bench.task.setting.reserve + bench.given_bytes
-    found = {key: low + fixed for key, shape in unlike.items() if (low := _least(bench, shape)) is not None}
+    given = bench.given_bytes
+    found = {
+        key: low + bench.reserve(shape) + given
+        for key, shape in unlike.items()
+        if (low := _least(bench, shape)) is not None
+    }
     return found or None
 
 

@@ -224,11 +224,18 @@ def operand_gradients(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
+FUSED_LOSS = "aten._fused_cross_entropy"
+"""The target of cross-entropy as one kernel (planner/losses.py)."""
+
+
 def gradient_copies(op: Op, choice: tuple[str, ...]) -> int:
     """How many tensors of the operands' size the backward of `op` makes.
 
-    Cross-entropy goes through log-softmax and makes two; its vocabulary-parallel form makes one.
+    Cross-entropy goes through log-softmax and makes two; its vocabulary-parallel form makes one, and as one kernel it writes
+    over its logits.
     """
+    if op.target == FUSED_LOSS:
+        return 0
     classes = {f.name for f in op.factors if f.split == "vocab_loss"}
     return 2 if classes and classes.isdisjoint(choice) else 1
 

@@ -168,7 +168,7 @@ def _cuts_by_room(line: Line, rooms: Sequence[float]) -> tuple[int, ...]:
 
 def housed(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> bool:
     """Whether every rank's share of host memory and disk holds what lies there."""
-    shares = [bench.on(shape, rank).memory() for rank in range(shape.pp)]
+    shares = [bench.on(shape, rank).memory(shape) for rank in range(shape.pp)]
     found = zip(behind(bench, shape, cuts, options), shares, strict=True)
     return all(host <= share.host_bytes and disk <= share.disk_bytes for (host, disk), share in found)
 

@@ -14,11 +14,11 @@ from itertools import pairwise
 
 from ..errors import PinError
 from .away import HERE, Away, Case, Copies, Moves, offers
-from .bench import Numbers, Weights
 from .cluster import Device, Host
 from .costs import Call, PriceBook
 from .front import Design
 from .fronts import Named
+from .numbers import Numbers, Weights
 from .overlap import Overlap
 from .pins import Pins
 from .plan import Precision

@@ -31,6 +31,7 @@ class Pins:
     optimizer: str | None = None
     attention: str | None = None
     kernels: str | None = None
+    loss: str | None = None
     pp: int | None = None
     cp: int | None = None
     ep: int | None = None
@@ -107,8 +108,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "dtype": Key(_one_of(*DTYPES)),
         "precision": Key(_one_of(*RECIPES)),
         "optimizer": Key(_optimizer),
-        "attention": Key(_one_of("flash", "math")),
-        "kernels": Key(_one_of("eager", "fused"), built=("eager",)),
+        "attention": Key(_one_of("flash", "flash1", "flash3", "math")),
+        "kernels": Key(_one_of("eager", "fused")),
+        "loss": Key(_one_of("float", "compute", "fused")),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
@@ -124,6 +126,7 @@ _FIELDS = (
     "optimizer",
     "attention",
     "kernels",
+    "loss",
     "pp",
     "cp",
     "ep",

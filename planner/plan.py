@@ -166,6 +166,8 @@ class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error: float = 0.0
     host_bytes_per_device: int = 0
     disk_bytes_per_device: int = 0
+    step_seconds_low: float = 0.0
+    step_seconds_high: float = 0.0
 
 
 class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,12 +3,15 @@
     recipe        compute   parameter  gradient  master  moments   bytes per element with Adam
     megatron      bf16      bf16 2     fp32 4    fp32 4  fp32 8    18
     zero          bf16      bf16 2     bf16 2    fp32 4  fp32 8    16
+    zero-fp16     fp16      fp16 2     fp16 2    fp32 4  fp32 8    16
     fsdp-fp32     bf16      fp32 4     fp32 4    -       fp32 8    16 (sharded) and a bf16 copy while gathered
     fp16          fp16      fp32 4     fp32 4    -       fp32 8    16 and an fp16 copy while gathered
     fp32          fp32      fp32 4     fp32 4    -       fp32 8    16
     fp64          fp64      fp64 8     fp64 8    -       fp64 16   32
     pure-bf16     bf16      bf16 2     bf16 2    -       bf16 4    8
     pure-fp16     fp16      fp16 2     fp16 2    -       fp16 4    8
+    megatron-fp8  bf16      bf16 2     fp32 4    fp32 4  fp32 8    18; products with parameters in fp8
+    fsdp-fp8      bf16      fp32 4     fp32 4    -       fp32 8    16; likewise
 
 The runtime executes recipes without a master copy; the others price what somebody else runs.
 """
@@ -35,7 +38,7 @@ DTYPES: Mapping[str, str] = MappingProxyType(
 class Recipe:
     """Dtypes of everything kept per parameter element; `master` is the dtype of an extra copy for the optimizer, or "".
 
-    `runs` says whether the runtime executes it.
+    `runs` says whether the runtime executes it. `products` is the dtype of products with parameters, "" for `compute`.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Recipe:
     moment: str
     master: str = ""
     runs: bool = True
+    products: str = ""
 
     def precision(self) -> Precision:
         """What a plan records."""
@@ -56,7 +60,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         r.name: r
         for r in (
             Recipe("megatron", "bfloat16", "bfloat16", "float32", "float32", "float32", runs=False),
+            Recipe("megatron-fp8", "bfloat16", "bfloat16", "float32", "float32", "float32", False, "float8_e4m3fn"),
+            Recipe("fsdp-fp8", "bfloat16", "float32", "float32", "float32", runs=False, products="float8_e4m3fn"),
             Recipe("zero", "bfloat16", "bfloat16", "bfloat16", "float32", "float32", runs=False),
+            Recipe("zero-fp16", "float16", "float16", "float16", "float32", "float32", runs=False),
             Recipe("fsdp-fp32", "bfloat16", "float32", "float32", "float32"),
             Recipe("fp16", "float16", "float32", "float32", "float32"),
             Recipe("fp32", "float32", "float32", "float32", "float32"),
@@ -147,6 +154,12 @@ def state_bytes(precision: Precision, optimizer: str) -> StateBytes:
     moments = find_optimizer(optimizer).moments * DTYPE_BYTES[precision.moment]
     copy = DTYPE_BYTES[precision.compute] if precision.compute != precision.parameter else 0
     return StateBytes(DTYPE_BYTES[precision.parameter], DTYPE_BYTES[precision.gradient], master, moments, copy)
+
+
+def semantics_of(precision: Precision) -> str:
+    """EXACT relative to the stated dtypes, LOSSY where products run in fewer bits than they are computed in."""
+    recipe = RECIPES.get(precision.recipe)
+    return "LOSSY" if recipe is not None and recipe.products else "EXACT"
 
 
 def find_recipe(name: str) -> Recipe:

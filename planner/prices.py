@@ -1,41 +1,25 @@
 """What everything costs: seconds of ops, collectives, optimizer steps and copies, each with its source and error.
 
-An op is priced in this order: a measured row of exactly its local shapes; else a rate fitted to measured rows of its target or
-kind ("modelled"); else the data sheet times an efficiency factor ("datasheet"):
-
-    seconds = max(issue, overhead * kernels + max(flops / (peak * efficiency), bytes / (bandwidth * efficiency)))
-
-Bytes are those of operands and results at their local sizes, floats at the compute dtype. The backward pass reads the
-gradients of the results and what was saved, and writes the gradients of the operands that take one. A matmul's efficiency
-falls with its shape: output tiles fill the compute units in whole waves, and a short contraction does not fill its pipeline
-(k / (k + contraction_half)); each of its two backward matmuls is priced at its own shape.
+An op is priced in this order: a measured row of exactly its local shapes; else rows of other shapes (planner/nearest.py) or a
+rate fitted to measured rows of its target or kind, whichever has the smaller error ("modelled"); else from its device's
+figures (planner/roofline.py, "datasheet").
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from . import rule_experts
-from .attention import MATH, MATH_KIND, moved, price_kind
 from .cluster import Cluster
 from .collectives import Table, collective_seconds, measured_seconds
-from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
+from .fusing import Fusion
+from .nearest import Measured
+from .outline import Op, Tensor
 from .plan import Precision
 from .precision import find_optimizer, state_bytes
-
-FLOPS_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
-"""Kinds priced by FLOP/s; all others move bytes."""
-
-FREE_KINDS = frozenset({"view"})
-"""Kinds that launch no kernel."""
-
-PASS_THROUGH = frozenset({"aten.add", "aten.sub", "aten.clone", "aten.contiguous"})
-"""Their gradient is the incoming one: only operands that were broadcast need a sum."""
-
-TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
-"""Output tile shapes of dense matmul kernels with their rate relative to the best one (CUTLASS-style kernels)."""
+from .roofline import Roofline
+from .work import ALONE, FREE_KINDS, OpKey, Work, work_of
 
 DATASHEET_ERROR = 0.25
 MODELLED_ERROR = 0.15
@@ -43,26 +27,18 @@ MODELLED_ERROR = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Seconds, where they come from ("measured", "modelled" or "datasheet") and their relative error."""
+    """Seconds, where they come from ("measured", "modelled" or "datasheet") and their relative error.
+
+    `issue_seconds` is what the host needs to start it; the device may wait for that.
+    """
 
     seconds: float
     source: str
     error: float
+    issue_seconds: float = 0.0
 
 
 FREE = Price(0.0, "modelled", 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class OpKey:
-    """What a measured op row is filed under. `operands` are (local shape, dtype, differentiable) in order.
-
-    `arguments` is the canonical text of the plain arguments (profiles/ops.py makes it), "" when there are none.
-    """
-
-    target: str
-    operands: tuple[tuple[tuple[int, ...], str, bool], ...]
-    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +66,9 @@ class Prices:
 
     `ops` are measured rows, `rates` fitted rates by target ("aten.gelu") or kind ("matmul"), `collectives` measured rows,
     `arguments` the canonical plain arguments of ops by name (to find their rows), `optimizer_rate` measured seconds per byte
-    of an optimizer step by name (the optimizer's), `copy_rate` measured bytes per second of a local copy.
+    of an optimizer step by name (the optimizer's), `copy_rate` measured bytes per second of a local copy. `fused` says what
+    ops need not do where kernels are fused (planner/fusing.py), `products` the dtype of products with parameters where that is
+    not `compute`, `attention` the kind of fused attention.
     """
 
     cluster: Cluster
@@ -101,13 +79,20 @@ class Prices:
     arguments: Mapping[str, str] = field(default_factory=dict)
     optimizer_rates: Mapping[str, float] = field(default_factory=dict)
     copy_rate: float = 0.0
-    _shapes: dict[int, tuple[Op, _Work]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    fused: Mapping[str, Fusion] = field(default_factory=dict)
+    products: str = ""
+    attention: str = "attention"
+    _shapes: dict[int, tuple[Op, Work]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _known: dict[tuple[int, tuple[float, ...]], tuple[Price, Price]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _links: dict[tuple[str, float, int, int], Price] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @cached_property
+    def _measured(self) -> Measured:
+        return Measured.of(self.ops)
 
     def op(self, op: Op, local_sizes: tuple[float, ...], tensors: Mapping[str, Tensor]) -> tuple[Price, Price]:
         """(forward, backward) of `op` where its factors have `local_sizes` on each rank (same order as `op.factors`)."""
@@ -164,14 +149,17 @@ class Prices:
         work = self._work(op, tensors)
         return (*work.amounts(local_sizes), work.kernels)
 
-    def _work(self, op: Op, tensors: Mapping[str, Tensor]) -> _Work:
+    def _work(self, op: Op, tensors: Mapping[str, Tensor]) -> Work:
         kept = self._shapes.get(id(op))
         if kept is None:
             # The op is kept beside its work so that its id is not used again while this table lives.
-            kept = self._shapes[id(op)] = (op, _work(op, tensors, self.compute, self.arguments.get(op.name, "")))
+            kept = self._shapes[id(op)] = (op, self._made(op, tensors))
         return kept[1]
 
-    def _price(self, work: _Work, sizes: tuple[float, ...]) -> tuple[Price, Price]:
+    def _made(self, op: Op, tensors: Mapping[str, Tensor]) -> Work:
+        return work_of(op, tensors, self.compute, self.arguments.get(op.name, ""), self.fused.get(op.name, ALONE))
+
+    def _price(self, work: Work, sizes: tuple[float, ...]) -> tuple[Price, Price]:
         if work.kind in FREE_KINDS:
             return FREE, FREE
         row = self.ops.get(work.key(sizes)) if self.ops else None
@@ -179,45 +167,25 @@ class Prices:
             backward = Price(row.backward, "measured", row.error) if work.differentiable else FREE
             return Price(row.forward, "measured", row.error), backward
         rate = self.rates.get(work.target) or self.rates.get(work.kind)
+        near = self._measured.near(work, sizes, self.cluster.device.kernel_overhead_seconds) if self.ops else None
+        if near is not None and near.error <= (rate.error if rate is not None else DATASHEET_ERROR):
+            forward, backward = (Price(seconds, "modelled", near.error) for seconds in (near.forward, near.backward))
+            return forward, backward if work.differentiable else FREE
         if rate is not None:
             return _by_rate(work, sizes, rate)
-        return self._roofline(work, sizes)
+        return self._modelled(work, sizes)
 
-    def _roofline(self, work: _Work, sizes: tuple[float, ...]) -> tuple[Price, Price]:
-        device = self.cluster.device
-        read = device.memory_bytes_per_second * device.efficiency("memory" if work.kind in FLOPS_KINDS else work.kind)
-        seconds = work.forward_bytes(sizes) / read
-        back = work.backward_bytes(sizes) / read
-        if work.kind in FLOPS_KINDS:
-            peak = device.peak(self.compute)
-            done, undone = work.flops(sizes)
-            shape = work.shape(sizes)
-            kind = "matmul" if work.kind == "experts" else work.kind
-            best = peak * device.efficiency(kind)
-            best_back = peak * device.efficiency(f"{kind}_backward" if kind != "matmul" else kind)
-            seconds = max(seconds, done / (best * self._shape_factor(shape, 0)))
-            parts = work.gradients if shape is not None else (1,)
-            rates = [best_back * self._shape_factor(shape, part) for part in parts]
-            back = max(back, sum(undone / len(parts) / rate for rate in rates))
-        beside = device.memory_bytes_per_second * device.efficiency("elementwise")
-        seconds += sum(term.at(sizes) for term in work.beside[0]) / beside
-        back += sum(term.at(sizes) for term in work.beside[1]) / beside
-        launch = device.kernel_overhead_seconds
-        forward = Price(max(device.issue_seconds, launch + seconds), "datasheet", DATASHEET_ERROR)
-        if not work.differentiable or back == 0.0:
+    @cached_property
+    def _roofline(self) -> Roofline:
+        return Roofline(self.cluster.device, self.compute, self.products, self.attention)
+
+    def _modelled(self, work: Work, sizes: tuple[float, ...]) -> tuple[Price, Price]:
+        ahead, back = self._roofline.seconds(work, sizes)
+        issue = self.cluster.device.issue_seconds
+        forward = Price(ahead, "datasheet", DATASHEET_ERROR, issue * work.launched[0])
+        if not back:
             return forward, FREE
-        back = max(device.issue_seconds * work.kernels, launch * work.kernels + back)
-        return forward, Price(back, "datasheet", DATASHEET_ERROR)
-
-    def _shape_factor(self, shape: tuple[float, float, float, float] | None, which: int) -> float:
-        """How much of the best rate a matmul of `shape` (batch, m, n, k) reaches: 0 forward, 1 input and 2 weight gradient."""
-        device = self.cluster.device
-        if shape is None or not device.compute_units:
-            return 1.0
-        batch, m, n, k = shape
-        rows, columns, contracted = ((m, n, k), (m, k, n), (k, n, m))[which]
-        filled = contracted / (contracted + device.contraction_half)
-        return filled * wave_factor(batch, rows, columns, device.compute_units)
+        return forward, Price(back, "datasheet", DATASHEET_ERROR, issue * work.launched[1])
 
     def _collective(self, name: str, full_bytes: float, stride: int, size: int) -> Price:
         route = self.cluster.route(stride, size)
@@ -226,175 +194,13 @@ class Prices:
             measured = measured_seconds(self.collectives, name, full_bytes, size, level.name)
             if measured is not None:
                 return Price(measured, "measured", MODELLED_ERROR)
-        return Price(collective_seconds(name, full_bytes, route), "datasheet", DATASHEET_ERROR)
+        issue = self.cluster.device.issue_seconds
+        return Price(collective_seconds(name, full_bytes, route), "datasheet", DATASHEET_ERROR, issue)
 
 
-def wave_factor(batch: float, rows: float, columns: float, units: int) -> float:
-    """The share of the best matmul rate left after cutting the output into tiles and those into whole waves over `units`."""
-    best = 0.0
-    for high, wide, rate in TILES:
-        tiles = batch * math.ceil(rows / high) * math.ceil(columns / wide)
-        waves = math.ceil(tiles / units)
-        best = max(best, rate * batch * rows * columns / (waves * units * high * wide))
-    return max(best, 1e-3)
-
-
-@dataclass(frozen=True, slots=True)
-class _Term:
-    """So many bytes times the local sizes of some factors."""
-
-    scale: float
-    factors: tuple[int, ...]
-
-    def at(self, sizes: tuple[float, ...]) -> float:
-        product = self.scale
-        for f in self.factors:
-            product *= sizes[f]
-        return product
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """An op made ready to be priced at any local sizes.
-
-    `rows_shared` are the groups that share the rows of a grouped product; `beside` what a composite op moves besides.
-    """
-
-    target: str
-    kind: str
-    forward: tuple[_Term, ...]
-    backward: tuple[_Term, ...]
-    differentiable: bool
-    kernels: int
-    flops_global: tuple[float, float]
-    global_sizes: tuple[int, ...]
-    matmul: tuple[tuple[int, ...], ...]
-    gradients: tuple[int, ...]
-    shapes: tuple[tuple[tuple[tuple[int, ...], ...], str, bool], ...]
-    arguments: str
-    rows_shared: int = 1
-    beside: tuple[tuple[_Term, ...], tuple[_Term, ...]] = ((), ())
-
-    def forward_bytes(self, sizes: tuple[float, ...]) -> float:
-        return sum(term.at(sizes) for term in self.forward)
-
-    def backward_bytes(self, sizes: tuple[float, ...]) -> float:
-        return sum(term.at(sizes) for term in self.backward)
-
-    def flops(self, sizes: tuple[float, ...]) -> tuple[float, float]:
-        share = 1.0
-        for local, whole in zip(sizes, self.global_sizes, strict=True):
-            share *= local / whole
-        if self.kind == "experts":
-            share *= rule_experts.imbalance(math.prod(sizes[f] for f in self.matmul[0]), self.rows_shared)
-        return self.flops_global[0] * share, self.flops_global[1] * share
-
-    def amounts(self, sizes: tuple[float, ...]) -> tuple[float, float]:
-        """(forward, backward) in the unit of rates."""
-        if self.kind in FLOPS_KINDS:
-            return self.flops(sizes)
-        return self.forward_bytes(sizes), self.backward_bytes(sizes)
-
-    def shape(self, sizes: tuple[float, ...]) -> tuple[float, float, float, float] | None:
-        """(batch, m, n, k) of a matmul (of the experts' first one), else None."""
-        if not self.matmul:
-            return None
-        batch, m, n, k = (math.prod(sizes[f] for f in group) for group in self.matmul)
-        return batch, m / self.rows_shared, n, k
-
-    def key(self, sizes: tuple[float, ...]) -> OpKey:
-        operands = tuple(
-            (tuple(int(math.prod(sizes[f] for f in dim)) for dim in dims), dtype, grad)
-            for dims, dtype, grad in self.shapes
-        )
-        return OpKey(self.target, operands, self.arguments)
-
-
-def _by_rate(work: _Work, sizes: tuple[float, ...], rate: Rate) -> tuple[Price, Price]:
+def _by_rate(work: Work, sizes: tuple[float, ...], rate: Rate) -> tuple[Price, Price]:
     done, undone = work.amounts(sizes)
     forward = Price(rate.overhead + done / rate.forward, "modelled", rate.error)
     if not work.differentiable or undone == 0.0:
         return forward, FREE
     return forward, Price(rate.overhead * work.kernels + undone / rate.backward, "modelled", rate.error)
-
-
-def _work(op: Op, tensors: Mapping[str, Tensor], compute: str, arguments: str) -> _Work:
-    sides = [tensors[use.tensor] for use in op.operands]
-    grads = tuple(t.differentiable for t in sides)
-    outs = tuple(tensors[use.tensor].differentiable for use in op.results)
-    differentiable = any(grads) and any(outs)
-    reads = [_bytes(use, t.dtype, compute) for use, t in zip(op.operands, sides, strict=True)]
-    writes = [_bytes(use, tensors[use.tensor].dtype, compute) for use in op.results]
-    forward = [*reads, *writes] if op.kind != "embedding" else [*reads[1:], *(_twice(w) for w in writes)]
-    backward = _backward(op, reads, writes, grads, compute) if differentiable else []
-    kernels = max(1, sum(grads)) if op.kind in FLOPS_KINDS else 1
-    shapes = tuple(
-        (use.factors, _dtype(t.dtype, compute), t.differentiable) for use, t in zip(op.operands, sides, strict=True)
-    )
-    experts = op.kind == "experts"
-    gradients = tuple(i + 1 for i, grad in enumerate(grads[:2]) if grad) if not experts else (1, 2)
-    return _Work(
-        op.target, price_kind(op), tuple(forward), tuple(backward), differentiable, kernels, (op.flops, op.backward_flops),
-        tuple(f.size for f in op.factors), _matmul(op), gradients, shapes, arguments,
-        rule_experts.experts_of(op.factors) if experts else 1, _beside(op, compute),
-    )  # fmt: skip
-
-
-def _backward(op: Op, reads: list[_Term], writes: list[_Term], grads: tuple[bool, ...], compute: str) -> list[_Term]:
-    """Bytes the backward pass moves: result gradients and saved tensors read, operand gradients written."""
-    wanted = [term for term, grad in zip(reads, grads, strict=True) if grad]
-    if op.target in PASS_THROUGH:
-        # An operand that lacks a factor of the result was broadcast: its gradient is a sum over the result's.
-        summed = [t for t in wanted if len(t.factors) < len(writes[0].factors)]
-        return [part for t in summed for part in (writes[0], t)]
-    if op.kind == "matmul":
-        return [*(writes * len(wanted)), *reads, *wanted]
-    if op.kind == "embedding":
-        # Zeros for the whole table, then rows of the gradient read and added.
-        return [*wanted, *(_twice(w) for w in writes)]
-    saved = [_saved(s, op, reads, writes, compute) for s in op.saved if op.target != MATH or s.source != "new"]
-    return [*writes, *saved, *wanted]
-
-
-def _saved(item: Saved, op: Op, reads: list[_Term], writes: list[_Term], compute: str) -> _Term:
-    if item.source == "operand":
-        return reads[item.index]
-    if item.source == "result":
-        return writes[item.index]
-    whole = math.prod(op.factors[f].size for f in item.factors)
-    return _Term(item.bytes / whole, item.factors)
-
-
-def _bytes(use: Use, dtype: str, compute: str) -> _Term:
-    return _Term(float(DTYPE_BYTES[_dtype(dtype, compute)]), tuple(f for dim in use.factors for f in dim))
-
-
-def _beside(op: Op, compute: str) -> tuple[tuple[_Term, ...], tuple[_Term, ...]]:
-    """Bytes a composite op moves besides its products, forward and backward."""
-    sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute)
-    forward, backward = (tuple(_Term(n * DTYPE_BYTES[compute], f) for n, f in side) for side in sides)
-    return forward, backward
-
-
-def _twice(term: _Term) -> _Term:
-    return _Term(2 * term.scale, term.factors)
-
-
-def _dtype(dtype: str, compute: str) -> str:
-    """Floating tensors of the graph run at the compute dtype; others stay."""
-    return compute if "float" in dtype else dtype
-
-
-def _matmul(op: Op) -> tuple[tuple[int, ...], ...]:
-    """Factor groups (batch, m, n, k) of a product of the two operands with the most factors; () for other kinds."""
-    if op.kind == "experts":
-        return rule_experts.product_groups(op)
-    if op.kind != "matmul":
-        return ()
-    uses = sorted(op.operands, key=lambda use: -sum(map(len, use.factors)))[:2]
-    if len(uses) < 2 or not op.results:
-        return ()
-    first, second = sorted(uses, key=op.operands.index)
-    left, right, out = (frozenset(f for dim in use.factors for f in dim) for use in (first, second, op.results[0]))
-    groups = (left & right & out, (left & out) - right, (right & out) - left, (left & right) - out)
-    return tuple(tuple(sorted(group)) for group in groups)

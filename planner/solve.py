@@ -12,14 +12,18 @@ from ..errors import ClusterError, Infeasible, PlanError
 from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
-from .attention import byte_masks, fused_attention, math_attention
+from .attention import GENERATIONS, byte_masks, fused_attention, math_attention
 from .capability import check_pins
 from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
 from .evaluate import Evaluation, Evaluator
+from .fusedsaves import fused_saves
+from .fusing import fusions
 from .infeasible import explain
+from .interval import step_interval
 from .joint import search
 from .legal import check_choices
+from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
 from .outline import Outline
@@ -38,7 +42,8 @@ from .plan import (
     Source,
 )  # fmt: skip
 from .plancheck import first_problem
-from .prices import FLOPS_KINDS
+from .precision import RECIPES
+from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
 from .residual import residual_factors
@@ -49,6 +54,7 @@ from .spell import plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
 from .unlike import UnlikeBench, pool_limits, pool_prices
+from .work import FLOPS_KINDS
 from .workbench import Task, Workbench
 
 
@@ -160,8 +166,23 @@ def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Re
         ready = byte_masks(math_attention(ready, request.dropping))
     elif cluster.device.kind == "gpu":
         ready = byte_masks(fused_attention(ready))
+    ready = cast_loss(ready, request.pins.loss or "float")
+    if request.pins.kernels == "fused":
+        ready = fused_saves(ready)
     setting = _setting(cluster, request.precision, request.optimizer)
-    return Task(ready, cluster, prices, request.pins, setting, request.memory_limit_bytes)
+    return Task(ready, cluster, _by_stack(prices, ready, request), request.pins, setting, request.memory_limit_bytes)
+
+
+def _by_stack(prices: PriceBook, outline: Outline, request: Request) -> PriceBook:
+    """Prices under the software that is asked for: attention kernels, fused kernels, products in 8 bits."""
+    recipe = RECIPES.get(request.precision.recipe)
+    if not isinstance(prices, Prices):
+        return prices
+    return replace(
+        prices, products=recipe.products if recipe is not None else "",
+        fused=fusions(outline) if request.pins.kernels == "fused" else {},
+        attention=GENERATIONS.get(request.pins.attention or "flash", "attention"),
+    )  # fmt: skip
 
 
 def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Problem:
@@ -295,6 +316,7 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """The figures a plan reports."""
     seconds = evaluation.step_seconds
+    low, high = step_interval(cluster, seconds)
     flops = sum(op.flops + op.backward_flops for op in outline.ops if op.kind in FLOPS_KINDS)
     return Prediction(
         step_seconds=seconds,
@@ -306,6 +328,8 @@ def predict(
         traffic=evaluation.traffic,
         sources=dict(sources),
         error=error,
+        step_seconds_low=low,
+        step_seconds_high=high,
     )
 
 

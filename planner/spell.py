@@ -31,6 +31,7 @@ from .plan import (
     Source,
     StagePlan,
 )  # fmt: skip
+from .precision import semantics_of
 from .schedules import fault
 from .shapes import Arrangement
 from .workbench import Workbench
@@ -67,7 +68,8 @@ def plan_of(
     return Plan(
         version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
         cluster_fingerprint=task.cluster.fingerprint(), objective=objective, optimizer=task.setting.optimizer,
-        precision=task.setting.precision, semantics="EXACT", mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
+        precision=task.setting.precision, semantics=semantics_of(task.setting.precision),
+        mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
         regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit_bytes,
         predicted=predict(bench, shape, figures),
         search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, given_up), pins=pins,

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .away import HERE, Away, Moved
-from .bench import Weights
 from .costs import PriceBook
+from .numbers import Weights
 from .offload import offloaded_state_bytes
 from .outline import DTYPE_BYTES
 from .plan import Precision

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from . import rule_experts
-from .bench import Numbers, UnitExperts
 from .experts import ExpertParallel, expert_degrees, expert_ops, expert_parallel
+from .numbers import Numbers, UnitExperts
 from .outline import Outline
 
 RECEIVED = 2

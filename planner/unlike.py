@@ -35,7 +35,7 @@ def pool_prices(prices: PriceBook, cluster: Cluster) -> PriceBook:
     """The price list of one pool, from data sheets."""
     if not isinstance(prices, Prices):
         raise ClusterError(f"{cluster.name}: pools of unlike devices are priced from data sheets only")
-    return Prices(cluster, prices.compute)
+    return replace(prices, cluster=cluster)
 
 
 class UnlikeBench(Workbench):

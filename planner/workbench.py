@@ -221,7 +221,7 @@ class Workbench:
         line = Line.of(self.regions, [[(o.forward, o.backward) for o in found] for found in options])
         return StageProblem(
             line, options, self.change(shape), Pipeline(shape.pp, shape.chunks, schedule_of(shape), shape.microbatches),
-            self.memory(), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
+            self.memory(shape), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
         )  # fmt: skip
 
     @cached_property
@@ -230,10 +230,19 @@ class Workbench:
         tensors = self.task.outline.tensors.values()
         return float(sum(t.bytes for t in tensors if t.role in ("buffer", "constant") and t.storage == t.name))
 
-    def memory(self) -> Memory:
-        """What a rank may use: the limit less the context, and its share of the host."""
+    def reserve(self, shape: Arrangement) -> float:
+        """Bytes that the device's context and the buffers of communicators take.
+
+        There is a communicator for every axis of several ranks, and one of all of them where there are several such axes (norms
+        of gradients, the end of a step).
+        """
+        axes = sum(size > 1 for size in (shape.pp, shape.dp, shape.cp, shape.tp)) + (1 < shape.ep < shape.dp)
+        return self.task.setting.reserve + (axes + (axes > 1)) * self.task.device.communicator_bytes
+
+    def memory(self, shape: Arrangement) -> Memory:
+        """What a rank may use: the limit less the context and communicators, and its share of the host."""
         host = self.task.cluster.host
-        cap = max(self.task.limit_bytes - self.task.setting.reserve - self.given_bytes, 0.0)
+        cap = max(self.task.limit_bytes - self.reserve(shape) - self.given_bytes, 0.0)
         if host is None or not self.tiers:
             return Memory(cap, 0.0, 0.0)
         return Memory(cap, float(host.rank_host_bytes), float(host.rank_disk_bytes))

@@ -35,10 +35,12 @@ def read_cluster(path: Path) -> Cluster:
     # [device]
     # preset = "h100-sxm"             # what is not given below comes from it (without it every figure is required)
     # memory_bytes = 80e9             # also memory_bytes_per_second, kernel_overhead_seconds, issue_seconds, compute_units,
-    #                                 # contraction_half, context_bytes; a figure may be {value = .., source = ".."}
+    #                                 # contraction_half, context_bytes, communicator_bytes;
+    #                                 # a figure may be {value = .., source = ".."}
     # [device.peak_flops]             # by dtype: bfloat16 = 989e12
     # [device.efficiencies]           # by kind of op: matmul = 0.7
     # [device.overlap]                # collectives under compute: fraction = 0.9, slowdown = 1.1
+    # [device.accuracy]               # measured / predicted steps, 5th and 95th percentile: low = 0.8, high = 1.2
     devices_per_node = 8
     nodes = 4
     [host]                            # optional: over the preset's, scaled to devices_per_node; `host = false` for none

@@ -5,12 +5,12 @@ Bytes are those of the full tensor (planner/collectives.py). For each group size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from .timing import spread_mean, time_call
+from .timing import device, time_call
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 """Full bytes that are timed."""
@@ -22,16 +22,27 @@ functional = torch.ops._c10d_functional
 
 
 def time_collectives(
-    names: tuple[str, ...], sizes: tuple[int, ...] = SIZES
-) -> dict[tuple[str, int], list[tuple[int, float]]]:
-    """Rows (full bytes, seconds) by (collective, group size) for every group size that divides the world."""
+    names: tuple[str, ...], sizes: tuple[int, ...] = SIZES, groups: Sequence[tuple[int, int]] | None = None
+) -> dict[tuple[str, int, int], list[tuple[int, float]]]:
+    """Rows (full bytes, seconds) by (collective, group size, stride) for `groups` of (size, stride).
+
+    Groups that are not given are those of neighbours, of every size that divides the world.
+    """
     world = dist.get_world_size()
-    found: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for size in (n for n in range(2, world + 1) if world % n == 0):
-        group = _own_group(size)
+    if groups is None:
+        groups = [(n, 1) for n in range(2, world + 1) if world % n == 0]
+    found: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+    for size, stride in groups:
+        group = own_group(size, stride)
         for name in names:
-            found[name, size] = rising([(full, _time_one(name, full, size, group)) for full in sizes])
+            found[name, size, stride] = rising([(full, _time_one(name, full, size, group)) for full in sizes])
     return found
+
+
+def strided_groups(world: int) -> list[tuple[int, int]]:
+    """(size, stride) of all groups that the axes of a mesh of `world` ranks may have, neighbours first."""
+    found = [(n, s) for n in range(2, world + 1) if world % n == 0 for s in range(1, world // n + 1)]
+    return sorted((pair for pair in found if world % (pair[0] * pair[1]) == 0), key=lambda pair: (pair[1], pair[0]))
 
 
 def rising(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -42,26 +53,27 @@ def rising(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return kept[::-1]
 
 
-def _own_group(size: int) -> str:
-    """The name of this rank's group of `size` neighbours; makes all such groups."""
-    own = ""
-    for start in range(0, dist.get_world_size(), size):
-        ranks = list(range(start, start + size))
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            own = group.group_name
+def own_group(size: int, stride: int = 1) -> str:
+    """The name of this rank's group of `size` ranks `stride` apart; makes all such groups."""
+    own, block = "", size * stride
+    for start in range(0, dist.get_world_size(), block):
+        for first in range(start, start + stride):
+            ranks = list(range(first, first + block, stride))
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                own = group.group_name
     return own
 
 
 def _time_one(name: str, full: int, size: int, group: str) -> float:
     call = _call(name, max(full // 4, size * size), size, group)
     call()
-    return spread_mean(time_call(call, SECONDS_PER_SIZE).seconds)
+    return time_call(call, SECONDS_PER_SIZE, together=True).seconds
 
 
 def _call(name: str, elements: int, size: int, group: str) -> Callable[[], object]:
     """One collective of `elements` float32 elements of full tensor, as a call without arguments."""
-    local = torch.ones(elements if name in ("all_reduce", "reduce_scatter") else elements // size)
+    local = torch.ones(elements if name in ("all_reduce", "reduce_scatter") else elements // size, device=device())
     if name == "all_reduce":
         return lambda: functional.wait_tensor(functional.all_reduce(local, "sum", group))
     if name == "all_gather":

@@ -38,7 +38,7 @@ __all__ = ["describe", "list_clusters", "load_device", "parse_bytes", "parse_clu
 _SPEC = re.compile(
     r"(?P<device>[a-z0-9-]+)(?::(?P<per_node>\d+)(?:x(?P<nodes>\d+))?)?(?:@(?P<rate>[\d.]+)(?P<unit>[A-Za-z/]+))?"
 )
-_LOCAL = re.compile(r"(local|local-cpu)(?::(\d+))?")
+LOCAL = re.compile(r"(local|local-cpu)(?::(\d+))?")
 _RATES = {"Mbps": 1e6 / 8, "Gbps": 1e9 / 8, "Tbps": 1e12 / 8, "GB/s": 1e9, "GBps": 1e9}
 _SIZES = {unit + end: 1000**i for i, unit in enumerate(("", "k", "M", "G", "T")) for end in ("", "B")} | {
     f"{unit}iB": 1024 ** (i + 1) for i, unit in enumerate("KMGT")
@@ -52,7 +52,7 @@ def parse_cluster(spec: str, memory_limit: int | str | None = None, *, cache: st
     ClusterError saying what was expected, with the nearest names.
     """
     limit = parse_bytes(memory_limit) if memory_limit is not None else None
-    local = _LOCAL.fullmatch(spec)
+    local = LOCAL.fullmatch(spec)
     if local is not None:
         from .local import local_cluster  # the only form that needs torch
 
@@ -79,7 +79,8 @@ def describe(name: str) -> dict[str, Any]:
     usual = int(node["devices"])
     levels = [level("rank", node["link"], usual), level("node", node["network"], usual)]
     rows: dict[str, Any] = {
-        key: (getattr(device, key), device.source(key)) for key in (*FIGURES, "overlap_fraction", "overlap_slowdown")
+        key: (getattr(device, key), device.source(key))
+        for key in (*FIGURES, "overlap_fraction", "overlap_slowdown", "accuracy_low", "accuracy_high")
     }
     host = usual_host(data, usual, f"device {name}")
     told = [key for key in HOST_FIGURES if host is not None and key in host.sources]

@@ -12,30 +12,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import LaunchError
+from .progress import Row, Tail
 
 TIMEOUT_SECONDS = 150.0
 """Far more than a measurement takes on an idle machine: starting Python on a crowded one is slow."""
 
 
-def run_ranks(
-    ranks: int, threads: int, tasks: Sequence[str], *, timeout: float = TIMEOUT_SECONDS, **details: Any
-) -> dict[str, Any]:
-    """Run `tasks` of profiles/worker.py on `ranks` gloo ranks of `threads` threads each; returns their results by task.
+class TimeUp(LaunchError):
+    """The ranks did not answer in time; what they were at is in the rows told last."""
 
-    Raises LaunchError with the end of a rank's error output when a rank fails or the time is up.
+
+def run_ranks(
+    ranks: int, threads: int, tasks: Sequence[str], *, timeout: float = TIMEOUT_SECONDS,
+    heard: Callable[[list[Row]], None] | None = None, **details: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Run `tasks` of profiles/tasks.py on `ranks` ranks (gloo; nccl with `gpu=True`) of `threads` threads; results by task.
+
+    `heard` is told of rows while the ranks measure. Raises LaunchError with the end of a rank's error output when a rank fails,
+    and TimeUp, one of its kinds, when the time is up.
     """
     with tempfile.TemporaryDirectory(prefix="shardwright-") as name:
         folder = Path(name)
         job = {"ranks": ranks, "threads": threads, "tasks": list(tasks), "timeout": timeout, **details}
         (folder / "job.json").write_text(json.dumps(job))
+        tail = Tail(folder / "progress")
         processes = [_start(folder, rank) for rank in range(ranks)]
         try:
-            _wait(processes, folder, time.monotonic() + timeout)
+            _wait(
+                processes,
+                folder,
+                time.monotonic() + timeout,
+                lambda: heard(rows) if heard and (rows := tail.rows()) else None,
+            )
         finally:
             for process in processes:
                 process.kill()
@@ -65,18 +78,22 @@ def _environment(given: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, **loopback}
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: float) -> None:
-    """Until every rank has ended well; the first failure or the deadline raises."""
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: float, look: Callable[[], None]
+) -> None:
+    """Until every rank has ended well, looking at what they told; the first failure or the deadline raises."""
     while True:
+        look()
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code:
                 raise LaunchError(f"measuring this machine: rank {rank} of {len(codes)} failed:\n{_tail(folder, rank)}")
         if all(code == 0 for code in codes):
+            look()
             return
         if time.monotonic() > deadline:
             late = codes.index(None)
-            raise LaunchError(
+            raise TimeUp(
                 f"measuring this machine: rank {late} of {len(codes)} did not answer in time\n{_tail(folder, late)}"
             )
         time.sleep(0.02)

@@ -19,6 +19,7 @@ from ..planner.cluster import MEASURED, Cluster, Device, Level
 from ..planner.collectives import Table
 from .devices import list_clusters, load_device, parse_cluster
 from .jobs import run_ranks
+from .measured import with_measured
 from .store import Store
 
 LEVEL = "gloo"
@@ -37,7 +38,7 @@ def local_cluster(
     if count is not None and count < 1:
         raise ClusterError(f"cluster {spec!r}: at least 1 device")
     if not cpu and torch.cuda.is_available():
-        return _gpus(count, spec)
+        return with_measured(_gpus(count, spec), _store(store), versions())
     return _cpus(count if count is not None else min(8, cores()), _store(store), spec)
 
 
@@ -67,6 +68,14 @@ def threads_per_rank(ranks: int) -> int:
 def machine_key(ranks: int) -> str:
     """What figures of this machine are filed under: processor, cores, ranks and threads."""
     return f"cpu {_processor()}, {cores()} cores, {ranks} ranks of {threads_per_rank(ranks)} threads"
+
+
+def device_name(device: torch.device, ranks: int) -> str:
+    """What a run on `device` with `ranks` ranks is filed under: the preset of a GPU (else its own name), or this machine."""
+    if device.type != "cuda":
+        return machine_key(ranks)
+    properties = torch.cuda.get_device_properties(device)
+    return preset_name(properties.name, properties.total_memory) or str(properties.name)
 
 
 def versions() -> str:
@@ -116,7 +125,9 @@ def _figures(ranks: int, store: Store) -> dict[str, Any]:
 
 
 def _split(rows: dict[str, Any]) -> dict[tuple[str, int], Any]:
-    return {(key.partition(":")[0], int(key.partition(":")[2])): found for key, found in rows.items()}
+    """Rows of neighbours; those of groups with a stride ("NAME:SIZE@STRIDE") are as fast on one machine."""
+    near = {key: found for key, found in rows.items() if "@" not in key}
+    return {(key.partition(":")[0], int(key.partition(":")[2])): found for key, found in near.items()}
 
 
 def _device(figures: dict[str, float], memory: int, ranks: int) -> Device:
@@ -136,7 +147,11 @@ def _device(figures: dict[str, float], memory: int, ranks: int) -> Device:
         kernel_overhead_seconds=_round(figures["overhead"]),
         efficiencies=efficiencies,
         kind="cpu",
-        sources={"memory_bytes": f"memory of this machine / {ranks}", **dict.fromkeys(timed, text)},
+        sources={
+            "memory_bytes": f"memory of this machine / {ranks}",
+            "machine": machine_key(ranks),
+            **dict.fromkeys(timed, text),
+        },
     )
 
 

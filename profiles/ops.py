@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
-from ..planner.prices import OpKey, OpRow
+from ..planner.prices import OpRow
 from ..planner.rule_types import Operand
-from .timing import Timing, agree, spread_mean, time_call
+from ..planner.work import OpKey
+from .failures import KIND, UNSUPPORTED, failure, key_of
+from .progress import Tell, untold
+from .timing import Timing, agree, device, spread_mean, time_call
 
 SECONDS_PER_OP = 0.04
 """Time spent on one direction of one op, warm-up excluded."""
@@ -46,7 +49,7 @@ def argument_text(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The canonical text of plain arguments (tensors as `Operand` markers); "" where a value has none."""
     try:
         return json.dumps(
-            [_encode(list(args)), {k: _encode(v) for k, v in sorted(kwargs.items())}], separators=(",", ":")
+            [encode(list(args)), {k: encode(v) for k, v in sorted(kwargs.items())}], separators=(",", ":")
         )
     except TypeError:
         return ""
@@ -66,8 +69,8 @@ def parse_key(text: str) -> OpKey:
 def encode_request(request: OpRequest) -> list[Any] | None:
     """A request as JSON values, or None when its arguments cannot be sent."""
     try:
-        kwargs = {k: _encode(v) for k, v in request.kwargs.items()}
-        return [request.target, request.operands, _encode(list(request.args)), kwargs, request.arguments]
+        kwargs = {k: encode(v) for k, v in request.kwargs.items()}
+        return [request.target, request.operands, encode(list(request.args)), kwargs, request.arguments]
     except TypeError:
         return None
 
@@ -76,11 +79,11 @@ def decode_request(data: Sequence[Any]) -> OpRequest:
     """The inverse of `encode_request`."""
     target, operands, args, kwargs, arguments = data
     shapes = tuple((tuple(shape), dtype, bool(grad)) for shape, dtype, grad in operands)
-    return OpRequest(target, shapes, tuple(_decode(args)), {k: _decode(v) for k, v in kwargs.items()}, arguments)
+    return OpRequest(target, shapes, tuple(decode(args)), {k: decode(v) for k, v in kwargs.items()}, arguments)
 
 
-def time_requests(requests: Iterable[OpRequest], budget_seconds: float) -> dict[OpKey, OpRow]:
-    """Time requests in order until the budget is spent; ops that cannot be called so are left out.
+def time_requests(requests: Iterable[OpRequest], budget_seconds: float, tell: Tell = untold) -> dict[OpKey, OpRow]:
+    """Time requests in order until the budget is spent; `tell` hears of each row, and why there is none where an op fails.
 
     Called on every rank of a measurement: ranks time one op at the same moment and their means are returned everywhere.
     """
@@ -90,34 +93,42 @@ def time_requests(requests: Iterable[OpRequest], budget_seconds: float) -> dict[
         if spent >= budget_seconds or request.key in rows:
             continue
         begin = time.perf_counter()
+        name = key_text(request.key)
+        tell("begin", "op", name)
         timed = _time_request(request)
         spent += agree(time.perf_counter() - begin)
-        if timed is not None:
+        if isinstance(timed, OpRow):
             rows[request.key] = timed
+            tell("op", name, (timed.forward, timed.backward, timed.error))
+        else:
+            tell(KIND, key_of("op", name), timed)
     return rows
 
 
-def _time_request(request: OpRequest) -> OpRow | None:
-    """The row of one op; None where it fails on any rank."""
+def _time_request(request: OpRequest) -> OpRow | dict[str, str]:
+    """The row of one op; the failure where it fails on any rank."""
+    call, grads, why = None, False, {"type": UNSUPPORTED, "message": "it failed on another rank"}
     try:
         call, grads = _prepare(request)
-    except Exception:  # whatever a custom op raises on made-up inputs: it stays unmeasured, its price is modelled
-        call, grads = None, False
+    except (
+        Exception
+    ) as error:  # whatever a custom op raises on made-up inputs: it stays unmeasured, its price is modelled
+        why = failure(error)
     if agree(0.0 if call is not None else 1.0) > 0.0 or call is None:
-        return None
+        return why
     forward, backward = call
     ahead = time_call(forward, SECONDS_PER_OP)
     back = time_call(backward, SECONDS_PER_OP) if grads else Timing(0.0, 0.0)
-    error = max(ahead.spread, back.spread)
-    return OpRow(spread_mean(ahead.seconds), spread_mean(back.seconds), round(error, 3))
+    spread = max(ahead.spread, back.spread)
+    return OpRow(spread_mean(ahead.seconds), spread_mean(back.seconds), round(spread, 3))
 
 
 def _prepare(request: OpRequest) -> tuple[tuple[Callable[[], object], Callable[[], object]], bool]:
     """(forward, backward) as calls without arguments, both run once; whether there is a backward."""
-    target = _resolve(request.target)
+    target = resolve(request.target)
     operands = [_tensor(request, i) for i in range(len(request.operands))]
-    args = [_filled(a, operands) for a in request.args]
-    kwargs = {k: _filled(v, operands) for k, v in request.kwargs.items()}
+    args = [filled(a, operands) for a in request.args]
+    kwargs = {k: filled(v, operands) for k, v in request.kwargs.items()}
     result = target(*args, **kwargs)
     outputs = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, torch.Tensor)]
     ends = [r for r in outputs if r.requires_grad]
@@ -135,7 +146,7 @@ def _prepare(request: OpRequest) -> tuple[tuple[Callable[[], object], Callable[[
     return (forward, backward), bool(ends and wanted)
 
 
-def _resolve(target: str) -> Any:
+def resolve(target: str) -> Any:
     """The callable of a rule key such as "aten.linear"; raises AttributeError for what torch.ops does not have."""
     found: Any = torch.ops
     for part in target.split("."):
@@ -148,10 +159,10 @@ def _tensor(request: OpRequest, index: int) -> torch.Tensor:
     shape, name, grad = request.operands[index]
     dtype = getattr(torch, name)
     if dtype.is_floating_point:
-        return (torch.rand(shape) * 0.9 + 0.1).to(dtype).requires_grad_(grad)
+        return (torch.rand(shape, device=device()) * 0.9 + 0.1).to(dtype).requires_grad_(grad)
     if dtype == torch.bool:
-        return torch.rand(shape) < 0.5
-    return torch.randint(0, _bound(request), shape, dtype=dtype)
+        return torch.rand(shape, device=device()) < 0.5
+    return torch.randint(0, _bound(request), shape, dtype=dtype, device=device())
 
 
 def _bound(request: OpRequest) -> int:
@@ -164,15 +175,16 @@ def _bound(request: OpRequest) -> int:
     return max(1, min((size for shape, dtype, _ in request.operands if "float" in dtype for size in shape), default=2))
 
 
-def _filled(value: Any, operands: Sequence[torch.Tensor]) -> Any:
+def filled(value: Any, operands: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> Any:
+    """Arguments with tensors where their `Operand` marks stand."""
     if isinstance(value, Operand):
         return operands[value.index]
     if isinstance(value, list | tuple):
-        return [_filled(v, operands) for v in value]
+        return [filled(v, operands) for v in value]
     return value
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """Plain values as JSON; operands, dtypes and devices as one-entry objects. TypeError for anything else."""
     if isinstance(value, Operand):
         return {"operand": value.index}
@@ -181,15 +193,16 @@ def _encode(value: Any) -> Any:
     if isinstance(value, torch.device):
         return {"device": value.type}
     if isinstance(value, list | tuple):
-        return [_encode(v) for v in value]
+        return [encode(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"no JSON for {type(value).__name__}")
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
     if isinstance(value, list):
-        return [_decode(v) for v in value]
+        return [decode(v) for v in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

@@ -23,6 +23,7 @@ FIGURES = (
     "compute_units",
     "contraction_half",
     "context_bytes",
+    "communicator_bytes",
 )
 """Plain figures of a device table."""
 
@@ -51,8 +52,23 @@ HOST_OPTIONAL: Mapping[str, float] = {
 OVERLAP = ("fraction", "slowdown")
 """Figures of an [overlap] table."""
 
+ACCURACY = ("low", "high")
+"""Figures of an [accuracy] table: measured over predicted step seconds, 5th and 95th percentile."""
+
+UNCHECKED: Mapping[str, Any] = {
+    "low": {"value": 0.65, "source": "assumed: no published run of this device was checked"},
+    "high": {"value": 1.6, "source": "assumed: no published run of this device was checked"},
+}
+"""What holds where a device's file has none."""
+
+HOST_RESERVE = 0.08
+"""Share of a machine's memory that a process on its CPU leaves alone."""
+
 LINK = ("bytes_per_second", "efficiency", "latency_seconds", "launch_seconds")
 """Figures of a level of links."""
+
+RESERVE = "reserve_fraction"
+"""Share of a device's memory that its allocator loses, where a device's file says so; else `allocator_loss`."""
 
 _NEUTRAL = {
     "kernel_overhead_seconds": 4e-6,
@@ -60,6 +76,7 @@ _NEUTRAL = {
     "compute_units": 0,
     "contraction_half": 0.0,
     "context_bytes": 0,
+    "communicator_bytes": 0,
 }
 _POSITIVE = frozenset(
     {"memory_bytes", "memory_bytes_per_second", "host_bytes", "copy_bytes_per_second", "host_memory_bytes_per_second",
@@ -113,8 +130,8 @@ def level(kind: str, name: str, per_node: int) -> Level:
 
 def merged_device(base: Mapping[str, Any] | None, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A user's device table over the preset's."""
-    nested = ("peak_flops", "efficiencies", "overlap")
-    only(table, ("preset", "name", "kind", *nested, *FIGURES), f"{where}: field device")
+    nested = ("peak_flops", "efficiencies", "overlap", "accuracy")
+    only(table, ("preset", "name", "kind", *nested, *FIGURES, RESERVE), f"{where}: field device")
     merged: dict[str, Any] = dict(base) if base is not None else {"name": "device", "kind": "gpu"}
     for key, value in table.items():
         if key in nested:
@@ -136,6 +153,8 @@ def build_device(data: Mapping[str, Any], *, where: str) -> Device:
     if not peaks:
         raise ClusterError(f"{where}.peak_flops: missing; give FLOP/s for at least one dtype")
     fraction, slowdown = _overlap(data.get("overlap", {}), where, sources)
+    low, high = _accuracy(data.get("accuracy", {}), where, sources)
+    kind = str(data.get("kind", "gpu"))
     return Device(
         name=str(data.get("name", "device")),
         memory_bytes=int(values["memory_bytes"]),
@@ -147,10 +166,14 @@ def build_device(data: Mapping[str, Any], *, where: str) -> Device:
         contraction_half=values["contraction_half"],
         issue_seconds=values["issue_seconds"],
         context_bytes=int(values["context_bytes"]),
-        kind=str(data.get("kind", "gpu")),
+        communicator_bytes=int(values["communicator_bytes"]),
+        reserve_fraction=_reserve(data, kind, where, sources),
+        kind=kind,
         sources=sources,
         overlap_fraction=fraction,
         overlap_slowdown=slowdown,
+        accuracy_low=low,
+        accuracy_high=high,
     )
 
 
@@ -226,6 +249,31 @@ def nearest(text: str) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(names)}"
 
 
+def allocator_loss() -> tuple[float, str]:
+    """Share of a device's memory that its caching allocator loses to fragments, and where that is known from.
+
+    A quantile over public out-of-memory messages (data/allocator.toml): this share of the failed runs lost no more.
+    """
+    data = _toml("allocator.toml")
+    shares = sorted(lost / whole for _, whole, lost in data["failures"])
+    at = min(int(data["quantile"] * len(shares)), len(shares) - 1)
+    return round(shares[at], 3), f"{data['source']}: {data['quantile']:.0%} lost no more than this"
+
+
+def _reserve(data: Mapping[str, Any], kind: str, where: str, sources: dict[str, str]) -> float:
+    """The share of the memory left to the allocator."""
+    if RESERVE in data:
+        found = figure(data, RESERVE, RESERVE, where, sources)
+        if found >= 1:
+            raise ClusterError(f"{where}.{RESERVE}: expected a number in [0, 1)")
+        return found
+    if kind != "gpu":
+        sources[RESERVE] = "assumed: what the system and the process itself take"
+        return HOST_RESERVE
+    share, sources[RESERVE] = allocator_loss()
+    return share
+
+
 def _overlap(table: Mapping[str, Any], where: str, sources: dict[str, str]) -> tuple[float, float]:
     only(table, OVERLAP, f"{where}.overlap")
     figures = {"fraction": 0.0, "slowdown": 1.0, **table}
@@ -235,6 +283,18 @@ def _overlap(table: Mapping[str, Any], where: str, sources: dict[str, str]) -> t
         raise ClusterError(f"{where}.overlap: expected a fraction in [0, 1] and a slowdown of at least 1")
     sources.update({f"overlap_{key}": notes[f"overlap.{key}"] for key in table})
     return fraction, slowdown
+
+
+def _accuracy(table: Mapping[str, Any], where: str, sources: dict[str, str]) -> tuple[float, float]:
+    """Between which ratios of measured and predicted steps nine of ten lie; wide where nobody has said."""
+    only(table, ACCURACY, f"{where}.accuracy")
+    notes: dict[str, str] = {}
+    figures = {**UNCHECKED, **table}
+    low, high = (figure(figures, key, f"accuracy.{key}", where, notes) for key in ACCURACY)
+    if not 0 < low <= 1 <= high:
+        raise ClusterError(f"{where}.accuracy: expected low in (0, 1] and high of at least 1")
+    sources.update({f"accuracy_{key}": notes[f"accuracy.{key}"] for key in ACCURACY})
+    return low, high
 
 
 def _network(kind: str, name: str) -> dict[str, Any]:

@@ -1,23 +1,22 @@
 """One rank of a measurement: `python -m shardwright.profiles.worker FOLDER RANK` (started by profiles/jobs.py).
 
-FOLDER/job.json says what to time; rank 0 leaves FOLDER/result.json. Everything is plain JSON.
+FOLDER/job.json says what to measure (profiles/tasks.py); rank 0 leaves rows in FOLDER/progress as they come, and at the end
+FOLDER/result.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..planner.collectives import COLLECTIVES
-from .comms import time_collectives
-from .machine import time_machine
-from .ops import decode_request, key_text, time_requests
+from .progress import into, untold
+from .tasks import run_tasks
 
 
 def main(folder: Path, rank: int) -> None:
@@ -25,11 +24,16 @@ def main(folder: Path, rank: int) -> None:
     job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
+    on_gpu = bool(job.get("gpu"))
+    if on_gpu:
+        torch.cuda.set_device(rank)
     store = torch.distributed.FileStore(str(folder / "store"), job["ranks"])  # type: ignore[attr-defined]
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=job["ranks"], timeout=timedelta(seconds=job["timeout"])
-    )
-    result = {task: _TASKS[task](job) for task in job["tasks"]}
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=job["ranks"],
+        timeout=timedelta(seconds=job["timeout"]),
+    )  # fmt: skip
+    with open(folder / "progress" if rank == 0 else os.devnull, "a") as progress:
+        result = run_tasks(job, into(progress) if rank == 0 else untold)
     if rank == 0:
         part = folder / "result.part"
         part.write_text(json.dumps(result))
@@ -37,21 +41,6 @@ def main(folder: Path, rank: int) -> None:
     dist.barrier()
     dist.destroy_process_group()
 
-
-def _machine(job: dict[str, Any]) -> dict[str, float]:
-    return time_machine()
-
-
-def _collectives(job: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    return {f"{name}:{size}": rows for (name, size), rows in time_collectives(COLLECTIVES).items()}
-
-
-def _ops(job: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    rows = time_requests([decode_request(r) for r in job["requests"]], job["budget"])
-    return {key_text(key): (row.forward, row.backward, row.error) for key, row in rows.items()}
-
-
-_TASKS = {"machine": _machine, "collectives": _collectives, "ops": _ops}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))

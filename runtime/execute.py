@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from ..errors import ShardwrightError, UsageError
 from ..passes.models import rebuild
 from ..planner.plan import Plan
 from ..planner.planfile import load_plan, write_whole
+from ..profiles.clock import Watch
+from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
 from .losses import loss_of
@@ -29,6 +30,7 @@ from .mesh import check_world, ensure_process_group, leave_process_group, rank, 
 from .module import ParallelModule
 from .monitor import measure_step
 from .optimizers import make_optimizer
+from .phases import BACKWARD, BOTH, FORWARD, OPTIMIZER, Phases, slowest
 from .verify import verify
 
 WARMUP = 2
@@ -76,7 +78,8 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     loaded = rebuild(plan.source)
     limit = plan.memory_limit_bytes
     found: dict[str, Any] = {
-        "plan": str(options.plan), "verify": [], "world_size": world_size(), "memory_limit_bytes": limit, "fits": True
+        "plan": str(options.plan), "verify": [], "world_size": world_size(), "memory_limit_bytes": limit, "fits": True,
+        "device": device_name(device, world_size()), "versions": versions(), "compiled": bool(options.compile),
     }  # fmt: skip
     if options.verify:
 
@@ -129,29 +132,42 @@ def _train(
 ) -> dict[str, Any]:
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
     losses: list[float] = []
+    phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
+    # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
+    ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches == 1 else (BOTH, BOTH)
 
     def step() -> None:
         args, kwargs = next(data)
+        phases.start()
         optimizer.zero_grad()
         loss = loss_of(pm(*args, **kwargs))
+        phases.end(ahead)
         loss.backward()
+        phases.end(back)
         optimizer.step()
+        phases.end(OPTIMIZER)
         losses.append(float(loss.detach()))
 
-    seconds = []
+    seconds, waited = [], []
     for _ in range(options.steps + WARMUP):
         _barrier()
-        start = time.perf_counter()
+        watch = Watch(team=world_size() == 1)
         step()
         _barrier()
-        seconds.append(time.perf_counter() - start)
-    peak = measure_step(step, pm, optimizer)
+        span = watch.stop()
+        seconds.append(span.seconds)
+        waited.append(span.waited)
+        steps.append(phases.seconds())
+    peak = measure_step(step, pm, optimizer, device=pm.device_of_run)
     ledger = CommLedger(pm.axis_names)
     with ledger:
         step()
     if options.trace is not None:
         _trace(step, options.trace)
-    mine = {"seconds": seconds[WARMUP:], "peak_bytes": peak.bytes, "collectives": _traffic(ledger)}
+    mine = {
+        "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
+        "collectives": _traffic(ledger), "phases": steps[WARMUP:],
+    }  # fmt: skip
     ranks: list[Any] = [None] * world_size()
     if world_size() > 1:
         dist.all_gather_object(ranks, mine)
@@ -160,6 +176,7 @@ def _train(
     return {
         "losses": losses,
         "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(options.steps)),
+        "phase_seconds": slowest([r.pop("phases") for r in ranks]),
         "peak_bytes": [r["peak_bytes"] for r in ranks],
         "collectives": ranks[0]["collectives"],
         "ranks": ranks,

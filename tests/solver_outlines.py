@@ -20,6 +20,7 @@ class FakePrice:
     seconds: float
     source: str = "modelled"
     error: float = 0.1
+    issue_seconds: float = 0.0
 
 
 @dataclass

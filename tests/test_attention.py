@@ -6,8 +6,17 @@ from dataclasses import replace
 
 import pytest
 from attention_outlines import Form, decoder
-from shardwright.planner.attention import MATH, MATH_KIND, byte_masks, fused_attention, math_attention, moved
+from shardwright.planner.attention import (
+    MATH,
+    MATH_KIND,
+    byte_masks,
+    fused_attention,
+    math_attention,
+    math_kernels,
+    moved,
+)
 from shardwright.planner.costs import Costs, Shape
+from shardwright.planner.fusing import fusions
 from shardwright.planner.outline import Op, Outline, Saved
 from shardwright.planner.plan import MeshAxis
 from shardwright.planner.prices import Prices
@@ -65,8 +74,9 @@ def test_the_price_is_that_of_separate_kernels(causal: bool, drops: bool) -> Non
     best = device.peak("bfloat16") * device.efficiency(MATH_KIND)
     rate = device.memory_bytes_per_second * device.efficiency("elementwise")
     # Two products; scores written, softmax reads and writes, second product reads; mask and dropout read and write.
-    there = 2 * product / best + SCORES * (2 * (4 + 2 * causal + 2 * drops) + drops) / rate
-    back = 4 * product / best + SCORES * (2 * (7 + 2 * drops) + drops) / rate
+    started = [n * device.kernel_overhead_seconds for n in math_kernels(op)]
+    there = started[0] + 2 * product / best + SCORES * (2 * (4 + 2 * causal + 2 * drops) + drops) / rate
+    back = started[1] + 4 * product / best + SCORES * (2 * (7 + 2 * drops) + drops) / rate
     assert forward.seconds == pytest.approx(there, rel=0.02)
     assert backward.seconds == pytest.approx(back, rel=0.02)
 
@@ -92,12 +102,24 @@ def test_a_ring_of_separate_kernels_shares_work_and_scores() -> None:
     found = math_attention(outline())
     op, prices = attention(found), Prices(CLUSTER, "bfloat16")
     whole, ring = (
-        Costs(prices, Shape((MeshAxis("cp", n, "context", ""),))).run(op, found.tensors, (choice,))
+        Costs(prices, Shape((MeshAxis("cp", n, "context", ""),)), ahead=True).run(op, found.tensors, (choice,))
         for n, choice in ((1, "R"), (4, RING))
     )
     assert whole is not None
     assert ring is not None
-    assert ring.forward == pytest.approx(whole.forward / 4, rel=0.1)
+    started = math_kernels(op)[0] * CLUSTER.device.kernel_overhead_seconds
+    assert ring.forward - 4 * started == pytest.approx((whole.forward - started) / 4, rel=0.1)
+
+
+def test_fused_kernels_mask_where_they_normalise() -> None:
+    found = math_attention(outline(causal=True), {"l1.attn"})
+    op = attention(found)
+    assert math_kernels(op) == (5, 7)  # two products, mask, softmax, dropout; four products backward
+    assert math_kernels(op, masks=True) == (4, 6)
+    sizes = tuple(f.size for f in op.factors)
+    eager, fused = (Prices(CLUSTER, "bfloat16", fused=f).op(op, sizes, found.tensors) for f in ({}, fusions(found)))
+    assert fused[0].seconds < eager[0].seconds
+    assert fused[0].issue_seconds == 4 * CLUSTER.device.issue_seconds
 
 
 def test_other_ops_move_nothing_beside() -> None:

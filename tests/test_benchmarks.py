@@ -57,7 +57,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def pins(run: Run) -> dict[str, str]:
-    return dict(pin.split("=") for pin in run.pins)
+    return dict(pin.split("=") for pin in run.pins if "!=" not in pin)
 
 
 def test_a_complete_row() -> None:
@@ -68,7 +68,8 @@ def test_a_complete_row() -> None:
     assert (run.batch, run.seq, run.precision, run.measured_seconds) == (32, 64, "megatron", 2.0)
     assert pins(run) == {
         "dp": "2", "tp": "4", "pp": "2", "cp": "1", "micro_batch": "2", "schedule": "1f1b", "vpp": "1", "zero": "1",
-        "sequence_parallel": "on", "recompute": "full",
+        "sequence_parallel": "on", "recompute": "full", "offload": "none", "attention": "math", "kernels": "fused",
+        "loss": "float",
     }  # fmt: skip
     assert run.config["n_layer"] == 2
     assert run.config["resid_pdrop"] == 0.1
@@ -94,10 +95,19 @@ def test_every_pin_is_one_of_the_planner() -> None:
         ({"parallelism__schedule": "GPipe"}, {"schedule": "gpipe", "vpp": "1"}),
         ({"parallelism__schedule": "ZB-1p"}, {"schedule": "zb-h1"}),
         ({"parallelism__schedule": "ZB-2p"}, {"schedule": None, "vpp": "1"}),
-        ({"parallelism__schedule": None}, {"schedule": None, "vpp": None}),
+        ({"parallelism__schedule": None}, {"schedule": "1f1b", "vpp": "1"}),
         ({"parallelism__zero_stage": None, "parallelism__fsdp": "FULL_SHARD (x)"}, {"zero": "3"}),
         ({"parallelism__zero_stage": 3, "parallelism__fsdp": "SHARD_GRAD_OP (x)"}, {"zero": "2"}),
         ({"parallelism__zero_stage": None}, {"zero": None}),
+        ({"parallelism__offload": None}, {"offload": "none"}),
+        ({"parallelism__recompute": "selective"}, {"recompute": "selective"}),
+        ({"parallelism__recompute": "selective", "parallelism__framework": "PyTorch FSDP1"}, {"recompute": None}),
+        ({"parallelism__recompute": "fraction 1.0 of layers"}, {"recompute": "full"}),
+        ({"parallelism__framework": "PyTorch FSDP1 + torch.compile"}, {"attention": "flash", "kernels": "fused"}),
+        ({"parallelism__framework": "PyTorch FSDP1"}, {"attention": "flash", "kernels": "eager"}),
+        ({"parallelism__framework": "NeMo/Megatron-Core", "hardware__gpu": "H100 80GB"}, {"attention": "flash3"}),
+        ({"parallelism__framework": "NeMo/Megatron-Core"}, {"attention": "flash", "kernels": "fused"}),
+        ({"model__attention": "flash/triton (yaml attn_impl: flash)"}, {"attention": "flash1"}),
         ({"parallelism__sp": None}, {"sequence_parallel": None}),
         ({"parallelism__recompute": "none (not stated)"}, {"recompute": "none"}),
         ({"parallelism__recompute": "fraction 0.5 of layers"}, {"recompute": None}),
@@ -105,8 +115,8 @@ def test_every_pin_is_one_of_the_planner() -> None:
         ({"parallelism__offload": "optimizer on CPU; GPU-update stride 5"}, {"offload": "optimizer"}),
         ({"parallelism__offload": "CPU offload"}, {"offload": "params"}),
         ({"model__attention": "unfused (use_flash_attn False)"}, {"attention": "math"}),
-        ({"model__attention": "flash_attention2 + RMS kernel"}, {"attention": "flash", "kernels": None}),
-        ({"model__attention": "torch"}, {"attention": "math", "kernels": None}),
+        ({"model__attention": "flash_attention2 + RMS kernel"}, {"attention": "flash", "kernels": "fused"}),
+        ({"model__attention": "torch"}, {"attention": "math", "kernels": "fused"}),
     ],
 )
 def test_pins(changes: dict[str, Any], expected: dict[str, str | None]) -> None:
@@ -117,12 +127,11 @@ def test_pins(changes: dict[str, Any], expected: dict[str, str | None]) -> None:
 @pytest.mark.parametrize(
     ("changes", "lost"),
     [
-        ({"parallelism__precision": "FP8"}, "precision FP8"),
+        ({"parallelism__precision": "fp16"}, "precision fp16"),
         ({"parallelism__schedule": "ZB-2p"}, "schedule ZB-2p"),
-        ({"parallelism__recompute": "fraction 0.5 of layers"}, "recompute fraction"),
+        ({"parallelism__recompute": "auto"}, "recompute auto"),
         ({"parallelism__offload": "optimizer on CPU; GPU-update stride 5"}, "stride"),
         ({"parallelism__fsdp": "HSDP"}, "HSDP"),
-        ({"parallelism__other": "first/last stage have one layer fewer"}, "stage sizes"),
     ],
 )
 def test_what_pins_cannot_say_is_kept(changes: dict[str, Any], lost: str) -> None:
@@ -159,13 +168,67 @@ def test_reasons(changes: dict[str, Any], reason: str) -> None:
 def test_out_of_memory_needs_no_result() -> None:
     run = read_row(row(result__iteration_time_s=None, result__other="OOM Error"))
     assert run.out_of_memory
-    assert run.reasons == ("out of memory in the source",)
+    assert run.complete
+    assert not run.usable
     assert not read_row(row(result__other="OOM at batch 64")).out_of_memory
 
 
 def test_one_device() -> None:
-    run = read_row(row(hardware__gpus=1, parallelism__dp=1, parallelism__tp=1, parallelism__pp=1))
-    assert run.reasons == ("one device",)
+    alone = {"hardware__gpus": 1, "parallelism__dp": 1, "parallelism__tp": 1, "parallelism__pp": 1}
+    run = read_row(row(**alone))
+    assert run.usable
+    assert run.cluster == "a100-sxm-80gb:1"
+    cluster = cluster_of(run.cluster)
+    whole = run_jobs.whole_nodes(cluster, run.node_ranks)
+    assert cluster.host is not None
+    assert whole.host is not None
+    assert whole.host.rank_host_bytes == 8 * cluster.host.rank_host_bytes
+    assert whole.host.host_update_seconds_per_element == cluster.host.host_update_seconds_per_element
+
+
+def test_a_microbatch_is_what_the_batch_leaves() -> None:
+    fsdp = {
+        "parallelism__framework": "PyTorch FSDP1", "parallelism__dp": 16, "parallelism__tp": None, "parallelism__pp": None,
+        "parallelism__zero_stage": 3, "parallelism__micro_batch": None,
+    }  # fmt: skip
+    assert pins(read_row(row(**fsdp)))["micro_batch"] == "2"
+    assert pins(read_row(row(**fsdp, parallelism__grad_accum=2)))["micro_batch"] == "1"
+    counted = read_row(row(**{**fsdp, "parallelism__micro_batch": 4, "parallelism__global_batch": None}))
+    assert (counted.batch, pins(counted)["micro_batch"]) == (64, "4")
+
+
+def test_seconds_from_flops() -> None:
+    sizes = {"layers": 24, "hidden": 2304, "ffn": 9216, "heads": 24, "kv_heads": 24, "vocab": 51200}
+    # Narayanan et al. 2021, equation 3: 96 B s l h^2 (1 + s / 6h + V / 16 l h).
+    whole = 96 * 512 * 2048 * 24 * 2304**2 * (1 + 2048 / (6 * 2304) + 51200 / (16 * 24 * 2304))
+    assert run_models.step_flops(sizes, "gpt", 512, 2048, recomputed=True) == pytest.approx(whole)
+    assert run_models.step_flops(sizes, "gpt", 512, 2048, recomputed=False) < whole
+    changes = {"result__iteration_time_s": None, "result__tflops_per_gpu": 100.0, "result__tflops_kind": "model"}
+    run = read_row(row(**changes))
+    mine = {k: GPT[k] for k in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab")}
+    told = run_models.step_flops(mine, "gpt", 32, 64, recomputed=False)
+    assert run.measured_seconds == pytest.approx(told / (100e12 * 16))
+
+
+def test_one_layer_is_no_step() -> None:
+    run = read_row({**row(), "kind": "measured (single layer fwd+bwd)"})
+    assert run.reasons == ("times one layer, not a step",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LLAMA2-70B",
+        "Llama-2 70b",
+        "Llama-3(.1) 8B",
+        "Llama-3.1 405B",
+        "OPT-350M (HF facebook/opt-350m)",
+        "GPT3-175B",
+        "Nemotron-340B",
+    ],
+)
+def test_models_known_by_name(name: str) -> None:
+    assert run_models.named_sizes(name)
 
 
 def test_what_the_numbers_imply() -> None:
@@ -219,8 +282,11 @@ def test_clusters(hardware: dict[str, Any], expected: str) -> None:
 
 def test_precision_is_the_frameworks() -> None:
     cases = {
-        "megatron": {}, "zero": {"parallelism__framework": "DeepSpeed"}, "fp16": {"hardware__gpu": "V100 32GB"},
+        "megatron": {}, "zero": {"parallelism__framework": "DeepSpeed"}, "zero-fp16": {"hardware__gpu": "V100 32GB"},
+        "fp16": {"hardware__gpu": "V100 32GB", "parallelism__framework": "PyTorch FSDP1"},
         "fsdp-fp32": {"parallelism__framework": "PyTorch FSDP1"}, "fp32": {"parallelism__precision": "fp32"},
+        "megatron-fp8": {"parallelism__precision": "FP8", "hardware__gpu": "H100 80GB"},
+        "fsdp-fp8": {"parallelism__precision": "amp_fp8", "parallelism__framework": "PyTorch FSDP1"},
     }  # fmt: skip
     for expected, changes in cases.items():
         run = read_row(row(**changes))
@@ -235,12 +301,15 @@ def test_reading_a_file(tmp_path: Path) -> None:
     assert summary(read_runs(file, ["synthetic"])) == {
         "rows": 2, "usable": 1, "cases": 1, "models": 1, "clusters": 1, "inexact": 0,
     }  # fmt: skip
+    file.write_text(json.dumps(row(parallelism__dp="four")))
+    (odd,) = read_runs(file)
+    assert "no number" in odd.reasons[0]
     file.write_text('{"id": "x"}\n')
     with pytest.raises(ValueError, match="line 1: not a published run"):
         read_runs(file)
 
 
-@pytest.mark.parametrize("family", ["GPT", "LLAMA", "BERT", "T5", "Mixtral"])
+@pytest.mark.parametrize("family", ["GPT", "LLAMA", "BERT", "T5", "Mixtral", "Nemotron"])
 def test_families_are_captured(family: str) -> None:
     model = {**GPT, "family": family, **({"experts": 4} if family == "Mixtral" else {})}
     sizes = run_models.sizes_of(model, "", [])

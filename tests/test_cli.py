@@ -32,6 +32,7 @@ SURFACE = {
              "--json"},
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint", "--json"},
     "check": {"MODEL", "--batch", "--seq", "--json"},
+    "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},
     "report": {"PLAN", "--output", "--measured", "--json"},
     "clusters": {"NAME", "--json"},
     "diff": {"A", "B", "--json"},
@@ -317,7 +318,7 @@ def test_clusters_with_sources() -> None:
         each["name"] for each in listed
     }
     done = shardwright("clusters", "h100-sxm")
-    assert "80.0 GB" in done.stdout
+    assert "84.9 GB" in done.stdout
     assert "data sheet" in done.stdout
 
 

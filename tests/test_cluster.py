@@ -41,13 +41,15 @@ def test_every_figure_of_a_preset_has_a_source(name: str) -> None:
         "kernel_overhead_seconds",
         "compute_units",
         "context_bytes",
+        "reserve_fraction",
+        *(("communicator_bytes",) if device.kind == "gpu" else ()),
     ):
         assert device.sources[datum]
     assert all(device.sources[f"peak_flops.{dtype}"] for dtype in device.peak_flops)
     assert all(device.sources[f"efficiencies.{kind}"] for kind in device.efficiencies)
     assert all(0 < share <= 1 for share in device.efficiencies.values())
     assert all(level["source"] for level in describe(name)["levels"])
-    assert device.memory_bytes % 10**9 == 0  # nominal decimal size
+    assert 0 < device.reserve_fraction < 0.2
     assert {"float32", "float64"} <= set(device.peak_flops)
 
 
@@ -61,7 +63,7 @@ def test_nodes_and_network_of_a_cluster_string() -> None:
     slower = parse_cluster("h100-sxm:8x4@800Gbps")
     assert slower.levels[1].bytes_per_second == pytest.approx(800e9 / 8 / 8)
     assert len(parse_cluster("h100-sxm:8").levels) == 1
-    assert default_limit_bytes(cluster) == int(80e9 * 0.92)
+    assert default_limit_bytes(cluster) == int(cluster.device.memory_bytes * (1 - cluster.device.reserve_fraction))
     assert default_limit_bytes(parse_cluster("h100-sxm:8", memory_limit="12GiB")) == 12 * 2**30
 
 

@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from shardwright.cli.main import main
 from shardwright.planner.planfile import load_plan, save_plan
+from shardwright.profiles.ledger import entries
+from shardwright.profiles.store import Store
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -79,7 +81,15 @@ def test_run_verifies_measures_and_reports(shell: Shell) -> None:
     }
     (shell.folder / "result.json").write_text(done.stdout)
     assert shell.here("report", "plan.json", "-o", "r.html", "--measured", "result.json").exit_code == 0
-    assert "Against the original module" in (shell.folder / "r.html").read_text()
+    page = (shell.folder / "r.html").read_text()
+    assert "Against the original module" in page
+    assert "Runs of this plan" in page
+    assert set(result["phase_seconds"]) == {"forward", "backward", "optimizer"}
+    store = Store(shell.folder / "cache" / "shardwright" / "profiles.sqlite")
+    (row,) = entries(store, load_plan(shell.folder / "plan.json").digest)
+    assert (row.steps, row.ranks, row.measured_seconds) == (2, 2, result["step_seconds"])
+    assert list(row.measured_peak_bytes) == result["peak_bytes"]
+    assert 0 < sum(row.measured_phases.values()) < 3 * row.measured_seconds
 
 
 def test_a_changed_model_file_is_refused_once(shell: Shell) -> None:

@@ -100,7 +100,7 @@ def test_zero_offload_on_one_device() -> None:
     alone = Tiers(dgx2.device, 16 * dgx2.host)
     found = largest_model(alone, ZERO, Offload(optimizer=ON_HOST, gradients=ON_HOST), zero=2, shards=1) / 1e9
     plain = largest_model(alone, ZERO, Offload(), zero=0, shards=1) / 1e9
-    assert 13.0 < found < 13.0 / 0.85
+    assert 13.0 < found < 13.0 / 0.8
     assert 1.4 < plain < 1.4 / 0.7
     assert found / plain == pytest.approx(8.0)  # the paper: 13 / 1.4 = 9.3
 
@@ -111,7 +111,7 @@ def test_zero_infinity_on_32_nodes() -> None:
     found = largest_model(limits, INFINITY, DISK_ALL, zero=3, shards=512) / 1e12
     assert 32.0 <= found <= 32.0 / 0.65
     on_devices = largest_model(limits, INFINITY, Offload(), zero=3, shards=800) / 1e12
-    assert on_devices == pytest.approx(1.0, rel=0.2)  # the paper: 800 V100 just to fit a trillion
+    assert 1.0 <= on_devices <= 1.0 / 0.8  # the paper: 800 V100 just to fit a trillion, states and all else
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import pytest
 from shardwright.errors import PinError
 from shardwright.planner import rule_experts
 from shardwright.planner.away import HERE, SUBGROUP, Away, Case, offers, offload_classes
-from shardwright.planner.bench import Bench, Numbers, Weights
+from shardwright.planner.bench import Bench
 from shardwright.planner.cluster import Host
 from shardwright.planner.costs import Costs, Shape
 from shardwright.planner.front import Design
 from shardwright.planner.fronts import Named
 from shardwright.planner.hostupdate import MOST_SUBGROUPS, SLOTS, UpdateRates, best_stride, update_rates
 from shardwright.planner.memory import Setting
+from shardwright.planner.numbers import Numbers, Weights
 from shardwright.planner.offload import ON_HOST, Offload, duplex_bytes_per_second, held_bytes, lane_seconds
 from shardwright.planner.offload import Traffic as Copied
 from shardwright.planner.options import PASSING, Option, Storing

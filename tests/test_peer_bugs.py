@@ -9,13 +9,13 @@ import pytest
 from attention_outlines import Form, decoder
 from oracles.brute import Oracle, Stage, best_plan
 from oracles.instances import option, problem
-from shardwright.planner.bench import Numbers, Weights
 from shardwright.planner.collectives import cluster_seconds
 from shardwright.planner.costs import Costs, Shape
 from shardwright.planner.front import Design
 from shardwright.planner.fronts import Fronts, Named
 from shardwright.planner.labels import Bags, MemoryRows
 from shardwright.planner.memory import Setting
+from shardwright.planner.numbers import Numbers, Weights
 from shardwright.planner.options import Option, Storing
 from shardwright.planner.part import chain
 from shardwright.planner.pins import Pins

@@ -20,9 +20,19 @@ import markupsafe
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
 from ..candidates import NUMBERS, candidates, searched
-from ..figures import behind_texts, bytes_text, memory_text, percent_text, seconds_text, time_text
+from ..figures import (
+    behind_texts,
+    bytes_text,
+    calibration_texts,
+    interval_text,
+    memory_text,
+    percent_text,
+    seconds_text,
+    time_text,
+)
 from ..goals import NUMBERS as GOAL_NUMBERS
 from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
+from ..ledger import RUNS
 from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
@@ -42,13 +52,17 @@ class Bar:
     colour: int
 
 
-def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None) -> None:
+Runs = Sequence[Sequence[str]]
+"""Rows of the ledger, spelled out (cli/ledger.py)."""
+
+
+def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> None:
     """Write the page of `plan` to `path`, whole or not at all."""
-    write_whole(path, build(plan, result))
+    write_whole(path, build(plan, result, runs))
 
 
-def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
-    """The page of a plan; `result` is what a run of it measured."""
+def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
+    """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
     style, script = _asset("report.css"), _asset("report.js")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -90,6 +104,9 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None) -> str:
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
         losses=_losses(result),
+        calibrations=calibration_texts(plan),
+        runs=runs,
+        run_columns=RUNS,
         text=dump_plan(plan),
     )
 
@@ -129,7 +146,11 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
     predicted, limit = plan.predicted, plan.memory_limit_bytes
     tokens = f"{predicted.tokens_per_second_per_device:,.0f}"
     return [
-        ("Step", seconds_text(predicted.step_seconds), f"predicted, ± {percent_text(predicted.error)}"),
+        (
+            "Step",
+            seconds_text(predicted.step_seconds),
+            f"predicted; nine of ten {interval_text(predicted) or 'unknown'}",
+        ),
         ("Throughput", tokens, "tokens per second and device"),
         ("Utilisation", percent_text(predicted.mfu), "model FLOPs over dense peak"),
         ("Peak memory", bytes_text(predicted.peak_bytes_per_device), f"per device, of {bytes_text(limit)}"),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ...errors import UsageError
+from ..ledger import run_rows, runs_of
 from ..options import json_option, output_option
 
 
@@ -20,7 +21,7 @@ from ..options import json_option, output_option
 )
 @json_option
 def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> None:
-    """Write a plan as one HTML page that needs no network."""
+    """Write a plan as one HTML page that needs no network. Runs of it that the ledger knows are shown beside the prediction."""
     from ...planner.planfile import load_plan
     from ..edited import is_stale, priced_again
     from .build import write_report
@@ -31,9 +32,10 @@ def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> N
 
         with progress() as tell:
             loaded = priced_again(loaded, plan, tell)
-    write_report(loaded, output, _measured(measured))
+    runs = runs_of(loaded)
+    write_report(loaded, output, _measured(measured), run_rows(runs))
     if as_json:
-        click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size}))
+        click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size, "runs": len(runs)}))
     else:
         click.echo(f"wrote {output}")
 
