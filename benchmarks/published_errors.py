@@ -2,7 +2,8 @@
 
 Errors are |predicted / measured - 1| of the step time. "scaled" is after one factor per (source, device, stack), the median of
 measured / predicted, as a user calibrates it. Inside ablation groups, rows of one model and length are ranked by tokens a second
-and device: Spearman's rank correlation, and the top-1 regret (what the best predicted row loses against the best measured one).
+and device (rows that state what no pin can say are left out, equal configurations are one row): Spearman's rank correlation, and
+the top-1 regret (what the best predicted row loses against the best measured one).
 A single-knob pair is two rows of a group that differ in one setting (devices left over go to dp); its sign is right where the
 faster one was predicted faster; pairs measured less than 3 % apart are left out.
 """
@@ -76,12 +77,17 @@ def _rate(p: Priced, seconds: float) -> float:
 
 
 def _ablations(timed: Iterable[Priced]) -> list[list[Priced]]:
-    """Rows of one group, model and length, by group."""
-    found: dict[tuple[str, str], list[Priced]] = defaultdict(list)
+    """Rows of one group, model and length, by group, as far as pins express them; equal configurations are one, at their median."""
+    found: dict[tuple[str, str], dict[tuple[Any, ...], list[Priced]]] = defaultdict(lambda: defaultdict(list))
     for p in timed:
-        for name in p.run.groups:
-            found[name, p.run.model].append(p)
-    return list(found.values())
+        if not p.run.chosen:
+            for name in p.run.groups:
+                found[name, p.run.model][*p.run.case, p.run.pins].append(p)
+    return [[_median_run(alike) for alike in group.values()] for group in found.values()]
+
+
+def _median_run(alike: Sequence[Priced]) -> Priced:
+    return sorted(alike, key=lambda p: p.run.measured_seconds)[(len(alike) - 1) // 2]
 
 
 def _ranking(timed: Sequence[Priced]) -> dict[str, Any]:

@@ -88,7 +88,12 @@ class Run:
     @property
     def given(self) -> tuple[str, ...]:
         """Pins that say what software runs the model: part of the question, not of the answer."""
-        return tuple(pin for pin in self.pins if pin.startswith(("attention=", "kernels=")))
+        return tuple(pin for pin in self.pins if pin.startswith(("attention=", "kernels=", "loss=")))
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the planner chooses a setting that the row states and no pin can say: its price is of another configuration."""
+        return any(text.startswith(("schedule", "offload", "recompute")) for text in self.lost)
 
     @property
     def case(self) -> tuple[str, str, int, str, tuple[str, ...]]:

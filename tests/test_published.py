@@ -28,12 +28,11 @@ from test_benchmarks import row, small  # noqa: E402
 
 def priced(told: float, truth: float, **more: Any) -> published.Priced:
     """A priced row by its predicted and measured seconds."""
-    fields = {
-        k: more.pop(k) for k in ("groups", "knobs", "stack", "out_of_memory", "measured_bytes", "sound") if k in more
-    }
+    names = ("groups", "knobs", "stack", "out_of_memory", "measured_bytes", "sound", "pins", "lost")
+    fields = {k: more.pop(k) for k in names if k in more}
     name = more.pop("id", f"{told}-{truth}")
     run = replace(read_row(row()), id=name, measured_seconds=truth, groups=("g",), reliability="A")
-    run = replace(run, **{"knobs": {}, "stack": ("s",), **fields})
+    run = replace(run, **{"knobs": {}, "stack": ("s",), "pins": (name,), "lost": (), **fields})
     return published.Priced(name, more.pop("set", "made"), "priced", run, told, 0.8 * told, 1.25 * told, **more)
 
 
@@ -66,6 +65,21 @@ def test_ranking_inside_a_group() -> None:
     assert figures["mean regret"] == pytest.approx(1 - 1 / 3)
     ties = [priced(x, 1.0 + x / 1000, id=str(x)) for x in (1.0, 2.0, 3.0)]
     assert published_errors.tables(ties)["sets"]["made"]["groups"] == 0
+
+
+def test_equal_configurations_are_one_in_a_ranking() -> None:
+    same = [priced(1.0, truth, id=str(truth), pins=("tp=2",)) for truth in (1.0, 1.5, 2.0)]
+    rows = [*same, priced(2.0, 3.0, id="x"), priced(0.5, 0.5, id="y")]
+    figures = published_errors.tables(rows)["sets"]["made"]
+    assert (figures["groups"], figures["spearman"], figures["timed"]) == (1, 1.0, 5)
+    assert published_errors.tables(rows[:4])["sets"]["made"]["groups"] == 0  # two configurations are no ranking
+
+
+def test_what_no_pin_can_say_is_not_ranked() -> None:
+    rows = [priced(x, x, id=str(x)) for x in (1.0, 2.0, 3.0)]
+    odd = priced(9.0, 0.1, id="odd", lost=("schedule ZB-2p: not in the library, the planner chooses one",))
+    figures = published_errors.tables([*rows, odd])["sets"]["made"]
+    assert (figures["spearman"], figures["mean regret"], figures["timed"]) == (1.0, 0.0, 4)
 
 
 def test_signs_of_pairs_with_one_knob() -> None:
@@ -231,5 +245,5 @@ def test_every_parameter_concerns_a_device() -> None:
 
 def test_a_run_says_what_is_given() -> None:
     run: Run = read_row(row())
-    assert run.given == ("attention=math", "kernels=fused")
+    assert run.given == ("attention=math", "kernels=fused", "loss=float")
     assert run.case[-1] == run.given
