@@ -21,7 +21,7 @@ import fit_prices  # noqa: E402
 import price_parameters  # noqa: E402
 import published  # noqa: E402
 import published_errors  # noqa: E402
-from published_runs import Run, read_row  # noqa: E402
+from published_runs import Run, read_row, read_runs  # noqa: E402
 from shardwright.profiles.devices import parse_cluster  # noqa: E402
 from test_benchmarks import row, small  # noqa: E402
 
@@ -247,3 +247,27 @@ def test_a_run_says_what_is_given() -> None:
     run: Run = read_row(row())
     assert run.given == ("attention=math", "kernels=fused", "loss=float")
     assert run.case[-1] == run.given
+
+
+def forty() -> list[Run]:
+    """The published runs that come with the tests, as far as they have a measured step."""
+    return [
+        r for r in read_runs(Path(__file__).parent / "data" / "published_runs.jsonl") if r.usable and r.measured_seconds
+    ]
+
+
+def test_some_published_runs_are_near() -> None:
+    """Wide bounds: a slip of a unit or a lost factor shows, the accuracy itself is benchmarks/published.py's."""
+    quick = [r for r in forty() if "pp=1" in r.pins and r.set in ("mosaic-mpt", "fms-fsdp")][:4]
+    figures = published_errors.tables(published.priced_all(quick, None))["sets"]["all"]
+    assert figures["timed"] == len(quick) == 4
+    assert figures["median error"] < 0.15
+
+
+@pytest.mark.nightly
+def test_forty_published_runs_are_near() -> None:
+    """The targets of docs/accuracy.md on the rows that come with the tests."""
+    figures = published_errors.tables(published.priced_all(sorted(forty(), key=lambda r: r.model), None))["sets"]["all"]
+    assert figures["timed"] > 20
+    assert figures["median error"] < 0.12
+    assert 0.8 <= figures["coverage"] <= 1.0
