@@ -6,11 +6,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from shardwright.planner.rule_types import Operand
-from shardwright.profiles import clock
+from shardwright.profiles import clock, timing
 from shardwright.profiles.allocator import measure_allocator
 from shardwright.profiles.clock import Span, Watch
 from shardwright.profiles.comms import strided_groups
@@ -86,11 +87,18 @@ def test_calm_samples_are_kept() -> None:
     assert len(calmest(spans[:3])) == 3
 
 
-def test_short_calls_are_timed_together() -> None:
-    calls = []
-    found = time_call(lambda: calls.append(0), 0.01)
-    assert len(calls) > 100
-    assert 0 < found.seconds < 1e-4
+def test_short_calls_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def sample(call: Any, calls: int) -> Span:
+        counts.append(calls)
+        return Span(calls * 1e-6, 0.0)
+
+    monkeypatch.setattr(timing, "_sample", sample)
+    assert time_call(lambda: None, 0.01).seconds == pytest.approx(1e-6)
+    assert counts[0] == 1
+    assert {abs(n - round(timing.SAMPLE_SECONDS / 1e-6)) <= 1 for n in counts[1:]} == {True}
+    assert len(counts) > timing.LEAST_REPEATS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's heap")
