@@ -19,16 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
-from published_runs import Run, add_arguments, read_runs
-from run_jobs import Jobs, one_thread, solve
+from published_runs import Run, add_arguments, read_runs, spread
+from run_jobs import UNBOUNDED, Jobs, one_thread, solve
 from shardwright.errors import Infeasible, ShardwrightError
 from shardwright.job import Job
-
-T = TypeVar("T")
-UNBOUNDED = 1 << 50
-"""A memory limit that nothing exceeds."""
 
 SLACK = 1e-9
 """Relative difference below which two predicted times are equal."""
@@ -80,13 +76,6 @@ def cases(runs: Iterable[Run], most_rows: int | None = None) -> list[Case]:
             found.setdefault(run.case, {}).setdefault(run.pins, run)
     grouped = [list(rows.values()) for rows in found.values()]
     return [Case(rows[0].set, tuple(spread(rows, most_rows))) for rows in grouped]
-
-
-def spread(items: Sequence[T], most: int | None) -> list[T]:
-    """At most `most` items at even distances, the first among them."""
-    if most is None or len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
 
 
 def pick(found: Sequence[Case], limit: int | None) -> list[Case]:

@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from price_parameters import PARAMETERS, Parameter, adjusted
-from published import spread
+from published import chosen
 from published_runs import Run, add_arguments, read_runs
-from run_jobs import Jobs, one_thread, solve
+from run_jobs import UNBOUNDED, Jobs, one_thread, solve
 from shardwright.errors import Infeasible, ShardwrightError
 from shardwright.job import Job
 from shardwright.planner.prices import Prices
 
-UNBOUNDED = 1 << 50
 NOISE = 0.08
 """Standard deviation of a row's logarithm around the best model that can be had: repeatability, and what rows leave out."""
 HUBER = 1.5
@@ -178,7 +177,7 @@ def main() -> None:
         r for r in read_runs(given.runs, [s for s in given.sets.split(",") if s])
         if r.usable and r.sound and r.measured_seconds and r.reliability in ("A", "B") and r.set not in without
     ]  # fmt: skip
-    fit = Fit(load_cases(spread(runs, given.most)), PARAMETERS)
+    fit = Fit(load_cases(chosen(runs, given.most)), PARAMETERS)
     for _ in range(given.rounds):
         fit.advance()
         print(json.dumps(report(fit)["factors"]), file=sys.stderr)

@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from published_errors import spearman
+
 if TYPE_CHECKING:
     from shardwright.planner.plan import Plan
 
@@ -222,14 +224,6 @@ def compared(case: Case, plan: Plan, found: dict[str, Any]) -> Outcome:
     )  # fmt: skip
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation (no ties expected)."""
-    places = [{v: i for i, v in enumerate(sorted(values))} for values in (first, second)]
-    n = len(first)
-    gaps = sum((places[0][a] - places[1][b]) ** 2 for a, b in zip(first, second, strict=True))
-    return 1.0 - 6.0 * gaps / (n * (n * n - 1)) if n > 1 else 1.0
-
-
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Median and worst error of step time, worst memory error, rank correlation."""
     run = [o for o in outcomes if not o.refused]
@@ -240,7 +234,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "bias": statistics.median(o.error for o in run),
         "memory": max(abs(o.memory_error) for o in run),
         "memory_median": statistics.median(abs(o.memory_error) for o in run),
-        "rank": spearman([o.predicted for o in run], [o.measured for o in run]),
+        "rank": spearman([o.predicted for o in run], [o.measured for o in run]) if len(run) > 1 else 1.0,
     }
 
 

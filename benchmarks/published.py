@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from published_errors import show, tables
-from published_runs import Run, add_arguments, read_runs
+from published_runs import Run, add_arguments, by_set, read_runs, spread
 from run_jobs import Jobs, one_thread
 from run_layouts import lay
 from shardwright.errors import ShardwrightError
@@ -61,15 +61,9 @@ def price(run: Run, jobs: Jobs) -> Priced:
     )  # fmt: skip
 
 
-def spread(runs: Sequence[Run], most: int | None) -> list[Run]:
+def chosen(runs: Sequence[Run], most: int | None) -> list[Run]:
     """At most `most` rows of each set at even distances, in an order that keeps models together."""
-    sets: dict[str, list[Run]] = {}
-    for run in runs:
-        sets.setdefault(run.set, []).append(run)
-    kept: list[Run] = []
-    for rows in sets.values():
-        n = len(rows) if most is None else min(most, len(rows))
-        kept += [rows[i * len(rows) // n] for i in range(n)]
+    kept = [run for rows in by_set(runs).values() for run in spread(rows, most)]
     return sorted(kept, key=lambda run: (run.model, run.precision))
 
 
@@ -110,7 +104,7 @@ def main() -> None:
     given = parser.parse_args()
     one_thread()
     runs = read_runs(given.runs, [s for s in given.sets.split(",") if s])
-    wanted = spread([run for run in runs if run.complete], given.most)
+    wanted = chosen([run for run in runs if run.complete], given.most)
     found = tables(priced_all(wanted, given.rows))
     if given.json:
         print(json.dumps({"unusable": sum(not run.complete for run in runs), **found}, indent=1))

@@ -18,11 +18,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from run_models import cluster_string, config_of, family_of, sizes_of, step_flops
 from run_stacks import Stack, attention_of, kernels_of, metric_of, recipe_of, stack_of, zero_of
 from shardwright.profiles.devices import load_device
+
+T = TypeVar("T")
 
 KNOBS = frozenset(
     {"dp", "tp", "pp", "vpp", "cp", "ep", "sp", "zero_stage", "fsdp", "micro_batch", "recompute", "precision", "offload",
@@ -326,6 +328,13 @@ def by_set(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         found[run.set].append(run)
     return dict(found)
+
+
+def spread(items: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` items at even distances, the first among them."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

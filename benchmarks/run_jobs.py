@@ -17,6 +17,9 @@ from shardwright.planner.precision import choose_precision
 from shardwright.planner.prices import Prices
 from shardwright.planner.rebatch import rebatch
 
+UNBOUNDED = 1 << 50
+"""A memory limit that nothing exceeds."""
+
 CAPTURE_BATCH = 2
 """The batch of captures: the smallest with a batch dim to scale."""
 

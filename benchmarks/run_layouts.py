@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from published_runs import Run
+from run_jobs import UNBOUNDED
 from shardwright.errors import Infeasible
 from shardwright.job import Job
 from shardwright.planner.appraise import Appraisal, appraise, predict
@@ -38,9 +39,6 @@ from shardwright.planner.progress import silent
 from shardwright.planner.shapes import Arrangement
 from shardwright.planner.solve import make_bench, tiers_of
 from shardwright.planner.workbench import Workbench
-
-UNBOUNDED = 1 << 50
-"""A memory limit that nothing exceeds."""
 
 KEPT = 1.19
 """Bytes reserved over bytes allocated at a run's peak, where there is room: the median over the 59 runs of the set dos, which state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -161,15 +161,19 @@ class _Walk:
         """The forward and the backward pass, nothing run again."""
         steps, chains = self.steps.values(), [c for c in self.chains.values() if c is not None]
         calls = [*(call for s in steps for call in s.calls), *(call for c in chains for call in c.calls)]
-        ahead, back = (self.bench.costs.issue(calls, backward=b) for b in (False, True))
-        return Pass(
-            sum(s.forward for s in steps) + sum(c.copies_forward for c in chains),
-            sum(s.inside for s in steps) + sum(c.forward for c in chains), ahead + sum(s.issue for s in steps),
-        ), Pass(
+        return self._ahead(steps, chains, calls), Pass(
             sum(s.backward for s in steps) + sum(c.copies_backward for c in chains),
             sum(s.inside_backward for s in steps) + sum(c.backward for c in chains),
-            back + sum(s.issue_backward for s in steps),
+            self.bench.costs.issue(calls, backward=True) + sum(s.issue_backward for s in steps),
         )  # fmt: skip
+
+    def _ahead(self, steps: Collection[_Step], chains: Collection[Chain], calls: Iterable[Call]) -> Pass:
+        """Ops and chains in the forward direction, with the collectives among `calls` that run in it."""
+        return Pass(
+            sum(s.forward for s in steps) + sum(c.copies_forward for c in chains),
+            sum(s.inside for s in steps) + sum(c.forward for c in chains),
+            self.bench.costs.issue(calls, backward=False) + sum(s.issue for s in steps),
+        )
 
     def numbers(self) -> Numbers:
         """All of it."""
@@ -196,12 +200,7 @@ class _Walk:
     def _again(self) -> float:
         """Seconds of what the backward pass runs and gathers again."""
         steps = [self.steps[name] for name in sorted(self.design.again)]
-        gathered = list(self._gathered_again())
-        issue = self.bench.costs.issue(self._called_again(), backward=False)
-        return Pass(
-            sum(s.forward for s in steps) + sum(c.copies_forward for c in gathered),
-            sum(s.inside for s in steps) + sum(c.forward for c in gathered), issue + sum(s.issue for s in steps),
-        ).seconds  # fmt: skip
+        return self._ahead(steps, list(self._gathered_again()), self._called_again()).seconds
 
     def _called_again(self) -> Iterator[Call]:
         """The collectives of that."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from .flow import Flow
 from .outline import Op, Outline, Saved
 
 CHEAP = frozenset({"elementwise"})
@@ -39,53 +40,31 @@ def fused_saves(outline: Outline) -> Outline:
     """The outline as fused kernels run it."""
     if not outline.training:
         return outline
-    dropped = _Chains(outline).dropped()
+    flow = Flow(outline)
+    dropped = _Chains(outline, flow).dropped()
     if not dropped:
         return outline
     added: dict[str, set[int]] = {}
     for way in dropped.values():
         for op, index in way.kept:
             added.setdefault(op, set()).add(index)
-    return replace(
-        outline, ops=tuple(_rewritten(op, outline, dropped, added.get(op.name, set())) for op in outline.ops)
-    )
+    return replace(outline, ops=tuple(_rewritten(op, flow, dropped, added.get(op.name, set())) for op in outline.ops))
 
 
-def _rewritten(op: Op, outline: Outline, dropped: Mapping[str, _Way], added: set[int]) -> Op:
-    saved = [s for s in op.saved if s.source == "new" or _storage(outline, op, s) not in dropped]
+def _rewritten(op: Op, flow: Flow, dropped: Mapping[str, _Way], added: set[int]) -> Op:
+    saved = [s for s in op.saved if s.source == "new" or flow.saved_storage(op, s) not in dropped]
     there = {s.index for s in saved if s.source == "operand"}
     saved += [Saved("operand", i) for i in sorted(added - there)]
     return op if len(saved) == len(op.saved) and not added - there else replace(op, saved=tuple(saved))
 
 
-def _storage(outline: Outline, op: Op, item: Saved) -> str:
-    side = op.operands if item.source == "operand" else op.results
-    return outline.tensors[side[item.index].tensor].storage
-
-
 class _Chains:
-    """Who makes, reads and keeps every storage."""
+    """Which saved tensors follow from others inside a kernel."""
 
-    def __init__(self, outline: Outline) -> None:
-        self.tensors, self.ops = outline.tensors, {op.name: op for op in outline.ops}
-        self.unit = {
-            n: (r, k) for r, region in enumerate(outline.regions) for k, ops in enumerate(region.instances) for n in ops
-        }
-        self.maker: dict[str, Op] = {}
-        self.readers: dict[str, list[Op]] = {}
-        self.saved: dict[str, None] = {}
-        self._left = {self.tensors[n].storage for n in (*outline.outputs, outline.loss) if n in self.tensors}
+    def __init__(self, outline: Outline, flow: Flow) -> None:
+        self.flow, self.tensors, self.ops = flow, outline.tensors, {op.name: op for op in outline.ops}
         self._ways: dict[str, _Way] = {}
-        for op in outline.ops:
-            for use in op.results:
-                self.maker.setdefault(self.tensors[use.tensor].storage, op)
-            if op.kind != "view":
-                for use in op.operands:
-                    self.readers.setdefault(self.tensors[use.tensor].storage, []).append(op)
-            for item in op.saved:
-                if item.source != "new":
-                    self.saved.setdefault(_storage(outline, op, item))
-        self._firm = {name for name in self.saved if not self._inside(name)}
+        self._firm = {name for name in flow.saved if not self._inside(name)}
 
     def dropped(self) -> dict[str, _Way]:
         """What to keep instead of the tensors that fused kernels do not write, by storage.
@@ -95,7 +74,9 @@ class _Chains:
         found: dict[str, _Way] = {}
         while True:
             self._ways.clear()
-            more = {name: way for name in self.saved if name not in found and (way := self._around(name)) is not None}
+            more = {
+                name: way for name in self.flow.saved if name not in found and (way := self._around(name)) is not None
+            }
             if not more:
                 return found
             found |= more
@@ -111,18 +92,21 @@ class _Chains:
 
     def _inside(self, name: str) -> bool:
         """Whether an element-wise op makes it for ops that may run in the same kernel alone."""
-        op = self.maker.get(name)
-        if op is None or op.kind not in CHEAP or len(op.results) != 1 or name in self._left:
+        op = self.flow.maker.get(name)
+        if op is None or op.kind not in CHEAP or len(op.results) != 1 or name in self.flow.left:
             return False
-        mine = self.unit.get(op.name)
+        mine = self.flow.unit.get(op.name)
         return all(
-            reader.kind in INSIDE and self.unit.get(reader.name) == mine for reader in self.readers.get(name, ())
+            reader.kind in INSIDE and self.flow.unit.get(reader.name) == mine
+            for reader in self.flow.readers.get(name, ())
         )
 
     def _small(self, name: str) -> bool:
-        op = self.maker[name]
+        op = self.flow.maker[name]
         most = max((self.tensors[u.tensor].bytes for u in op.operands), default=0)
-        largest = max([most, *(self.tensors[u.tensor].bytes for r in self.readers.get(name, ()) for u in r.results)])
+        largest = max(
+            [most, *(self.tensors[u.tensor].bytes for r in self.flow.readers.get(name, ()) for u in r.results)]
+        )
         return SMALL * self.tensors[name].bytes <= largest
 
     def _way(self, name: str, op: Op, index: int) -> _Way:
@@ -139,7 +123,7 @@ class _Chains:
     def _deeper(self, name: str) -> _Way:
         """What its maker's operands take."""
         if name not in self._ways:
-            op = self.maker[name]
+            op = self.flow.maker[name]
             found = [self._way(self.tensors[u.tensor].storage, op, i) for i, u in enumerate(op.operands)]
             self._ways[name] = _Way(sum(w.bytes for w in found), tuple(k for w in found for k in w.kept))
         return self._ways[name]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .attention import MATH
+from .flow import Flow
 from .outline import Op, Outline
 
 FUSABLE = frozenset({"elementwise", "norm", "random", "copy", "fill"})
@@ -35,52 +36,28 @@ class Fusion:
 
 def fusions(outline: Outline) -> Mapping[str, Fusion]:
     """By op name, for every op that is joined with a neighbour."""
-    flow = _Flow(outline)
-    found = {op.name: flow.fusion(op) for op in outline.ops if op.kind in FUSABLE}
+    flow = Flow(outline)
+    found = {op.name: _fusion(flow, op) for op in outline.ops if op.kind in FUSABLE}
     found |= {op.name: Fusion(masks=True) for op in outline.ops if op.target == MATH}
     return {name: fusion for name, fusion in found.items() if fusion != Fusion()}
 
 
-class _Flow:
-    """Who makes and who uses every storage, views left out."""
+def _fusion(flow: Flow, op: Op) -> Fusion:
+    """What is left out of one op."""
+    read, written = ([flow.storage(use.tensor) for use in uses] for uses in (op.operands, op.results))
+    reads = {i for i, name in enumerate(read) if name in flow.maker and _beside(flow, flow.maker[name], op)}
+    ends = {i for i, name in enumerate(written) if _passed_on(flow, name, op)}
+    writes = {i for i in ends if written[i] not in flow.saved and written[i] not in flow.left}
+    last = {i for i in reads if len(flow.readers.get(read[i], ())) == 1}
+    return Fusion(
+        frozenset(reads), frozenset(writes), frozenset(ends), frozenset(last), (len(ends) < len(op.results), not reads)
+    )
 
-    def __init__(self, outline: Outline) -> None:
-        self.tensors = outline.tensors
-        self.maker: dict[str, Op] = {}
-        self.users: dict[str, list[Op]] = {}
-        self.kept: set[str] = {self.tensors[n].storage for n in (*outline.outputs, outline.loss) if n in self.tensors}
-        self.unit = {
-            n: (r, k) for r, region in enumerate(outline.regions) for k, ops in enumerate(region.instances) for n in ops
-        }
-        for op in outline.ops:
-            for use in op.results:
-                self.maker.setdefault(self.tensors[use.tensor].storage, op)
-            if op.kind != "view":
-                for use in op.operands:
-                    self.users.setdefault(self.tensors[use.tensor].storage, []).append(op)
-            for item in op.saved:
-                if item.source != "new":
-                    side = op.operands if item.source == "operand" else op.results
-                    self.kept.add(self.tensors[side[item.index].tensor].storage)
 
-    def fusion(self, op: Op) -> Fusion:
-        """What is left out of one op."""
-        mine = self.unit.get(op.name)
-        reads = {i for i, use in enumerate(op.operands) if self._beside(self._maker(use.tensor), mine)}
-        ends = {i for i, use in enumerate(op.results) if self._passed_on(use.tensor, mine)}
-        writes = {i for i in ends if self.tensors[op.results[i].tensor].storage not in self.kept}
-        last = {i for i in reads if len(self.users.get(self.tensors[op.operands[i].tensor].storage, ())) == 1}
-        return Fusion(
-            frozenset(reads), frozenset(writes), frozenset(ends), frozenset(last),
-            (len(ends) < len(op.results), not reads),
-        )  # fmt: skip
+def _beside(flow: Flow, other: Op, op: Op) -> bool:
+    return other.kind in FUSABLE and flow.unit.get(other.name) == flow.unit.get(op.name)
 
-    def _maker(self, tensor: str) -> Op | None:
-        return self.maker.get(self.tensors[tensor].storage)
 
-    def _beside(self, op: Op | None, unit: tuple[int, int] | None) -> bool:
-        return op is not None and op.kind in FUSABLE and self.unit.get(op.name) == unit
-
-    def _passed_on(self, tensor: str, unit: tuple[int, int] | None) -> bool:
-        users = self.users.get(self.tensors[tensor].storage, [])
-        return bool(users) and all(self._beside(op, unit) for op in users)
+def _passed_on(flow: Flow, name: str, op: Op) -> bool:
+    readers = flow.readers.get(name, [])
+    return bool(readers) and all(_beside(flow, reader, op) for reader in readers)

@@ -275,26 +275,31 @@ def _reserve(data: Mapping[str, Any], kind: str, where: str, sources: dict[str, 
 
 
 def _overlap(table: Mapping[str, Any], where: str, sources: dict[str, str]) -> tuple[float, float]:
-    only(table, OVERLAP, f"{where}.overlap")
-    figures = {"fraction": 0.0, "slowdown": 1.0, **table}
-    notes: dict[str, str] = {}
-    fraction, slowdown = (figure(figures, key, f"overlap.{key}", where, notes) for key in OVERLAP)
+    fraction, slowdown = _pair("overlap", OVERLAP, {"fraction": 0.0, "slowdown": 1.0}, table, where, sources)
     if fraction > 1 or slowdown < 1:
         raise ClusterError(f"{where}.overlap: expected a fraction in [0, 1] and a slowdown of at least 1")
-    sources.update({f"overlap_{key}": notes[f"overlap.{key}"] for key in table})
     return fraction, slowdown
 
 
 def _accuracy(table: Mapping[str, Any], where: str, sources: dict[str, str]) -> tuple[float, float]:
     """Between which ratios of measured and predicted steps nine of ten lie; wide where nobody has said."""
-    only(table, ACCURACY, f"{where}.accuracy")
-    notes: dict[str, str] = {}
-    figures = {**UNCHECKED, **table}
-    low, high = (figure(figures, key, f"accuracy.{key}", where, notes) for key in ACCURACY)
+    low, high = _pair("accuracy", ACCURACY, UNCHECKED, table, where, sources)
     if not 0 < low <= 1 <= high:
         raise ClusterError(f"{where}.accuracy: expected low in (0, 1] and high of at least 1")
-    sources.update({f"accuracy_{key}": notes[f"accuracy.{key}"] for key in ACCURACY})
     return low, high
+
+
+def _pair(
+    name: str, keys: tuple[str, str], usual: Mapping[str, Any], table: Mapping[str, Any], where: str, sources: dict[str, str]
+) -> tuple[float, float]:  # fmt: skip
+    """Two figures of the table `name`, noted as NAME_KEY in `sources` where the table or what is usual has a source."""
+    only(table, keys, f"{where}.{name}")
+    notes: dict[str, str] = {}
+    figures = {**usual, **table}
+    one, other = (figure(figures, key, f"{name}.{key}", where, notes) for key in keys)
+    told = {key for key in keys if key in table or isinstance(usual[key], dict)}
+    sources.update({f"{name}_{key}": notes[f"{name}.{key}"] for key in keys if key in told})
+    return one, other
 
 
 def _network(kind: str, name: str) -> dict[str, Any]:

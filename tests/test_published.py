@@ -146,8 +146,8 @@ def test_what_does_not_fit_is_priced_and_told() -> None:
 
 def test_rows_spread_over_a_set() -> None:
     runs = [replace(read_row(row()), id=str(i)) for i in range(10)]
-    assert sorted(r.id for r in published.spread(runs, 3)) == ["0", "3", "6"]
-    assert len(published.spread(runs, None)) == 10
+    assert sorted(r.id for r in published.chosen(runs, 3)) == ["0", "3", "6"]
+    assert len(published.chosen(runs, None)) == 10
 
 
 # -- the fit
