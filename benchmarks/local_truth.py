@@ -6,8 +6,9 @@ Small models of four families are profiled for one and two processes of `local-c
 profile store FILE (a fresh one where none is given), and planned under pins; each plan is then run for real, as `shardwright run`
 does, with warm-up steps. Every process has one core and one thread. The measured step is the median over steps of the slowest
 rank, less the time its ranks stood ready but had no processor (other users of the machine; profiles/clock.py), over the half of the
-steps that waited least; `wall` is the median with that time in it. Nothing is fitted on these plans. Exit status 1 where a
-figure misses its target.
+steps that waited least; `wall` is the median with that time in it. A shared machine has slow spells of seconds, in which the same
+step takes up to half as long again: all plans run one after the other, twice, and of each the quicker run counts, as
+profiles do. Nothing is fitted on these plans. Exit status 1 where a figure misses its target.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ CASES = (
 
 TARGETS = {"median": 0.12, "worst": 0.25, "memory": 0.08, "rank": 0.9}
 RUN_SECONDS = 240.0
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -273,8 +275,11 @@ def measure(
                     profiled(mine, folder, kept, seconds)
                 plans = planned(mine, folder, kept)
                 good = [case for case in mine if not isinstance(plans[case.name], str)]
-                results = executed([plans[case.name] for case in good], ranks, folder, steps) if good else []
-            found = {case.name: compared(case, plans[case.name], r) for case, r in zip(good, results, strict=True)}
+                runs = [executed([plans[c.name] for c in good], ranks, folder, steps) for _ in range(ROUNDS) if good]
+            found = {
+                case.name: min((compared(case, plans[case.name], r) for r in results), key=lambda o: o.measured)
+                for case, *results in zip(good, *runs, strict=True)
+            }
             for case in mine:
                 outcomes.append(found.get(case.name) or Outcome(case.name, refused=str(plans[case.name])))
                 show(outcomes[-1])
@@ -287,7 +292,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="cases whose name has this in it")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
-        "--profile-seconds", type=float, default=60.0, help="measuring of each model (0: plan's own alone)"
+        "--profile-seconds", type=float, default=120.0, help="measuring of each model (0: plan's own alone)"
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ranks-of", type=Path, help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..planner.cluster import Cluster
 from ..planner.fit import Sample, fitted, samples
 from ..planner.prices import OpRow, Prices
+from ..planner.rule_types import Operand
 from ..planner.work import OpKey
 from ..profiles.calibrate import bare, scaled
 from ..profiles.failures import KIND, failed
@@ -25,11 +26,14 @@ from ..profiles.progress import Row
 from ..profiles.store import Store
 from .inplace import in_place
 from .localize import local_form
+from .random import own_form
 from .summarize import Summary, operands_of, target_name
 
 BUDGET_SECONDS = 12.0
 MOST_SAMPLES = 250
 STARTUP_SECONDS = 120.0
+OWN_OPS = (own_form.__module__,)
+"""Modules that ranks import first: they make the ops that requests call."""
 
 
 def measured_prices(
@@ -93,7 +97,7 @@ def _rows(
 
         found = run_ranks(
             ranks, threads_per_rank(ranks), ["ops"], timeout=STARTUP_SECONDS + 2 * budget_seconds, heard=heard,
-            requests=[r for r in missing if r is not None], budget=budget_seconds,
+            requests=[r for r in missing if r is not None], budget=budget_seconds, imports=OWN_OPS,
         )["ops"]  # fmt: skip
         store.write(*place, found)
         known |= {parse_key(text): OpRow(*row) for text, row in found.items()}
@@ -108,4 +112,8 @@ def request_of(summary: Summary, sample: Sample, prices: Prices) -> OpRequest | 
         target, args, kwargs = local_form(sample.op, call, sample.sizes)
     except (ValueError, TypeError, KeyError, ZeroDivisionError):
         return None
-    return OpRequest(target_name(target), key.operands, tuple(args), dict(kwargs), key.arguments)
+    name = target_name(target)
+    own = own_form((target, tuple(args), dict(kwargs)), Operand(len(key.operands)))
+    if own is None:
+        return OpRequest(name, key.operands, tuple(args), dict(kwargs), key.arguments)
+    return OpRequest(name, key.operands, own[1], own[2], key.arguments, called=target_name(own[0]))

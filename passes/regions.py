@@ -15,7 +15,11 @@ from ..planner.rule_types import Operand
 from ..profiles.ops import filled
 from ..profiles.regions import RegionProgram, Step, encode_program
 from .localize import local_form
+from .random import own_form
 from .summarize import Summary, operands_of, target_name
+
+SEED = "?"
+"""The last input of every program: the seed of ops that draw numbers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def _program(summary: Summary, region: Region, repeats: int, ranks: int) -> Regi
     ops = [op for op in outline.ops if op.name in names]
     made = {use.tensor for op in ops for use in op.results}
     given = list(dict.fromkeys(use.tensor for op in ops for use in op.operands if use.tensor not in made))
-    number = {name: i for i, name in enumerate(given)}
+    number = {name: i for i, name in enumerate([*given, SEED])}
     steps = [_step(summary, op, number, ranks) for op in ops]
     shapes: dict[str, tuple[int, ...]] = {}
     for op in ops:
@@ -71,7 +75,7 @@ def _program(summary: Summary, region: Region, repeats: int, ranks: int) -> Regi
     ends = [n for n in made if n in used_after or n not in {use.tensor for op in ops for use in op.operands}]
     outputs = tuple(sorted(number[n] for n in ends if outline.tensors[n].differentiable))
     inputs = tuple((shapes[n], outline.tensors[n].dtype, _takes_gradient(summary, n)) for n in given)
-    return RegionProgram(inputs, tuple(steps), outputs)
+    return RegionProgram((*inputs, ((), "int64", False)), tuple(steps), outputs)
 
 
 def _step(summary: Summary, op: Op, number: dict[str, int], ranks: int) -> Step:
@@ -81,8 +85,9 @@ def _step(summary: Summary, op: Op, number: dict[str, int], ranks: int) -> Step:
     marks = [Operand(number[name]) for name in operands]
     for use in op.results:
         number.setdefault(use.tensor, len(number))
-    placed = filled(list(args), marks), {k: filled(v, marks) for k, v in kwargs.items()}  # type: ignore[arg-type]
-    return Step(target_name(target), tuple(placed[0]), placed[1], tuple(number[r] for r in call.results))
+    placed = tuple(filled(list(args), marks)), {k: filled(v, marks) for k, v in kwargs.items()}  # type: ignore[arg-type]
+    target, placed_args, placed_kwargs = own_form((target, *placed), Operand(number[SEED])) or (target, *placed)
+    return Step(target_name(target), placed_args, placed_kwargs, tuple(number[r] for r in call.results))
 
 
 def _shape(factors: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -34,11 +35,20 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 __all__ = [
     "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
-    "is_plain", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "short_stacks", "storage_key",
-    "watch_autograd_functions",
+    "is_plain", "is_tracing", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "short_stacks",
+    "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
 """OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
 return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
+
+
+def is_tracing() -> bool:
+    """Whether code runs to be traced (dynamo, AOTAutograd, fake tensors), not to compute.
+
+    `torch.compiler.is_compiling` misses AOTAutograd called without dynamo; `torch._guards.detect_fake_mode` sees its fake
+    mode. Both are needed so that tracing a graph does not look like running it.
+    """
+    return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
 
 
 def full_name(target: OpOverload) -> str:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from .timing import device, time_call
+from .timing import device, time_call, time_difference
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 """Full bytes that are timed."""
 SECONDS_PER_SIZE = 0.05
 WORK_SIDE = 512
+SECONDS_AFTER_WORK, MOST_AFTER_WORK = 0.5, 30
+SWEEPS = 2
+"""A CPU's network stack has slow spells of seconds (new pages for its buffers, a paced sender): the quicker time counts."""
 
 # torch.ops._c10d_functional is private in name only: DTensor and torch.compile are built on it, and it is what the
 # lowered graph calls, so nothing else has the same cost. Tried with torch 2.13.
@@ -36,7 +39,8 @@ def time_collectives(
     for size, stride in groups:
         group = own_group(size, stride)
         for name in names:
-            found[name, size, stride] = rising([(full, _time_one(name, full, size, group)) for full in sizes])
+            sweeps = [[_time_one(name, full, size, group) for full in sizes] for _ in range(SWEEPS)]
+            found[name, size, stride] = rising(list(zip(sizes, map(min, *sweeps), strict=True)))
     return found
 
 
@@ -78,8 +82,7 @@ def _time_one(name: str, full: int, size: int, group: str) -> float:
     if device().type != "cpu":
         return alone
     work = _work()
-    both, before = (time_call(one, SECONDS_PER_SIZE, together=True).seconds for one in (lambda: (work(), call()), work))
-    return max(alone, both - before)
+    return max(alone, time_difference(work, lambda: (work(), call()), SECONDS_AFTER_WORK, MOST_AFTER_WORK).seconds)
 
 
 def _work() -> Callable[[], object]:

@@ -19,26 +19,21 @@ from .allocator import measure_allocator
 from .comms import time_collectives
 from .copies import time_copies
 from .failures import KIND, failure, key_of
+from .heap import keep_pages
 from .machine import time_machine
 from .ops import decode_request, key_text, time_requests
 from .optimizers import time_optimizer
 from .overlap import time_overlap
 from .progress import Tell
 from .regions import decode_program, time_regions
-from .warm import warm_heap
-
-COLD = frozenset({"allocator"})
-"""Tasks that look at the heap itself: they come first, before it is made like that of a training process."""
 
 
 def run_tasks(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Results of `job["tasks"]` by task; `tell` hears of single rows as they come."""
     names: Sequence[str] = job["tasks"]
-    found = {name: TASKS[name](job, tell) for name in names if name in COLD}
-    lid = warm_heap() if not torch.cuda.is_available() else None
-    found |= {name: TASKS[name](job, tell) for name in names if name not in COLD}
-    del lid
-    return {name: found[name] for name in names}
+    if not torch.cuda.is_available():
+        keep_pages()
+    return {name: TASKS[name](job, tell) for name in names}
 
 
 def _machine(job: dict[str, Any], tell: Tell) -> dict[str, float]:

@@ -45,6 +45,25 @@ def time_call(call: Callable[[], object], budget_seconds: float, *, together: bo
     return Timing(middle, (high - low) / 2 / middle if middle > 0 else 0.0)
 
 
+def time_difference(
+    less: Callable[[], object], more: Callable[[], object], budget_seconds: float, most: int = MOST_REPEATS
+) -> Timing:
+    """What `more` takes longer than `less`, both run before: the mean of the middle half of up to `most` pairs.
+
+    The two alternate, so that a machine whose speed changes from one second to the next changes it for both. Ranks that work
+    for each other go on when the slowest has ended: the largest of theirs counts. The calmest half of the pairs is looked at.
+    """
+    once = agree(_sample(more, 1).own)
+    repeats = int(min(most, max(LEAST_REPEATS, budget_seconds / max(once, 1e-7))))
+    pairs = [[_sample(call, 1) for call in (less, more)] for _ in range(repeats)]
+    short, long = (_common([pair[i] for pair in pairs]) for i in (0, 1))
+    kept = _calm([Span(a.seconds + b.seconds, a.waited + b.waited) for a, b in zip(short, long, strict=True)])
+    times = sorted(long[i].own - short[i].own for i in kept)
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    middle = statistics.fmean(times[len(times) // 4 : len(times) - len(times) // 4])
+    return Timing(middle, (high - low) / 2 / middle if middle > 0 else 0.0)
+
+
 def _sample(call: Callable[[], object], calls: int) -> Span:
     finish()
     watch = Watch(team=torch.get_num_threads() > 1 and not dist.is_initialized())
@@ -62,7 +81,12 @@ def finish() -> None:
 
 def calmest(spans: Sequence[Span]) -> list[Span]:
     """The half of the samples that waited least (3 at least): how far waits add up over threads and ranks is not known exactly."""
-    ordered = sorted(spans, key=lambda span: span.waited / max(span.seconds, 1e-12))
+    return [spans[i] for i in _calm(spans)]
+
+
+def _calm(spans: Sequence[Span]) -> list[int]:
+    """Indices of the calmest half."""
+    ordered = sorted(range(len(spans)), key=lambda i: spans[i].waited / max(spans[i].seconds, 1e-12))
     return ordered[: max(LEAST_REPEATS, (len(spans) + 1) // 2)]
 
 

@@ -1,11 +1,12 @@
 """One rank of a measurement: `python -m shardwright.profiles.worker FOLDER RANK` (started by profiles/jobs.py).
 
-FOLDER/job.json says what to measure (profiles/tasks.py); rank 0 leaves rows in FOLDER/progress as they come, and at the end
-FOLDER/result.json.
+FOLDER/job.json says what to measure (profiles/tasks.py), and which modules to import for the ops they make; rank 0 leaves rows in
+FOLDER/progress as they come, and at the end FOLDER/result.json.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ def main(folder: Path, rank: int) -> None:
     job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
+    for name in job.get("imports", ()):
+        importlib.import_module(name)
     on_gpu = bool(job.get("gpu"))
     if on_gpu:
         torch.cuda.set_device(rank)

@@ -18,7 +18,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .torch_compat import is_tracing, uses
+from ..passes.torch_compat import is_tracing
+from .torch_compat import uses
 
 c10d = torch.ops._c10d_functional
 

@@ -12,13 +12,13 @@ from torch import fx
 from ..errors import UnsupportedOp
 from ..passes.experts.op import split_experts, split_width
 from ..passes.lowered import CallForm, Emitted
+from ..passes.random import drawn, seeded_call
 from ..passes.summarize import target_name
 from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
 from . import groups, transitions
 from .kernels import vocab
 from .mesh import Mesh
-from .random import drawn, seeded_call
 from .regather import Regather
 
 

@@ -22,6 +22,7 @@ from ..passes.models import rebuild
 from ..planner.plan import Plan
 from ..planner.planfile import load_plan, write_whole
 from ..profiles.clock import Watch
+from ..profiles.heap import keep_pages
 from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
@@ -76,6 +77,8 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     plan = agree(lambda: load_plan(options.plan))
     check_world(plan.mesh)
     loaded = rebuild(plan.source)
+    if device.type == "cpu":
+        keep_pages()
     limit = plan.memory_limit_bytes
     found: dict[str, Any] = {
         "plan": str(options.plan), "verify": [], "world_size": world_size(), "memory_limit_bytes": limit, "fits": True,

@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
@@ -23,7 +21,6 @@ __all__ = [
     "StorageRef",
     "allocation_events",
     "is_strided",
-    "is_tracing",
     "like_dtensor",
     "make_dtensor",
     "strided_split",
@@ -47,15 +44,6 @@ class Event:
     name: str
     microseconds: float
     bytes: int
-
-
-def is_tracing() -> bool:
-    """Whether code runs to be traced (dynamo, AOTAutograd, fake tensors), not to compute.
-
-    `torch.compiler.is_compiling` misses AOTAutograd called without dynamo; `torch._guards.detect_fake_mode` sees its fake
-    mode. Both are needed so that tracing a graph does not look like running it.
-    """
-    return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
 
 
 def uses(x: Tensor) -> int:

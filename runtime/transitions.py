@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..passes.torch_compat import is_tracing
 from ..planner.placement import Dims, State, Step, dual, local_dims, parse_state, row
 from ..planner.placement import R as WHOLE
 from . import collectives
-from .torch_compat import is_tracing
 
 SCHEMA = "transition(Tensor x, str source, str target, int[] outer, int size, int index, str group) -> Tensor"
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")

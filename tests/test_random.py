@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shardwright.runtime import random
+from shardwright.passes import random
 from torch import Tensor
 
 aten = torch.ops.aten

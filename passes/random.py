@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..passes.lift import DRAWN
+from .lift import DRAWN
 from .torch_compat import is_tracing
 
 CallForm = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -157,6 +157,16 @@ def seeded_call(form: CallForm, salt: int, device: torch.device | None = None) -
         where = device or torch.device("cpu")
         return lambda seed: (seeded_op, (target, seed, salt, where, *args), kwargs)
     return None
+
+
+def own_form(form: CallForm, seed: Any) -> CallForm | None:
+    """`form` as the op of this library that draws for it in a lowered graph, given `seed` as its seed; None where there is none.
+
+    Profiles time what runs: such an op keeps a mask of its own, and its backward differs from torch's.
+    """
+    call = seeded_call(form, 0)
+    found = call(seed) if call is not None else None
+    return found if found is not None and found[0] in (dropout, attention) else None
 
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any], salt: int) -> Callable[[fx.Node], CallForm] | None:
