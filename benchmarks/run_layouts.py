@@ -6,7 +6,8 @@
     copies     with sequence parallelism what is gathered for a product is gathered again in the backward pass (Megatron)
     buckets    DeepSpeed's ZeRO 1 and 2 reduce and gather through flat buffers of 5e8 elements each (its `reduce_bucket_size` and
                `allgather_bucket_size`), or of all a rank has
-    gradients  leave for the host with the optimizer that lies there (DeepSpeed's ZeRO-Offload)
+    gradients  leave for the host with the optimizer that lies there (DeepSpeed's ZeRO-Offload); where a row says "sync gradient
+               flush", into memory that is not pinned and with the backward pass waiting
 
 The search chooses everything else, within the memory limit where it can. A row's memory metric says what its bytes count:
 
@@ -47,6 +48,10 @@ both (1.08 to 1.46)."""
 BUCKET_ELEMENTS = 5e8
 """The default of DeepSpeed's `reduce_bucket_size` and of its `allgather_bucket_size`."""
 
+PAGEABLE_BYTES_PER_SECOND = 3.5e9
+"""Copies from a device into host memory that is not pinned: phases of the set dos (backward passes of 5.9e9 parameters take 3.3 to
+3.4 s longer with a blocking flush of bf16 gradients than with an asynchronous one, whatever the number of microbatches)."""
+
 _FRACTION = re.compile(r"fraction ([\d.]+) of layers")
 
 
@@ -70,9 +75,20 @@ def lay(job: Job, run: Run) -> Laid:
     options = _own_options(bench, shape, options, run, share)
     cuts = _own_cuts(bench, shape, cuts, "first/last stage" in str(run.knobs.get("other")))
     figures = appraise(bench, shape, cuts, options)
-    buckets = _buckets(run, job.estimate()["parameters"] / shape.tp / shape.pp)
+    elements = job.estimate()["parameters"] / shape.tp / shape.pp
+    buckets = _buckets(run, elements)
     counted = _bytes(bench, shape, cuts, options, figures, job.cluster.device.memory_bytes, buckets)
+    flush = _flush_seconds(run, elements / shape.dp)
+    if flush:
+        by_cause = {**figures.seconds, "offload": figures.seconds.get("offload", 0.0) + flush}
+        figures = replace(figures, step_seconds=figures.step_seconds + flush, seconds=by_cause)
     return Laid(predict(bench, shape, figures), figures.peak_bytes + buckets <= limit, limit, counted)
+
+
+def _flush_seconds(run: Run, elements: float) -> float:
+    """Seconds the backward pass waits while a rank's gradients in half precision are copied out; 0 where they are not so."""
+    blocking = re.search(r"\bsync gradient flush", str(run.knobs.get("offload")))
+    return 2 * elements / PAGEABLE_BYTES_PER_SECOND if blocking else 0.0
 
 
 def _buckets(run: Run, elements: float) -> float:

@@ -93,6 +93,13 @@ def test_sequence_parallelism_keeps_shards_of_what_is_gathered() -> None:
     assert with_shards.bytes["states"] < whole.bytes["states"]
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("sync gradient flush", 2.0), ("async gradient flush", 0.0), ("", 0.0)])
+def test_a_blocking_flush_takes_the_time_of_its_copies(text: str, seconds: float) -> None:
+    """Of bf16 gradients into memory that is not pinned."""
+    run = read_row(row(parallelism__offload=f"optimizer on CPU; ZeRO-Offload ({text})" if text else None))
+    assert run_layouts._flush_seconds(run, run_layouts.PAGEABLE_BYTES_PER_SECOND) == seconds
+
+
 def test_deepspeed_reduces_and_gathers_through_flat_buffers() -> None:
     """Of all a rank has, where that is less than 5e8 elements; ZeRO-3 has none."""
     run = read_row(row(parallelism__framework="Megatron-DeepSpeed"))
