@@ -90,7 +90,7 @@ class Run:
     @property
     def given(self) -> tuple[str, ...]:
         """Pins that say what software runs the model: part of the question, not of the answer."""
-        return tuple(pin for pin in self.pins if pin.startswith(("attention=", "kernels=", "loss=")))
+        return tuple(pin for pin in self.pins if pin.startswith(("attention=", "kernels=", "loss=", "tp_overlap=")))
 
     @property
     def chosen(self) -> bool:
@@ -264,8 +264,9 @@ def _pins(
     pins.append(f"micro_batch={_micro(stated, degrees)}")
     pins += _schedule(stated, degrees, lost)
     pins += zero_of(stated, degrees["dp"], stack, lost)
-    if stated.get("sp") is not None and degrees["tp"] > 1:
-        pins.append(f"sequence_parallel={'on' if stated['sp'] else 'off'}")
+    positions = stated["sp"] if stated.get("sp") is not None else stack.overlap or None
+    if positions is not None and degrees["tp"] > 1:
+        pins.append(f"sequence_parallel={'on' if positions else 'off'}")
     pins += _recompute(str(stated.get("recompute") or ""), stack, lost)
     pins += _offload(str(stated.get("offload") or ""), lost)
     pins += [
@@ -273,6 +274,8 @@ def _pins(
         f"kernels={kernels_of(stated, stack)}",
         f"loss={stack.loss}",
     ]
+    if stack.overlap and positions and degrees["tp"] > 1:
+        pins.append("tp_overlap=on")
     return tuple(pins)
 
 

@@ -1,7 +1,8 @@
 """What the software of a published run does where its row does not say: facts about frameworks, not about rows.
 
 Each line is the default of a code base: bytes kept per parameter, how attention runs, whether element-wise kernels are fused,
-the highest ZeRO level it has without being told so, and dropout.
+the highest ZeRO level it has without being told so, dropout, and whether tensor parallelism splits positions too and goes
+piece by piece with its products (which needs the first).
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ class Stack:
     zero: str = ""
     dropout: float = 0.0
     loss: str = "float"
+    overlap: bool = False
 
 
 STACKS = (
-    # cuDNN's or FlashAttention's kernels through Transformer Engine, fused norms and activations, distributed optimizer.
-    Stack(r"NeMo|Megatron-Core|Megatron-Bridge", "megatron", "flash", "fused", "<=1", loss="fused"),
+    # cuDNN's or FlashAttention's kernels through Transformer Engine, fused norms and activations, distributed optimizer; NeMo's
+    # recipes set `sequence_parallel` and `ub_tp_comm_overlap`; Megatron's own switches for them are off unless given.
+    Stack(r"NeMo|Megatron-Bridge", "megatron", "flash", "fused", "<=1", loss="fused", overlap=True),
+    Stack(r"Megatron-Core", "megatron", "flash", "fused", "<=1", loss="fused"),
     # Derived from Megatron: bf16 gradients (13B whole on a device beside fp32 ones would not fit), its tokenizer's 128k words,
     # the kernels that a row names and else PyTorch's.
     Stack(r"AA-Scaling", "zero", "math", "eager", "<=1", dropout=0.1),

@@ -36,6 +36,7 @@ MASK = (
     Executed("attention", ("flash",), "attention as separate kernels"),
     Executed("kernels", ("eager",), "fused kernels"),
     Executed("loss", ("float",), "another form of the loss"),
+    Executed("tp_overlap", (False,), "tensor-parallel collectives piece by piece with their products"),
 )  # fmt: skip
 """Keys that are not here are executed whatever their value."""
 

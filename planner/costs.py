@@ -41,6 +41,9 @@ class Price(Protocol):
 class PriceBook(Protocol):
     """What the planner asks of planner/prices.py."""
 
+    @property
+    def pieces(self) -> bool: ...
+
     def op(self, op: Op, local_sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> tuple[Price, Price]:
         """(forward, backward) of `op` whose factors have the given local sizes."""
         ...
@@ -273,6 +276,18 @@ class Costs:
         """Seconds of one collective call."""
         return self._called(call)[0]
 
+    def _waited(self, call: Call) -> float:
+        """Seconds of a collective between two ops that compute waits.
+
+        Piece by piece, each of n ranks' part is multiplied while the next one arrives (gathers), or sent while the next is
+        multiplied (scatters): one part of n is waited for, and the others slow the product down (Wang et al., ASPLOS 2023;
+        Transformer Engine's user buffers). Products are taken to be longer than their parts' transfers.
+        """
+        seconds, n = self.collective(call), self.shape.sizes[call.axis]
+        if not self.prices.pieces or call.collective not in BY_PIECES or self.shape.axes[call.axis].role != "model":
+            return seconds
+        return seconds / n + (self.overlap.slowdown - 1.0) * seconds * (n - 1) / n
+
     def issue(self, calls: Iterable[Call], *, backward: bool) -> float:
         """Seconds of the host that starts those of `calls` that run in one direction."""
         return sum(self._called(call)[1] for call in calls if call.backward == backward)
@@ -321,8 +336,8 @@ class Costs:
                     copies[int(backward)] += self.prices.copy(
                         _written(name, backward, step, full, sizes[step.axis])
                     ).seconds
-        there = math.fsum(self.collective(c) for c in calls if not c.backward)
-        back = math.fsum(self.collective(c) for c in calls if c.backward)
+        there = math.fsum(self._waited(c) for c in calls if not c.backward)
+        back = math.fsum(self._waited(c) for c in calls if c.backward)
         return Chain(there, back, copies[0], copies[1], tuple(calls), fresh)
 
     def bucket(self, collective: str, axes: Sequence[int], reference_bytes: float) -> Bucket:
@@ -335,6 +350,9 @@ class Costs:
         whole = self.prices.collective(collective, max(reference_bytes, 2.0), stride, size).seconds
         return Bucket(fixed, max(whole - fixed, 0.0) / max(reference_bytes, 2.0))
 
+
+BY_PIECES = ("all_gather", "reduce_scatter")
+"""Collectives that a product can be run with piece by piece."""
 
 VOCAB_LOSS_REDUCTIONS = (1, 2)
 """Values per row of the all-reduces inside a vocabulary-parallel loss, all forward and at least in float32: the maximum; the

@@ -32,6 +32,7 @@ class Pins:
     attention: str | None = None
     kernels: str | None = None
     loss: str | None = None
+    tp_overlap: bool | None = None
     pp: int | None = None
     cp: int | None = None
     ep: int | None = None
@@ -111,6 +112,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "attention": Key(_one_of("flash", "flash1", "flash3", "math")),
         "kernels": Key(_one_of("eager", "fused")),
         "loss": Key(_one_of("float", "compute", "fused")),
+        "tp_overlap": Key(_switch),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
@@ -127,6 +129,7 @@ _FIELDS = (
     "attention",
     "kernels",
     "loss",
+    "tp_overlap",
     "pp",
     "cp",
     "ep",

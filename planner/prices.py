@@ -68,7 +68,8 @@ class Prices:
     `arguments` the canonical plain arguments of ops by name (to find their rows), `optimizer_rate` measured seconds per byte
     of an optimizer step by name (the optimizer's), `copy_rate` measured bytes per second of a local copy. `fused` says what
     ops need not do where kernels are fused (planner/fusing.py), `products` the dtype of products with parameters where that is
-    not `compute`, `attention` the kind of fused attention.
+    not `compute`, `attention` the kind of fused attention, `pieces` whether what tensor parallelism gathers and scatters goes
+    piece by piece with the products around it (`tp_overlap=on`).
     """
 
     cluster: Cluster
@@ -82,6 +83,7 @@ class Prices:
     fused: Mapping[str, Fusion] = field(default_factory=dict)
     products: str = ""
     attention: str = "attention"
+    pieces: bool = False
     _shapes: dict[int, tuple[Op, Work]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _known: dict[tuple[int, tuple[float, ...]], tuple[Price, Price]] = field(
         default_factory=dict, init=False, repr=False, compare=False

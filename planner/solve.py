@@ -181,7 +181,7 @@ def _by_stack(prices: PriceBook, outline: Outline, request: Request) -> PriceBoo
     return replace(
         prices, products=recipe.products if recipe is not None else "",
         fused=fusions(outline) if request.pins.kernels == "fused" else {},
-        attention=GENERATIONS.get(request.pins.attention or "flash", "attention"),
+        attention=GENERATIONS.get(request.pins.attention or "flash", "attention"), pieces=bool(request.pins.tp_overlap),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class FakePrices:
     seed: int = 0
     byte: float = 1e-9
     latency: float = 1e-6
+    pieces: bool = False
     _factors: dict[str, float] = field(default_factory=dict)
 
     def factor(self, name: str) -> float:
