@@ -26,7 +26,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
-from .onestage import COUNTED, recomputes, recounted, solve_here
+from .onestage import COUNTED, explain_here, recomputes, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -91,7 +91,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     if outline.training and recomputes(request.pins):
         plan = solve_here(outline, cluster, prices, request)
         if plan is None:
-            raise explain_joint(outline, cluster, prices, request)
+            raise explain_here(outline, cluster, prices, request)
         return plan
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
