@@ -44,6 +44,12 @@ def _pair(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         if not isinstance(matmul, fx.Node) or not isinstance(bias, fx.Node):
             continue
         alike = matmul.meta.get("recompute") == node.meta.get("recompute")
-        if matmul.target in FUSED and len(matmul.users) == 1 and len(matmul.args) == 2 and bias.meta.get("bias") and alike:
+        if (
+            matmul.target in FUSED
+            and len(matmul.users) == 1
+            and len(matmul.args) == 2
+            and bias.meta.get("bias")
+            and alike
+        ):
             return matmul, bias
     return None, None

@@ -23,7 +23,7 @@ from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
 from .outline import Outline
-from .pins import Pins
+from .pins import Pins, Value
 from .plan import Plan
 from .shapes import Arrangement
 from .spell import plan_of
@@ -45,10 +45,20 @@ WIDER = 1.3
 COUNTED = "options are compared by bytes of units; the plan's own bytes and collectives are counted op by op"
 
 
+ONE_GRAPH: dict[str, Value] = {"pp": 1, "cp": 1, "ep": 1, "vpp": 1, "offload": "none"}
+"""Pins under which a step is one graph on every rank, with nothing behind the device."""
+
+
 def executed(pins: Pins) -> Pins:
-    """The pins, with those keys fixed of which the runtime executes one value only."""
-    only = {one.key: one.values[0] for one in MASK if len(one.values) == 1 and hasattr(pins, one.key)}
+    """The pins, with those keys fixed that are left open and of which one value is executed, or leaves one graph."""
+    only = {one.key: one.values[0] for one in MASK if len(one.values) == 1 and hasattr(pins, one.key)} | ONE_GRAPH
     return replace(pins, **{key: value for key, value in only.items() if getattr(pins, key) is None})  # type: ignore[arg-type]
+
+
+def one_graph(plan: Plan) -> bool:
+    """Whether a plan's step is one graph on every rank, so that it can be counted op by op."""
+    apart = any(axis.role == "context" for axis in plan.mesh) or plan.pipeline.experts > 1
+    return plan.pipeline.stages == 1 and not apart and not any(region.offload for region in plan.regions)
 
 
 def recomputes(pins: Pins) -> bool:
@@ -112,7 +122,7 @@ def _limited(plan: Plan, limit: int, bound: float) -> Plan:
     bound = min(bound, seconds)
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, COUNTED),
+        given_up=(*plan.search.given_up, *([COUNTED] if one_graph(plan) else [])),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 
@@ -135,9 +145,11 @@ def explain_here(outline: Outline, cluster: Cluster, prices: PriceBook, request:
 
 
 def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """A plan of one stage with bytes and collectives counted over all its ops."""
+    """A plan with bytes and collectives counted over all its ops, where it is one graph; else as it is."""
     from .solve import evaluated
 
+    if not one_graph(plan):
+        return plan
     found = evaluated(plan, outline, cluster, prices, assign(plan, outline))
     predicted = msgspec.structs.replace(
         plan.predicted, peak_bytes_per_device=found.peak_bytes, memory=dict(found.memory), traffic=found.traffic
@@ -148,8 +160,10 @@ def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
 
 def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
     """An edited plan, counted as before if it was; raises PlanError where it is no longer one stage, Infeasible above its limit."""
-    if plan.pipeline.stages > 1:
-        raise PlanError("pipeline.stages: a plan whose bytes are counted op by op has one stage")
+    if not one_graph(plan):
+        raise PlanError(
+            "search.given_up: bytes are counted op by op, which needs one stage, and no offload or split experts"
+        )
     plan = counted(plan, outline, cluster, prices)
     peak, memory = plan.predicted.peak_bytes_per_device, plan.predicted.memory
     if peak > plan.memory_limit_bytes:

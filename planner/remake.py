@@ -249,7 +249,9 @@ class Values:
             for value in self.takes(open_.pop()):
                 ask(value)
         ops = frozenset(m.op for m in seen if m.copy is None)
-        read = {self.facts.aliases[u.tensor].root for n in ops for u in self.ops[n].operands if self.parameter(u.tensor)}
+        read = {
+            self.facts.aliases[u.tensor].root for n in ops for u in self.ops[n].operands if self.parameter(u.tensor)
+        }
         copies = frozenset(c for c in again.copies if self.makers.get(buffer(self.facts, *c)) in seen)
         return Again(ops, copies, frozenset(read))
 

@@ -122,7 +122,10 @@ class Timeline:
                 if item.source == "new":
                     if op.name not in again.ops:
                         self._over(
-                            "saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
+                            "saved",
+                            i,
+                            self.count - 1,
+                            new_bytes(op, item, self.assignment.choices[op.name], self.sizes),
                         )
                     continue
                 if item.source == "operand":

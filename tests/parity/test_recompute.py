@@ -46,7 +46,11 @@ def test_two_ranks(name: str, pins: str, microbatches: int, pools: dict[int, Poo
 
 @pytest.mark.parametrize(
     ("name", "pins", "limit"),
-    [("gpt2", "recompute=full", None), ("llama", "micro_batch=2 recompute=selective", None), ("vit", "micro_batch=8", 1_500_000)],
+    [
+        ("gpt2", "recompute=full", None),
+        ("llama", "micro_batch=2 recompute=selective", None),
+        ("vit", "micro_batch=8", 1_500_000),
+    ],
 )
 def test_one_process(name: str, pins: str, limit: int | None) -> None:
     """The last one is a search for what to run again under a memory limit."""
@@ -218,7 +222,8 @@ def test_a_limit_that_needs_recompute_is_kept() -> None:
     free = plan_of("llama", f"micro_batch={MANY} dtype=fp32", 1, MANY, device="cpu")
     limit = int(0.8 * free.predicted.peak_bytes_per_device)
     plan = plan_of("llama", f"micro_batch={MANY} dtype=fp32", 1, MANY, device="cpu", memory_limit=limit)
-    assert recomputed(plan) and not recomputed(free)
+    assert recomputed(plan)
+    assert not recomputed(free)
     assert plan.predicted.peak_bytes_per_device <= plan.memory_limit_bytes == limit
     assert peak("llama", plan, MANY) <= 1.01 * limit
 
