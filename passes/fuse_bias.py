@@ -39,10 +39,17 @@ def fuse_bias(graph: fx.Graph) -> int:
 
 
 def _pair(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """(matmul, bias) of an add that may be fused; the bias is marked by lowering (meta["bias"])."""
+    """(matmul, bias) of an add that may be fused; the bias is marked by lowering (meta["bias"]). Both run again or neither."""
     for matmul, bias in (node.args, node.args[::-1]):
         if not isinstance(matmul, fx.Node) or not isinstance(bias, fx.Node):
             continue
-        if matmul.target in FUSED and len(matmul.users) == 1 and len(matmul.args) == 2 and bias.meta.get("bias"):
+        alike = matmul.meta.get("recompute") == node.meta.get("recompute")
+        if (
+            matmul.target in FUSED
+            and len(matmul.users) == 1
+            and len(matmul.args) == 2
+            and bias.meta.get("bias")
+            and alike
+        ):
             return matmul, bias
     return None, None

@@ -32,6 +32,10 @@ from .localize import local_form
 from .lowered import CallForm, Emit, Emitted, Feed, Lowered
 from .summarize import Call, Summary
 
+AGAIN = "again"
+"""Marks a node (in its meta) that the backward pass runs again; a compiler reads the tags beside it."""
+RUNS_AGAIN = {AGAIN: True, "recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
 
 def lower(
     summary: Summary, assignment: Assignment, axis_sizes: tuple[int, ...], emit: Emit, *,
@@ -184,8 +188,10 @@ class _Graph:
         if source[-1] != target[-1]:
             raise UsageError(f"{tensor} would be communicated between microbatches: use one microbatch")
         dims = local_dims(self.shop.tensors[tensor].dims, source[-1:], self._cut_sizes[-1:])
+        again = (tensor, target[:-1]) in self.shop.assignment.again.copies
         for step in steps(dims, source[:-1], target[:-1], self.shop.sizes):
             node = self._call(self.shop.emit.transition(step, dims), node, f"{tensor} {step.source} -> {step.target}")
+            node.meta |= RUNS_AGAIN if again else {}
         self.env[tensor, target] = node
 
     def _call(self, emitted: Emitted, first: Any, comment: str) -> fx.Node:
@@ -304,10 +310,12 @@ class _Graph:
         target, args, kwargs = self._special(op, self._local_form(op, call))
         node = self.graph.call_function(target, fill(args, operands), fill(kwargs, operands))
         node.meta["comment"] = f"{op.source}"
+        node.meta |= RUNS_AGAIN if op.name in self.shop.assignment.again.ops else {}
         for use, placement in zip(op.results, produced, strict=True):
             self.produced[use.tensor] = placement
             index = use.tensor.rpartition(":")[2] if ":" in use.tensor else None
             made = node if index is None else self.graph.call_function(operator.getitem, (node, int(index)))
+            made.meta |= {key: value for key, value in node.meta.items() if key in RUNS_AGAIN and key != AGAIN}
             self.env[use.tensor, placement] = made
 
     def _splits(self, op: Op) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from .choices import states
 from .outline import Op, Outline, Region
 from .placement import Placement, parse_state
 from .plan import ParameterPlan, Plan, RegionPlan
+from .remake import NOTHING, Again, spread, transferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Assignment:
     """Choices by op name (one per mesh axis), storage by parameter tensor, and groups of parameters by region instance.
 
     `groups` are the buckets of collectives: parameters of one region instance with equal (zero, zero_axes, trainable, dtype).
+    `again` is what the backward pass runs again.
     """
 
     choices: Mapping[str, tuple[str, ...]]
     storage: Mapping[str, Storage]
     groups: tuple[tuple[str, ...], ...]
     data_axes: tuple[int, ...] = ()
+    again: Again = NOTHING
 
 
 def assign(plan: Plan, outline: Outline) -> Assignment:
@@ -50,7 +53,9 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
         for instance, wanted in zip(found.parameters, entries, strict=True):
             storage.update(zip(instance, (_storage(plan, p) for p in wanted.parameters), strict=True))
     data_axes = tuple(i for i, axis in enumerate(plan.mesh) if axis.role == "data")
-    return Assignment(choices, storage, parameter_groups(outline, storage), data_axes)
+    model = next((i for i, axis in enumerate(plan.mesh) if axis.role == "model"), None)
+    again = spread(outline, ways, choices, model)
+    return Assignment(choices, storage, parameter_groups(outline, storage), data_axes, again)
 
 
 def _ways(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
@@ -127,10 +132,13 @@ def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assign
         known = casts.get(_renamed(key, names), ())
         if len(known) < len(chain):
             raise PlanMismatch(f"in another dtype the model has {chain[-1].name} (a cast), which the plan lacks")
-        choices |= {mine.name: assignment.choices[theirs.name] for theirs, mine in zip(known, chain, strict=False)}
+        alike = list(zip(known, chain, strict=False))
+        choices |= {mine.name: assignment.choices[theirs.name] for theirs, mine in alike}
+        names |= {mine.name: theirs.name for theirs, mine in alike}
     stored = {name: assignment.storage.get(p.tensor) for p in source.parameters for name in p.names}
     storage = {p.tensor: place for p in target.parameters if (place := stored.get(p.names[0])) is not None}
-    return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes)
+    again = transferred(assignment.again, target, choices, names)
+    return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes, again)
 
 
 def _apart(outline: Outline) -> tuple[dict[str, list[Op]], list[Op]]:

@@ -30,7 +30,6 @@ MASK = (
     Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts),
     Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
-    Executed("recompute", ("none",), "recompute", lambda plan: _said(any(r.recompute for r in plan.regions))),
     Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),

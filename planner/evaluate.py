@@ -69,7 +69,7 @@ class Evaluator:
         ledger.transitions()
         ledger.parameters()
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
-        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), self.again)
+        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again)
         points, causes = walked.points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
@@ -103,6 +103,8 @@ class _Ledger:
         self.wants: dict[str, dict[Placement, None]] = defaultdict(dict)
         self.reduced: dict[str, set[Placement]] = defaultdict(set)
         self.fresh: dict[str, list[Placement]] = defaultdict(list)
+        read = {owner.region_of.get(name) for name in assignment.again.parameters}
+        self.again = owner.again | frozenset(t for t, r in owner.region_of.items() if r in read)
 
     def ops(self) -> None:
         """Price every op and note what it makes and wants; ops of one class and choice are looked up once."""
@@ -114,7 +116,7 @@ class _Ledger:
             runs = 1 if self._once(op) else owner.m
             self.seconds["compute"] += runs * price[0]
             self.seconds["activation_communication"] += runs * price[1]
-            self._count(price[2], runs, runs)
+            self._count(price[2], runs * (2 if op.name in self.assignment.again.ops else 1), runs)
             for use, placement in zip(op.results, produced, strict=True):
                 self.produced[use.tensor] = placement
             for use, placement in zip(op.operands, wanted, strict=True):
@@ -153,7 +155,7 @@ class _Ledger:
             raise ValueError(f"{name} cannot go from {source} to {target}")
         self.seconds["activation_communication"] += runs * (chain.forward + chain.backward)
         self.seconds["copies"] += runs * (chain.copies_forward + chain.copies_backward)
-        self._count(chain.calls, runs, runs)
+        self._count(chain.calls, runs * (2 if (name, target) in self.assignment.again.copies else 1), runs)
 
     def parameters(self) -> None:
         """Gathers, reductions and transitions of every parameter group, and the optimizer."""
@@ -176,7 +178,7 @@ class _Ledger:
 
     def _times(self, name: str) -> Times:
         owner = self.owner
-        again = name in owner.again
+        again = name in self.again
         return times(
             self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again
         )

@@ -85,6 +85,8 @@ class Fronts:
             chain, prices, pins, setting, residual, tell,
         )  # fmt: skip
         self.overlap = overlap
+        self.trim: Callable[[Bench, Design], Design] = lambda bench, design: design
+        """What is made of every design before it is offered (planner/trim.py)."""
         self._shardings: dict[tuple[int, int], tuple[Sharding, ...]] = {}
         self._designs: dict[tuple[int, int], tuple[Named, ...]] = {}
         self._benches: dict[tuple[int, int, int, int], Bench] = {}
@@ -182,9 +184,11 @@ class Fronts:
         key = (region, ways)
         if key not in self._designs:
             found: dict[Design, Named] = {}
+            bench = self.bench(region, ways, self.reference)
             for sharding in self.shardings(region, ways):
                 for named in self._styled(region, ways, sharding):
-                    found.setdefault(named.design, named)
+                    design = self.trim(bench, named.design)
+                    found.setdefault(design, replace(named, design=design))
             if not found:
                 raise self._none_left()
             self._designs[key] = tuple(found.values())

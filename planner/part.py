@@ -54,7 +54,9 @@ class Chain:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """One part per region, that of a typical repeat (the second where there is one)."""
-        return tuple(_part(self.outline, r) for r in range(len(self.outline.regions)))
+        return tuple(
+            part_of(self.outline, r, 1 if region.repeats > 1 else 0) for r, region in enumerate(self.outline.regions)
+        )
 
     @cached_property
     def cut(self) -> tuple[BatchCut, frozenset[str]]:
@@ -113,9 +115,9 @@ def chain(outline: Outline) -> Chain:
     return Chain(outline, units, tuple(tuple(c) for c in crossing), ties)
 
 
-def _part(outline: Outline, r: int) -> Part:
+def part_of(outline: Outline, r: int, k: int) -> Part:
+    """The part of repeat `k` of region `r`."""
     region = outline.regions[r]
-    k = 1 if region.repeats > 1 else 0
     names = frozenset(region.instances[k])
     ops = tuple(op for op in outline.ops if op.name in names)
     made = {use.tensor for op in ops for use in op.results}

@@ -26,6 +26,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
+from .onestage import COUNTED, explain_here, recomputes, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -87,10 +88,19 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
+    if outline.training and recomputes(request.pins):
+        plan = solve_here(outline, cluster, prices, request)
+        if plan is None:
+            raise explain_here(outline, cluster, prices, request)
+        return plan
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
+        if outline.training and request.pins.recompute is None:
+            plan = solve_here(outline, cluster, prices, request)
+            if plan is not None:
+                return plan
         raise explain(problem, shapes, request.progress)
     return _plan(outline, cluster, request, found, found.best)
 
@@ -236,7 +246,7 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
     shape = Shape(plan.mesh)
     check_choices(outline, assignment, shape.sizes)
     _check_roles(outline, assignment, shape)
-    evaluation = _evaluate(plan, outline, cluster, prices, assignment)
+    evaluation = evaluated(plan, outline, cluster, prices, assignment)
     if evaluation.peak_bytes > plan.memory_limit_bytes:
         cause = max(evaluation.memory, key=lambda c: evaluation.memory[c])
         raise Infeasible(
@@ -265,7 +275,7 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
-    if figures.peak_bytes > figures.limit_bytes:
+    if figures.peak_bytes > figures.limit_bytes and COUNTED not in plan.search.given_up:
         cause = max(figures.memory, key=lambda c: figures.memory[c])
         raise Infeasible(
             f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {figures.limit_bytes} "
@@ -275,11 +285,14 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
         )
     if not housed(bench, shape, cuts, options):
         raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
-    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
+    op_by_op = (COUNTED,) if COUNTED in plan.search.given_up else ()
+    given_up = ("edited: no certificate", *op_by_op)
+    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=given_up)
     predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
-    return msgspec.structs.replace(
+    priced = msgspec.structs.replace(
         plan, predicted=predicted, stages=stages, search=search, memory_limit_bytes=figures.limit_bytes, edited=True
     )
+    return recounted(priced, outline, cluster, prices) if op_by_op else priced
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:
@@ -299,7 +312,8 @@ def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None
             raise PlanError(f"parameter {name}: zero={storage.zero}, but a parameter without dims cannot be chunked")
 
 
-def _evaluate(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
+def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
+    """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
     costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
     setting = _setting(cluster, plan.precision, plan.optimizer)

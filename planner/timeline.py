@@ -19,6 +19,7 @@ from .memory import (
     operand_gradients,
 )
 from .placement import Placement, R
+from .remake import Values, rerun
 from .rule_experts import scratch_bytes
 from .template import Cut
 
@@ -52,6 +53,7 @@ class Timeline:
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
         self.moment = [0.0] * self.count
+        self.making = [0.0] * self.count
 
     def _over(self, cause: str, low: int, high: int, amount: float) -> None:
         """Add to a lane for time points low..high (inclusive), as differences."""
@@ -72,7 +74,7 @@ class Timeline:
         points: dict[Point, dict[str, float]] = {}
         for v in range(self.count):
             points["op", v] = {c: lanes[c][v] for c in lanes}
-            points["op", v]["temporaries"] += self.moment[v]
+            points["op", v]["temporaries"] += max(self.moment[v], self.making[v])
         if self.training:
             self._reductions(points, lanes)
             self._steps(points)
@@ -112,15 +114,19 @@ class Timeline:
         self._temporaries()
 
     def _saved(self) -> None:
-        found = self.facts
+        found, again = self.facts, self.assignment.again
         first: dict[tuple[str, Placement], int] = {}
         whole: Placement = (R,) * len(self.sizes)
         for i, op in enumerate(self.ops):
             for item in op.saved:
                 if item.source == "new":
-                    self._over(
-                        "saved", i, self.count - 1, new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
-                    )
+                    if op.name not in again.ops:
+                        self._over(
+                            "saved",
+                            i,
+                            self.count - 1,
+                            new_bytes(op, item, self.assignment.choices[op.name], self.sizes),
+                        )
                     continue
                 if item.source == "operand":
                     use, placement = op.operands[item.index], self.uses.wanted[op.name][item.index]
@@ -128,6 +134,8 @@ class Timeline:
                     use = op.results[item.index]
                     placement = self.uses.produced[use.tensor]
                 first.setdefault(buffer(found, use.tensor, placement), i)
+        if again:
+            first = self._made_again()
         for (name, placement), i in first.items():
             root = self.tensors[name]
             if root.role == "parameter" or (root.role != "activation" and placement == whole):
@@ -136,6 +144,15 @@ class Timeline:
         for name, i in found.saved_parameters.items():
             for want in self.uses.fresh[name] if self.m == 1 or self.assignment.storage[name].zero == 3 else ():
                 self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
+
+    def _made_again(self) -> dict[tuple[str, Placement], int]:
+        """Count what is made again, with the gradients that the op makes after it; returns what is kept."""
+        values = Values(self.outline, self.facts, self.uses.wanted, self.uses.produced)
+        found = rerun(values, self.assignment.again, self.assignment.choices, self.sizes)
+        for i, (most, there) in enumerate(zip(found.most, found.there, strict=True)):
+            self.making[i] = most
+            self.moment[i] += there
+        return found.kept
 
     def _gradients(self) -> None:
         found, m, last = self.facts, self.m, self.count - 1
@@ -156,7 +173,7 @@ class Timeline:
                 span[r, k] = (found.order[ops[0]], found.order[ops[-1]])
         for name, storage in self.assignment.storage.items():
             h = self.held[name]
-            if found.lasting(name, self.training, self.m):
+            if found.lasting(name, self.training, self.m) or name in self.assignment.again.parameters:
                 self._over("gathered", 0 if self.m > 1 else found.low[name], last, h.copy)
             for key in sorted(found.touched[name]):
                 self._over("gathered", *span[key], h.gathered)

@@ -25,6 +25,7 @@ from ..planner.outline import Outline, Parameter
 from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
 from . import parameters
+from .again import with_recipes
 from .emit import RankEmit
 from .mesh import Mesh
 from .step import Buckets
@@ -140,6 +141,8 @@ class Programs:
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
         )  # fmt: skip
         body: Callable[..., Any] = lowered.body
+        if training and not self.compile:
+            body = with_recipes(lowered.body)
         if self.compile:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}

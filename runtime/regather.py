@@ -1,22 +1,25 @@
-"""Gathered parameters that are freed after forward and gathered again in backward (ZeRO-3).
+"""Tensors that autograd does not keep, because the backward pass makes them again: gathered parameters (ZeRO-3), and what a
+plan recomputes (runtime/again.py).
 
     regather = Regather()
     with regather:
-        loss = forward()       # groups.gather(..., regather=True) inside
+        loss = forward()       # groups.gather(..., regather=True) and ops that run again inside
     loss.backward()
 
-Inside the block autograd saves, instead of a tensor that lies in a gathered one, a handle (recipe, index, offset, size, stride).
-Backward resolves it by gathering the group again into a small cache, which the group leaves when the last handle has been
-resolved, when its gradients are scattered, when others need the room, or when the backward pass ends.
+Inside the block autograd saves, instead of a tensor whose storage a *recipe* can make again, a handle (recipe, slot, offset,
+size, stride). Backward resolves it by following the recipe and keeps what that made in a small cache. A slot of it goes when its
+last handle has been resolved; gathered groups also when their gradients are scattered or when others need the room; everything
+when the backward pass ends.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +28,17 @@ from ..errors import UsageError
 from . import collectives
 from .torch_compat import StorageRef, when_backward_ends
 
+CHANGED = "a parameter was modified between the forward pass and its backward; step after backward"
+
 
 class Recipe:
-    """How to gather one group again: `make()` returns its wholes, from shards that must not have changed."""
+    """How to gather one group again: `make()` returns its wholes, from shards that must not have changed.
+
+    `handles` counts the handles of each slot, `resolved` those that the running backward pass has resolved.
+    """
+
+    crowded = True
+    """Whether what it makes goes when others of its kind need the room."""
 
     def __init__(
         self, make: Callable[[], Sequence[Tensor]], shards: Sequence[Tensor], ledger: collectives.CommLedger | None
@@ -36,26 +47,26 @@ class Recipe:
         self._shards = tuple(shards)
         self._versions = tuple(s._version for s in shards)
         self._ledger = ledger
-        self.handles = 0
-        self.resolved = 0
+        self.handles: Counter[int] = Counter()
+        self.resolved: Counter[int] = Counter()
 
-    def gather(self) -> Sequence[Tensor]:
+    def follow(self, regather: Regather) -> Sequence[Tensor]:
         """The group's wholes again; raises UsageError where a parameter was written to since the forward pass."""
         if self._versions != tuple(s._version for s in self._shards):
-            raise UsageError("a parameter was modified between the forward pass and its backward; step after backward")
+            raise UsageError(CHANGED)
         with torch.no_grad(), collectives.backward_phase(self._ledger):
             return self._make()
 
 
 @dataclass(frozen=True)
-class _Handle:
-    """A tensor within the gathered one at `index`."""
+class Handle:
+    """A tensor within the one that a recipe makes for `slot` (negative: from the end); without a size, that one itself."""
 
     recipe: Recipe
-    index: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+    slot: int
+    offset: int = 0
+    size: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
 
 
 class Regather:
@@ -63,8 +74,10 @@ class Regather:
 
     def __init__(self, groups: int = 2) -> None:
         self.groups = groups
+        self.running: Any = None
+        """The recipe of the op that runs now, if it is one that runs again (runtime/again.py)."""
         self._buffers: dict[int, tuple[StorageRef, Recipe, int]] = {}
-        self._cache: OrderedDict[Recipe, Sequence[Tensor]] = OrderedDict()
+        self._cache: OrderedDict[Recipe, list[Tensor | None]] = OrderedDict()
         self._hooks: list[tuple[torch.autograd.graph.saved_tensors_hooks, contextvars.Token[Regather | None]]] = []
         self._ending = False
 
@@ -78,47 +91,92 @@ class Regather:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         hooks, token = self._hooks.pop()
+        self._buffers.clear()  # they hold recipes, and those operands
         _active.reset(token)
         hooks.__exit__(kind, error, trace)
 
     def register(self, wholes: Sequence[Tensor], recipe: Recipe) -> None:
-        """Tensors that lie in one of `wholes` are saved as handles from now on."""
+        """Tensors that lie in one of `wholes`, the recipe's slots in order, are saved as handles from now on."""
         self._buffers = {key: entry for key, entry in self._buffers.items() if not entry[0].expired()}
         for i, whole in enumerate(wholes):
-            ref = StorageRef(whole.untyped_storage())
-            self._buffers[ref.cdata] = ref, recipe, i
+            self.know(whole, recipe, i)
+
+    def know(self, x: Tensor, recipe: Recipe, slot: int) -> None:
+        """Tensors that lie in the storage of `x` are saved as handles from now on."""
+        ref = StorageRef(x.untyped_storage())
+        self._buffers[ref.cdata] = ref, recipe, slot
+
+    def handle(self, x: Tensor) -> Handle | None:
+        """A handle instead of `x`, where a recipe makes its storage; it is to be resolved once in a backward pass."""
+        entry = self._buffers.get(StorageRef(x.untyped_storage()).cdata) if self._buffers else None
+        if entry is None or entry[0].expired():
+            return None
+        _, recipe, slot = entry
+        recipe.handles[slot] += 1
+        return Handle(recipe, slot, x.storage_offset(), tuple(x.shape), x.stride())
+
+    def resolve(self, handle: Handle) -> Tensor:
+        """The tensor behind a handle, made again where it is not there."""
+        recipe, slot = handle.recipe, handle.slot
+        made = self._cache.get(recipe)
+        found = made[slot] if made is not None else None
+        if found is None:
+            found = self._follow(recipe)[slot]
+            assert found is not None
+        recipe.resolved[slot] += 1
+        if recipe.resolved[slot] % recipe.handles[slot] == 0:
+            self._drop(recipe, slot)
+        if handle.size is None:
+            return found
+        return found.as_strided(handle.size, handle.stride, handle.offset)
+
+    def _follow(self, recipe: Recipe) -> list[Tensor | None]:
+        self._end_with_backward()
+        if recipe.crowded:
+            while sum(other.crowded for other in self._cache) >= self.groups:
+                self._cache.pop(next(other for other in self._cache if other.crowded))
+        made: list[Tensor | None] = list(recipe.follow(self))
+        wanted = {slot % len(made) for slot in recipe.handles}
+        self._cache[recipe] = [x if slot in wanted else None for slot, x in enumerate(made)]
+        return self._cache[recipe]
+
+    def _drop(self, recipe: Recipe, slot: int) -> None:
+        made = self._cache.get(recipe)
+        if made is None:
+            return
+        made[slot] = None
+        if all(x is None for x in made):
+            del self._cache[recipe]
 
     def release(self, recipe: Recipe) -> None:
         """Forget the gathered buffer of a group (its gradients are complete)."""
         self._cache.pop(recipe, None)
 
     def clear(self) -> None:
-        """Forget every gathered buffer."""
+        """Forget everything that was made again."""
+        for recipe in self._cache:
+            recipe.resolved.clear()  # a backward pass over a part of the graph leaves handles unresolved
         self._cache.clear()
         self._ending = False
 
-    def _pack(self, x: Tensor) -> Tensor | _Handle:
-        entry = self._buffers.get(StorageRef(x.untyped_storage()).cdata) if self._buffers else None
-        if entry is None or entry[0].expired():
-            return x
-        entry[1].handles += 1
-        return _Handle(entry[1], entry[2], x.storage_offset(), tuple(x.shape), x.stride())
+    def _pack(self, x: Tensor) -> Tensor | Handle:
+        found = self.handle(x)
+        if found is None and self.running is not None:
+            found = self.running.inner(x)
+        return x if found is None else found
 
-    def _unpack(self, saved: Tensor | _Handle) -> Tensor:
+    def _unpack(self, saved: Tensor | Handle) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        recipe = saved.recipe
-        wholes = self._cache.get(recipe)
-        if wholes is None:
-            while len(self._cache) >= self.groups:
-                self._cache.popitem(last=False)
-            wholes = self._cache[recipe] = recipe.gather()
-            self._end_with_backward()
-        self._cache.move_to_end(recipe)
-        recipe.resolved += 1
-        if recipe.resolved % recipe.handles == 0:
-            self.release(recipe)
-        return wholes[saved.index].as_strided(saved.size, saved.stride, saved.offset)
+        if torch.is_grad_enabled():
+            raise UsageError(
+                "backward(create_graph=True) is not supported where parameters are gathered again or activations recomputed"
+            )
+        self._buffers.clear()
+        found = self.resolve(saved)
+        if saved.recipe in self._cache:
+            self._cache.move_to_end(saved.recipe)
+        return found
 
     def _end_with_backward(self) -> None:
         if not self._ending:

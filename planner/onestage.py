@@ -1,0 +1,175 @@
+"""Plans that run here and recompute: the joint search over what the runtime executes, its bytes counted op by op.
+
+The joint search prices units apart from each other, which leaves what lies between them to an estimate. A plan of one stage is
+executed as one graph, so its collectives and bytes are counted there, over every op of the model (planner/evaluate.py), and it
+is those that the plan predicts and that the memory limit bounds. Seconds, and the bound on them, are the joint search's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..errors import Infeasible, PlanError
+from .assign import assign
+from .capability import MASK
+from .cluster import Cluster
+from .costs import PriceBook
+from .infeasible import limit_text, size_text
+from .joint import JointSearch
+from .objectives import least_memory, limited
+from .outline import Outline
+from .pins import Pins, Value
+from .plan import Plan
+from .shapes import Arrangement
+from .spell import plan_of
+from .trim import trimmed
+from .workbench import Workbench
+
+if TYPE_CHECKING:
+    from .solve import Request
+
+ROUNDS = 7
+"""Searches at most: what the joint search is allowed is raised or lowered until its plans, counted, come near the limit."""
+
+NEAR = 1.02
+"""Ratio of two allowances between which no third is tried."""
+
+WIDER = 1.3
+"""Factor on the allowance after a search that found nothing."""
+
+COUNTED = "options are compared by bytes of units; the plan's own bytes and collectives are counted op by op"
+
+
+ONE_GRAPH: dict[str, Value] = {"pp": 1, "cp": 1, "ep": 1, "vpp": 1, "offload": "none"}
+"""Pins under which a step is one graph on every rank, with nothing behind the device."""
+
+
+def executed(pins: Pins) -> Pins:
+    """The pins, with those keys fixed that are left open and of which one value is executed, or leaves one graph."""
+    only = {one.key: one.values[0] for one in MASK if len(one.values) == 1 and hasattr(pins, one.key)} | ONE_GRAPH
+    return replace(pins, **{key: value for key, value in only.items() if getattr(pins, key) is None})  # type: ignore[arg-type]
+
+
+def one_graph(plan: Plan) -> bool:
+    """Whether a plan's step is one graph on every rank, so that it can be counted op by op."""
+    apart = any(axis.role == "context" for axis in plan.mesh) or plan.pipeline.experts > 1
+    return plan.pipeline.stages == 1 and not apart and not any(region.offload for region in plan.regions)
+
+
+def recomputes(pins: Pins) -> bool:
+    """Whether the pins ask for recompute."""
+    return pins.recompute not in (None, "none") or pins.forbids("recompute", "none")
+
+
+def solve_here(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
+    """The fastest plan found within the limit that the runtime executes; None where there is none."""
+    from .solve import make_bench
+
+    limit = request.memory_limit_bytes
+    bench, shapes = make_bench(outline, cluster, prices, replace(request, pins=executed(request.pins)), tiers=False)
+    bench.fronts.trim = trimmed
+    best: Plan | None = None
+    low, high, asked, bound = 0.0, math.inf, float(limit), math.inf
+    for _ in range(ROUNDS):
+        plan = _within(bench, shapes, math.floor(asked), request, outline)
+        peak = 0
+        if plan is not None:
+            plan, bound = counted(plan, outline, cluster, prices), min(bound, plan.search.bound_seconds)
+            peak = plan.predicted.peak_bytes_per_device
+        if plan is not None and peak > limit:
+            high = asked
+        else:
+            low = asked
+        if plan is not None and peak <= limit:
+            same = best is not None and best.regions == plan.regions and best.pipeline == plan.pipeline
+            best = plan if best is None or plan.predicted.step_seconds < best.predicted.step_seconds else best
+            if same:
+                break
+        asked = _next(low, high, asked, limit / peak if peak else WIDER, tried=best is not None)
+        if not low * NEAR < asked < high / NEAR:
+            break
+    return _limited(best, limit, bound) if best is not None else None
+
+
+def _next(low: float, high: float, asked: float, ratio: float, *, tried: bool) -> float:
+    """What to allow next: between what was too little and too much, or as much more or less as the last plan needs."""
+    if high < math.inf and (low > 0.0 or tried):
+        return (low + high) / 2
+    return asked * ratio
+
+
+def _within(
+    bench: Workbench, shapes: Sequence[Arrangement], limit: int, request: Request, outline: Outline
+) -> Plan | None:  # fmt: skip
+    """The plan of the joint search within a limit."""
+    found = JointSearch(limited(bench, limit), shapes, request.progress).run()
+    if found.best is None:
+        return None
+    return plan_of(
+        bench, found, found.best, source=request.source, objective=request.objective, fingerprint=outline.fingerprint,
+        limit_bytes=limit, pins=request.pins.texts, notes=outline.notes,
+    )  # fmt: skip
+
+
+def _limited(plan: Plan, limit: int, bound: float) -> Plan:
+    """The plan with the limit that was asked for, and the bound that all searches proved."""
+    seconds = plan.predicted.step_seconds
+    bound = min(bound, seconds)
+    search = msgspec.structs.replace(
+        plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
+        given_up=(*plan.search.given_up, *([COUNTED] if one_graph(plan) else [])),
+    )  # fmt: skip
+    return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
+
+
+def explain_here(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Infeasible:
+    """The error to raise where nothing that is executed fits: what binds where the least memory is needed."""
+    pins = executed(request.pins)
+    least = least_memory(outline, cluster, prices, replace(request, pins=pins))
+    if least is None:
+        return Infeasible("no shape of the cluster can hold this model under the pins")
+    least = counted(least, outline, cluster, prices)
+    memory, peak = least.predicted.memory, least.predicted.peak_bytes_per_device
+    cause = max(memory, key=lambda c: memory[c])
+    mesh = " x ".join(f"{a.name}={a.size}" for a in least.mesh if a.size > 1) or "one device"
+    return Infeasible(
+        f"nothing fits in {size_text(request.memory_limit_bytes)} per device: the least any plan needs is {size_text(peak)} "
+        f"({mesh}, {least.pipeline.microbatches} microbatches), most of it {cause} ({size_text(memory[cause])})",
+        cause=cause, nearest=(f"devices with {limit_text(peak)} for the plan (--memory-limit)",),
+    )  # fmt: skip
+
+
+def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
+    """A plan with bytes and collectives counted over all its ops, where it is one graph; else as it is."""
+    from .solve import evaluated
+
+    if not one_graph(plan):
+        return plan
+    found = evaluated(plan, outline, cluster, prices, assign(plan, outline))
+    predicted = msgspec.structs.replace(
+        plan.predicted, peak_bytes_per_device=found.peak_bytes, memory=dict(found.memory), traffic=found.traffic
+    )
+    stages = tuple(msgspec.structs.replace(stage, peak_bytes=found.peak_bytes) for stage in plan.stages)
+    return msgspec.structs.replace(plan, predicted=predicted, stages=stages)
+
+
+def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
+    """An edited plan, counted as before if it was; raises PlanError where it is no longer one stage, Infeasible above its limit."""
+    if not one_graph(plan):
+        raise PlanError(
+            "search.given_up: bytes are counted op by op, which needs one stage, and no offload or split experts"
+        )
+    plan = counted(plan, outline, cluster, prices)
+    peak, memory = plan.predicted.peak_bytes_per_device, plan.predicted.memory
+    if peak > plan.memory_limit_bytes:
+        cause = max(memory, key=lambda c: memory[c])
+        raise Infeasible(
+            f"the edited plan needs {peak} bytes per device, its limit is {plan.memory_limit_bytes} (most of it: {cause})",
+            cause=cause, nearest=(f"--memory-limit {peak}",),
+        )  # fmt: skip
+    return plan
