@@ -178,7 +178,7 @@ def _wanted(
         _check_fit(f"{path}: {name}", found.tensors[key], value)
         wanted[key] = Held.of(value.detach())
     if optimizer is not None:
-        wanted |= states.prepare(optimizer, named, found, saved_as)
+        wanted |= states.prepare(optimizer, named, path, found, saved_as)
     for key, held in wanted.items():
         if key not in found.tensors or tuple(held.shape) != found.tensors[key].shape:
             raise CheckpointError(f"{path}: {key}: expected a tensor of shape {tuple(held.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _held(value: Tensor, parameter: Tensor, what: str) -> Held:
 
 
 def prepare(
-    optimizer: torch.optim.Optimizer, named: Named, found: manifest.Manifest, saved_as: Mapping[str, str]
+    optimizer: torch.optim.Optimizer, named: Named, where: Path, found: manifest.Manifest, saved_as: Mapping[str, str]
 ) -> dict[str, Held]:
     """Make room for the states a checkpoint holds of this rank's parameters; what to read into it, by key.
 
@@ -86,10 +87,10 @@ def prepare(
     """
     saved = found.heading.optimizer
     if saved is None:
-        raise CheckpointError("the checkpoint holds no optimizer; load it with optimizer=None")
+        raise CheckpointError(f"{where}: holds no optimizer; load it with optimizer=None")
     if saved.kind != type(optimizer).__name__:
-        raise CheckpointError(f"the checkpoint is of the optimizer {saved.kind}, not {type(optimizer).__name__}")
-    _check_groups(optimizer, named, saved, saved_as)
+        raise CheckpointError(f"{where}: is of the optimizer {saved.kind}, not {type(optimizer).__name__}")
+    _check_groups(optimizer, named, where, saved, saved_as)
     slots: dict[str, dict[str, manifest.TensorRecord]] = {}
     for key, each in found.tensors.items():
         if key.startswith("optimizer/"):
@@ -141,17 +142,21 @@ def _room(slot: str, record: manifest.TensorRecord, parameter: Tensor, group: Va
 
 
 def _check_groups(
-    optimizer: torch.optim.Optimizer, named: Named, saved: manifest.OptimizerRecord, saved_as: Mapping[str, str]
+    optimizer: torch.optim.Optimizer,
+    named: Named,
+    where: Path,
+    saved: manifest.OptimizerRecord,
+    saved_as: Mapping[str, str],
 ) -> None:
     if len(saved.groups) != len(optimizer.param_groups):
         raise CheckpointError(
-            f"the checkpoint's optimizer has {len(saved.groups)} parameter groups, this one {len(optimizer.param_groups)}"
+            f"{where}: the optimizer has {len(saved.groups)} parameter groups, this one {len(optimizer.param_groups)}"
         )
     for i, (group, old) in enumerate(zip(optimizer.param_groups, saved.groups, strict=True)):
         names, known = (named.name_of(p) for p in group["params"]), set(old.parameters)
         strange = [name for name in names if saved_as[name] not in known]
         if strange:
-            raise CheckpointError(f"parameter {strange[0]} is not in group {i} of the checkpoint's optimizer")
+            raise CheckpointError(f"{where}: group {i} of the optimizer does not hold {strange[0]}")
 
 
 def _plain(value: Any, what: str) -> Any:
