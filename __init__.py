@@ -16,7 +16,9 @@ _HOMES = {
     "Cluster": "planner.cluster", "parse_cluster": "profiles.devices", "ParallelModule": "runtime.module",
     "ShardwrightError": "errors", "CaptureError": "errors", "ClusterError": "errors", "PinError": "errors",
     "PlanError": "errors", "PlanMismatch": "errors", "UsageError": "errors", "UnsupportedOp": "errors",
-    "LaunchError": "errors", "Infeasible": "errors",
+    "LaunchError": "errors", "Infeasible": "errors", "CheckpointError": "errors",
+    "save_checkpoint": "runtime.state", "load_checkpoint": "runtime.state", "finish_saving": "runtime.state",
+    "export_safetensors": "runtime.weights", "load_safetensors": "runtime.weights",
 }  # fmt: skip
 __all__ = sorted([*_HOMES, "__version__"])
 

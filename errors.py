@@ -9,6 +9,7 @@
     ├── UsageError       a call that cannot be expressed: wrong inputs, shapes that do not divide, calling order
     ├── UnsupportedOp    no rule for an op, and none could be discovered
     ├── LaunchError      world size, backend or process group do not fit the plan
+    ├── CheckpointError  a file of weights or a checkpoint is malformed, incomplete or for something else (file, field)
     └── Infeasible       legal, but does not fit the memory (exit status 1); carries the nearest fits
 
 Exit status of the command line: `error.exit_status` (2 for all but Infeasible).
@@ -59,6 +60,10 @@ class UnsupportedOp(ShardwrightError):
 
 class LaunchError(ShardwrightError):
     """World size, backend or process group do not fit the plan."""
+
+
+class CheckpointError(ShardwrightError):
+    """A checkpoint or a file of weights is malformed, incomplete, or does not fit the module."""
 
 
 class Infeasible(ShardwrightError):

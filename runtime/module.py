@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..passes.skeleton import Tree, like
 from ..planner.plan import Plan
 from . import norms, parameters
+from .checkpoint.buffers import recomputed
 from .mesh import Mesh
 from .outputs import rebuild, sealed
 from .programs import Program, Programs
@@ -48,6 +49,7 @@ class ParallelModule(Tree):
     def forward(self, *args: Any, outputs: bool = False, **kwargs: Any) -> Any:
         """Run the plan. Raises UsageError for shapes the plan cannot divide and for calls out of order."""
         core = self._core
+        core.check_filled()
         args, kwargs = core.programs.cast(args, kwargs)
         program = core.programs.get(args, kwargs, train=self.training, grad=torch.is_grad_enabled(), outputs=outputs)
         values = Values(
@@ -130,7 +132,12 @@ class ParallelModule(Tree):
         converted = {
             name: parameters.like(own[name], value) if name in own else value for name, value in state_dict.items()
         }
-        return nn.Module.load_state_dict(self, converted, strict=strict)
+        result = nn.Module.load_state_dict(self, converted, strict=strict)
+        if unfilled := self._core.unfilled:
+            tensors = self.state_dict(keep_vars=True)
+            loaded = {id(value) for name, value in tensors.items() if name in converted}
+            unfilled -= {name for name in unfilled if id(tensors[name]) in loaded}
+        return result
 
 
 class _Core:
@@ -139,12 +146,30 @@ class _Core:
     def __init__(self, programs: Programs, mesh: Mesh, seed: int) -> None:
         self.programs, self.mesh, self._seed = programs, mesh, seed
         self._calls = 0
+        self.unfilled: set[str] = set()
         self._pending: weakref.ref[Tensor] | None = None
 
     def next_seed(self) -> Tensor:
         """A seed for this call's random ops, equal on all ranks; microbatches add their index."""
         self._calls += 1
         return torch.tensor((self._seed * 1_000_003 + self._calls * 65_536) % (1 << 62), dtype=torch.int64)
+
+    def random_state(self) -> tuple[int, int]:
+        """The seed and the number of calls that drew from it: with them a run goes on drawing what it would have drawn."""
+        return self._seed, self._calls
+
+    def set_random_state(self, seed: int, calls: int) -> None:
+        """Go on where `random_state` was taken."""
+        self._seed, self._calls = seed, calls
+
+    def check_filled(self) -> None:
+        """Parameters of a model that was built on the meta device have memory here, and no values until they are loaded."""
+        if self.unfilled:
+            first, more = min(self.unfilled), len(self.unfilled) - 1
+            raise UsageError(
+                f"{first}{f' and {more} more' if more else ''} have no values (built on the meta device); load them first: "
+                "load_safetensors(pm, folder), load_checkpoint or load_state_dict"
+            )
 
     def check_order(self) -> None:
         """Two grad-mode calls before one backward would mix two steps' held gradients."""
@@ -178,11 +203,14 @@ def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mes
     made: dict[int, nn.Parameter] = {}
     placed = {name: p for p in programs.summary.outline.parameters for name in p.names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
-            raise UsageError(f"parameter {name} has no data (meta device): load or initialise the weights first")
         if id(parameter) not in made:
+            tree._core.unfilled |= {name} if parameter.is_meta else set()
             made[id(parameter)] = programs.distribute(parameter, placed.get(name), mesh)
         tree.put(name, made[id(parameter)])
     kept = set(model.state_dict(keep_vars=True))
+    computed = recomputed(model)
     for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_meta:
+            tree._core.unfilled |= {name} & kept
+            buffer = computed.get(name, torch.empty_like(buffer, device=mesh.device))
         tree.put(name, programs.widened(buffer).to(mesh.device), persistent=name in kept)

@@ -80,10 +80,12 @@ def _local(dims: Dims, applied: dict[str, State], mesh: Mesh) -> Dims:
 
 
 def own_part(full: Tensor, dims: Dims, home: Sequence[State], zero_axes: Sequence[str], mesh: Mesh) -> Tensor:
-    """This rank's slice of a whole parameter, in memory of its own."""
+    """This rank's slice of a whole parameter, in memory of its own; without values where the whole is a meta tensor."""
     part = full
     for cut in cuts(dims, home, zero_axes, mesh):
         part = cut.of(part, mesh.size(cut.axis), mesh.position(cut.axis))
+    if part.is_meta:
+        return torch.empty(part.shape, dtype=part.dtype, device=mesh.device)
     return part.clone(memory_format=torch.contiguous_format)
 
 
