@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "demo": (".demo", "Plan, run and verify a small GPT on this machine."),
         "plan": (".plan", "Find the fastest plan that fits."),
         "run": (".run", "Run a plan."),
+        "export": (".export", "Write a plan as a file that starts it elsewhere."),
         "check": (".check", "Show what capture finds in a model: problems, ops without a rule, regions."),
         "profile": (".profile", "Measure this machine, or recalibrate from past runs."),
         "report": (".report.command", "Write a plan as one HTML page."),

@@ -64,6 +64,21 @@ class AboveZero(click.ParamType[float]):
         return number
 
 
+class NodeCount(click.ParamType["tuple[int, int]"]):
+    """A number of machines, or the least and the most of them: N or MIN:MAX."""
+
+    name = "nodes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", str(value))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= least <= most:
+            self.fail(f"{value!r}: expected a number of machines of at least 1, or MIN:MAX", param, ctx)
+        return least, most
+
+
 class OutputFile(click.ParamType[Path]):
     """A file to write: its folder must be there before any work starts."""
 
@@ -78,7 +93,7 @@ class OutputFile(click.ParamType[Path]):
         return path
 
 
-BYTES, BATCH, OUTPUT, ABOVE_ZERO = Bytes(), Batch(), OutputFile(), AboveZero()
+BYTES, BATCH, OUTPUT, ABOVE_ZERO, NODES = Bytes(), Batch(), OutputFile(), AboveZero(), NodeCount()
 
 
 def output_option(*names: str, **settings: Any) -> Callable[[Command], Command]:

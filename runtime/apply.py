@@ -27,6 +27,7 @@ from ..planner.solve import solve_fixed
 from .mesh import Mesh, rank, world_size
 from .module import ParallelModule
 from .programs import Programs, signature
+from .watch import waiting
 
 
 def apply(
@@ -124,7 +125,8 @@ def agree(decide: Callable[[], Plan]) -> Plan:
             box = [(f"{type(error).__name__}: {error}",)]
             dist.broadcast_object_list(box, 0)
             raise
-    dist.broadcast_object_list(box, 0)
+    with waiting("broadcast of the plan"):
+        dist.broadcast_object_list(box, 0)
     if isinstance(box[0], tuple):
         raise LaunchError(f"rank 0 could not make the plan: {box[0][0]}")
     return parse_plan(box[0], "the plan rank 0 sent")
@@ -138,7 +140,8 @@ def together(action: Callable[[], T]) -> T:
         failure = error
     if world_size() > 1:
         failures: list[Any] = [None] * world_size()
-        dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+        with waiting("agreement on the plan"):
+            dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
         first = next((r for r, text in enumerate(failures) if text is not None), None)
         if failure is None and first is not None:
             raise PlanMismatch(f"rank {first} could not apply the plan, though rank {rank()} could: {failures[first]}")
@@ -151,5 +154,6 @@ def shared_seed(seed: int) -> int:
     """A seed for random ops, equal on all ranks: rank 0's torch seed and the plan's."""
     box = [torch.initial_seed() % (1 << 31) + seed]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, 0)
+        with waiting("broadcast of the seed"):
+            dist.broadcast_object_list(box, 0)
     return int(box[0])

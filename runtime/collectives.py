@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..passes.torch_compat import is_tracing
 from .torch_compat import uses
+from .watch import active_watch, is_lost
 
 c10d = torch.ops._c10d_functional
 
@@ -93,7 +94,12 @@ def backward_phase(ledger: CommLedger | None) -> Iterator[None]:
 
 
 def record(collective: str, full: int, group: str) -> None:
-    """Note one call with `full` bytes of full tensor in the active ledger, if any."""
+    """Note one call with `full` bytes of full tensor in the active ledger, if any, and that this rank begins it."""
+    if is_tracing():
+        return
+    watch = active_watch()
+    if watch is not None:
+        watch.enter(collective, group)
     ledger = active_ledger()
     if ledger is not None:
         ledger.records.append(Record(collective, ledger.axes.get(group, group), full, _phase.get()))
@@ -122,12 +128,26 @@ def _finished(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list
     """
     watched = [] if is_tracing() else [x for x in operands if x.device.type == "cpu"]
     before = [uses(x) for x in watched]
-    results = [c10d.wait_tensor(x) for x in launch(operands)]
+    results = _waited(launch, operands)
     for x, count in zip(watched, before, strict=True):
         for _ in range(_PATIENCE):
             if uses(x) <= count:
                 break
             time.sleep(1e-5)
+    return results
+
+
+def _waited(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
+    """Launch a collective and wait for it; raises RankFailure where it fails for want of a rank."""
+    watch = None if is_tracing() else active_watch()
+    try:
+        results = [c10d.wait_tensor(x) for x in launch(operands)]
+    except RuntimeError as error:
+        if watch is not None and is_lost(error):
+            raise watch.failure(error) from error
+        raise
+    if watch is not None:
+        watch.leave()
     return results
 
 

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from ..errors import ShardwrightError, UsageError
 from ..passes.models import rebuild
 from ..planner.plan import Plan
-from ..planner.planfile import load_plan, write_whole
+from ..planner.planfile import load_plan, to_plain, write_whole
 from ..profiles.clock import Watch
 from ..profiles.heap import keep_pages
 from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
+from .elastic import plan_for_world, ranks_of
 from .losses import loss_of
 from .mesh import check_world, ensure_process_group, leave_process_group, rank, world_size
 from .module import ParallelModule
@@ -33,6 +34,7 @@ from .monitor import measure_step
 from .optimizers import make_optimizer
 from .phases import BACKWARD, BOTH, FORWARD, OPTIMIZER, Phases, slowest
 from .verify import verify
+from .watch import RankFailure, waiting, watched
 
 WARMUP = 2
 """Steps before timing: the first one builds the lowering and the optimizer states."""
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = default_device()
     made = False
     try:
-        made = ensure_process_group(device)
+        made = ensure_process_group(device, options.timeout, ends=True)
         result = run_plan(options, device)
         if rank() == 0:
             _deliver(result, options.result)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: {_excess(result)}", file=sys.stderr)
         return 0 if result["fits"] and all(d["ok"] for d in result["verify"]) else 1
     except ShardwrightError as error:
-        if rank() == 0:
+        if error.first if isinstance(error, RankFailure) else rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     finally:
@@ -68,13 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--data", type=Path, help="text file; its bytes are the tokens")
     parser.add_argument("--trace", type=Path, help="Chrome trace of one step of rank 0")
+    parser.add_argument("--elastic", action="store_true", help="plan again where another number of ranks runs")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a rank counts as lost")
     parser.add_argument("--result", type=Path, help="where rank 0 writes the result (default: stdout)")
     return parser
 
 
 def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything one rank does; the same dictionary on every rank."""
-    plan = agree(lambda: load_plan(options.plan))
+    given = agree(lambda: load_plan(options.plan))
+    plan = given
+    if options.elastic and ranks_of(given) != world_size():
+        plan = agree(lambda: _planned_again(given))
     check_world(plan.mesh)
     loaded = rebuild(plan.source)
     if device.type == "cpu":
@@ -84,6 +91,8 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
         "plan": str(options.plan), "verify": [], "world_size": world_size(), "memory_limit_bytes": limit, "fits": True,
         "device": device_name(device, world_size()), "versions": versions(), "compiled": bool(options.compile),
     }  # fmt: skip
+    if plan is not given:
+        found["planned_again"] = to_plain(plan)
     if options.verify:
 
         def build(model: Any, args: Any, kwargs: Any, plan: Plan, exact: str) -> ParallelModule:
@@ -97,6 +106,15 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
         found |= _train(pm, plan, batches(loaded, plan, options.data), options)
         found["fits"] = max(found["peak_bytes"]) <= limit
     return found
+
+
+def _planned_again(plan: Plan) -> Plan:
+    """The plan made again for the ranks that run, on rank 0, which says so."""
+    print(f"{ranks_of(plan)} ranks were planned, {world_size()} run: planning again", file=sys.stderr)
+    meta = rebuild(plan.source, device="meta")
+    made = plan_for_world(plan, world_size(), meta.model, meta.args, meta.kwargs)
+    print(f"planned again: {made.notes[-1]}", file=sys.stderr)
+    return made
 
 
 def _excess(result: Mapping[str, Any]) -> str:
@@ -139,6 +157,7 @@ def _train(
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
     ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches == 1 else (BOTH, BOTH)
 
+    @watched()
     def step() -> None:
         args, kwargs = next(data)
         phases.start()
@@ -173,7 +192,8 @@ def _train(
     }  # fmt: skip
     ranks: list[Any] = [None] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(ranks, mine)
+        with waiting("gathering of what was measured"):
+            dist.all_gather_object(ranks, mine)
     else:
         ranks = [mine]
     return {
@@ -214,7 +234,8 @@ def _deliver(result: dict[str, Any], path: Path | None) -> None:
 
 def _barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        with waiting("barrier"):
+            dist.barrier()
 
 
 if __name__ == "__main__":

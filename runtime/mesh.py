@@ -19,12 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import LaunchError
 from ..planner.plan import MeshAxis
+from .watch import active_watch, unwatch, watch_ranks
 
 
-def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0) -> bool:
+def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0, *, ends: bool = False) -> bool:
     """Join the process group that torchrun describes in the environment; returns whether this call created it.
 
-    Does nothing when a group exists, or when the process was not started by torchrun (then it is alone).
+    Does nothing when a group exists, or when the process was not started by torchrun (then it is alone). The ranks of a group
+    made here are watched: one that is lost for `timeout_seconds` is named (runtime/watch.py, where `ends` is explained).
     """
     if dist.is_initialized() or "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return False
@@ -32,6 +34,7 @@ def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0) -
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    watch_ranks(timeout_seconds, ends=ends)
     return True
 
 
@@ -41,6 +44,7 @@ def leave_process_group() -> None:
     A worker thread may still wait for the interpreter lock to free the tensors of the last collective. When the interpreter
     ends under it, Python unwinds that thread through C++ frames, and the process aborts. Sleeping hands it the lock.
     """
+    unwatch()
     dist.destroy_process_group()
     time.sleep(0.1)
 
@@ -95,6 +99,7 @@ class Mesh:
         tensor_mesh = mesh
         if order != list(range(len(order))):
             tensor_mesh = DeviceMesh(device.type, ranks.permute(order), mesh_dim_names=tuple(names[i] for i in order))
+        hold_groups(mesh)
         where = tuple(int(i) for i in (ranks == dist.get_rank()).nonzero()[0])[: len(axes)]
         return cls(axes, device, where, mesh, tensor_mesh)
 
@@ -162,4 +167,15 @@ class Mesh:
         rest = [i for i in range(len(self.axes)) if i not in dims]
         ranks = torch.arange(prod(self.sizes)).reshape(self.sizes).permute([*rest, *dims])
         own, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, self.size(*axes)).tolist())
+        watch = active_watch()
+        if watch is not None:
+            watch.hold(own, "+".join(axes))
         return (own.group_name,)
+
+
+def hold_groups(mesh: DeviceMesh) -> None:
+    """Give the groups of a mesh the time limit of the watch, if this process has one."""
+    watch = active_watch()
+    if watch is not None:
+        for name in mesh.mesh_dim_names or ():
+            watch.hold(mesh.get_group(name), name)

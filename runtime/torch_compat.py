@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -23,6 +24,7 @@ __all__ = [
     "is_strided",
     "like_dtensor",
     "make_dtensor",
+    "store_of_group",
     "strided_split",
     "uses",
     "when_backward_ends",
@@ -61,6 +63,14 @@ def when_backward_ends(callback: Callable[[], None]) -> bool:
         return False
     torch.autograd.Variable._execution_engine.queue_callback(callback)
     return True
+
+
+def store_of_group() -> Any:
+    """A connection of its own to the store of the default process group: one connection serves one call at a time.
+
+    A group does not hand its store out; under torchrun it is the agent's, which outlives the ranks.
+    """
+    return _get_default_store().clone()
 
 
 def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:

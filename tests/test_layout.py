@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("errors", "garbage", "planner", "profiles", "passes", "runtime", "job", "api", "cli")
+LAYERS = ("errors", "garbage", "planner", "profiles", "passes", "job", "runtime", "api", "cli")
 """Each may import itself and those before it."""
 FOLDERS = ("planner", "profiles", "passes", "runtime", "cli")
 FILES = sorted(
@@ -110,9 +110,9 @@ def test_no_package_host() -> None:
 
 
 def test_no_switch_by_environment() -> None:
-    """Options are arguments. What torchrun sets may be read; everything else may not."""
+    """Options are arguments. What torchrun sets may be read, and what gloo reads may be set for it; everything else may not."""
     known = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-             "XDG_CACHE_HOME", "LOCALAPPDATA", "SHARDWRIGHT_CACHE"}  # fmt: skip
+             "GLOO_SOCKET_IFNAME", "XDG_CACHE_HOME", "LOCALAPPDATA", "SHARDWRIGHT_CACHE"}  # fmt: skip
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         read = re.findall(r"""(?:environ(?:\.get|\.setdefault|\.pop)?[\[(]|getenv\()\s*["'](\w+)["']""", text)
