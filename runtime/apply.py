@@ -18,13 +18,14 @@ from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, transfer
 from ..planner.capability import check_plan
 from ..planner.cluster import Cluster
+from ..planner.dispatch import expert_stacks, spread_experts
 from ..planner.legal import check_choices
 from ..planner.outline import Outline
 from ..planner.plan import Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
-from .mesh import Mesh, rank, world_size
+from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
 from .programs import Programs, signature
 
@@ -42,17 +43,19 @@ def apply(
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     check_plan(plan)
-    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
+    check_world(plan.mesh)
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 
-    def matched() -> tuple[Summary, Assignment]:
+    def matched() -> tuple[Summary, Assignment, Plan]:
         if exact is not None:
             return _exact(model, args, kwargs, plan, exact, loss_fn)
         summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
-        return summary, agreed(plan, summary)
+        spread = spread_experts(plan, expert_stacks(summary.outline))
+        return summary, agreed(spread, summary), spread
 
-    summary, own = together(matched)
+    summary, own, plan = together(matched)
+    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
@@ -84,15 +87,19 @@ def agreed(plan: Plan, summary: Summary) -> Assignment:
 
 def _exact(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
-) -> tuple[Summary, Assignment]:
-    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
+) -> tuple[Summary, Assignment, Plan]:
+    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it.
+
+    The plan comes with its experts on an axis of their own.
+    """
     args_then, kwargs_then = cast_inputs((args, kwargs), FLOATING, exact)
     bare = in_dtype(skeleton(model), exact)
     summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
+    plan = spread_experts(plan, expert_stacks(summary.outline))
     if summary.outline.fingerprint == plan.graph:
-        return summary, agreed(plan, summary)
+        return summary, agreed(plan, summary), plan
     own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
-    return summary, transfer(agreed(plan, own), own.outline, summary.outline)
+    return summary, transfer(agreed(plan, own), own.outline, summary.outline), plan
 
 
 def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:

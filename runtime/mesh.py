@@ -72,7 +72,7 @@ class Mesh:
     """Where this process stands in a plan's mesh.
 
     `device_mesh` is None for a single process without a process group. `tensor_mesh` holds the same ranks with "model"
-    axes before "data" axes: parameters are DTensors on it, so that a ZeRO chunk is cut from the tensor-parallel slice.
+    axes before all others: parameters are DTensors on it, so that a ZeRO chunk is cut from the tensor-parallel slice.
     """
 
     axes: tuple[MeshAxis, ...]
@@ -91,7 +91,7 @@ class Mesh:
         ranks = torch.arange(found).reshape([a.size for a in axes] or [1])
         names = tuple(a.name for a in axes) or ("world",)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
-        order = sorted(range(len(axes)), key=lambda i: axes[i].role == "data") or [0]
+        order = sorted(range(len(axes)), key=lambda i: axes[i].role != "model") or [0]
         tensor_mesh = mesh
         if order != list(range(len(order))):
             tensor_mesh = DeviceMesh(device.type, ranks.permute(order), mesh_dim_names=tuple(names[i] for i in order))
@@ -149,7 +149,7 @@ class Mesh:
     def storage_order(self, axes: Iterable[str]) -> tuple[str, ...]:
         """The axes in the order in which they cut a parameter: that of `tensor_mesh`, "model" axes first."""
         wanted = set(axes)
-        return tuple(a.name for a in sorted(self.axes, key=lambda a: a.role == "data") if a.name in wanted)
+        return tuple(a.name for a in sorted(self.axes, key=lambda a: a.role != "model") if a.name in wanted)
 
     def axis_of_group(self) -> dict[str, str]:
         """Axis name ("dp", or "dp+tp" for flat groups) of every group handed out so far; for reports."""
