@@ -31,6 +31,7 @@ from .factories import on_device
 from .fuse_bias import fuse_bias
 from .localize import local_form
 from .lowered import CallForm, Emit, Emitted, Feed, Lowered
+from .share_heads import share_heads
 from .summarize import Call, Summary
 
 
@@ -364,6 +365,7 @@ class _Graph:
         self.graph.output(tuple(returned))
         self.graph.eliminate_dead_code()
         fuse_bias(self.graph)
+        share_heads(self.graph)
         return fx.GraphModule(torch.nn.Module(), self.graph)
 
 

@@ -15,13 +15,14 @@ from ..errors import LaunchError, PlanMismatch, UsageError
 from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
+from ..planner.around import choices_around
 from ..planner.assign import Assignment, Storage, assign, transfer
 from ..planner.capability import check_plan
 from ..planner.cluster import Cluster
 from ..planner.dispatch import expert_stacks, spread_experts
 from ..planner.legal import check_choices
 from ..planner.outline import Outline
-from ..planner.plan import Plan, Precision
+from ..planner.plan import MeshAxis, Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
@@ -44,6 +45,10 @@ def apply(
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     check_plan(plan)
     check_world(plan.mesh)
+    if compile and plan.pipeline.experts > 1:
+        raise UsageError(
+            "expert parallelism sends uneven numbers of tokens, which a compiled graph cannot: use compile=False"
+        )
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 
@@ -107,7 +112,11 @@ def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[s
 
     def resolve(outline: Outline, storage: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
         prices = Prices(Cluster.from_dict(plan.cluster), plan.precision.compute)
-        return solve_fixed(outline, prices, plan.mesh, storage, plan.precision)
+
+        def solved(axes: tuple[MeshAxis, ...], stored: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
+            return solve_fixed(outline, prices, axes, stored, plan.precision)
+
+        return choices_around(outline, plan.mesh, storage, solved)
 
     return resolve
 

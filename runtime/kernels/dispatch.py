@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
 from ...passes.experts.op import experts
-from ...passes.torch_compat import is_tracing
 from .. import collectives
 from ..passing import exchange
 
@@ -69,10 +67,6 @@ def _dispatched(
     rest = up, down, up_bias, down_bias, gate, transposed, list(place), list(parts), shared
     if ways == 1:
         return experts(x, index, scale, *rest)  # type: ignore[no-any-return]
-    if is_tracing():
-        raise UsageError(
-            "expert parallelism sends uneven numbers of tokens, which a compiled graph cannot: use compile=False"
-        )
     here = up.shape[0]
     for n in parts:
         here *= n

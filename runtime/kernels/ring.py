@@ -11,8 +11,8 @@ and values go round again, and dK and dV with them from the second round on, whi
 
 Blocks are cut into tiles of at most `TILE` scores, the largest tensor made here. In zig-zag order (zigzag.py) a rank holds two
 stretches; under a causal mask a pair of stretches is whole, triangular, or left out. Scores and sums are in float32 where
-operands are in less. Shapes: q [*b, s, k], k [*c, t, k], v [*c, t, e] -> [*b, s, e], where a head of c serves a group of heads of b; a
-mask broadcasts to [*b, s, t of all ranks].
+operands are in less. Shapes: q [*b, s, k], k [*c, t, k], v [*c, t, e] -> [*b, s, e], where a head of c serves a group of heads
+of b; a mask broadcasts to [*b, s, t of all ranks].
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def _attention(
     groups = math.prod(query.shape[:-2]) // max(1, math.prod(lead))
     if value.shape[:-2] != lead or query.dim() != key.dim() or query.shape[:-3] != key.shape[:-3]:
         raise UnsupportedOp(
-            f"a ring of attention over queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}: their "
-            "dims before heads must be equal"
+            f"a ring of attention over queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}: "
+            "their dims before heads must be equal"
         )
     own = Spread(
         ways, index, group, zigzag, is_causal, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, dropout_p, salt
