@@ -30,8 +30,8 @@ class Emit(Protocol):
     ) -> Emitted:
         """Chunks of a parameter group -> tensors of `shapes`; `keep` False frees them after use and gathers again."""
 
-    def reduce(self, axis: int) -> Emitted:
-        """A list of tensors, R -> V on one axis: forward nothing, backward one bucketed all-reduce."""
+    def reduce(self, axes: tuple[int, ...]) -> Emitted:
+        """A list of tensors, R -> V on these axes: forward nothing, backward one bucketed all-reduce over all of them."""
 
     def cast(self) -> Emitted | None:
         """Stored tensors of a group -> the dtype they are computed with; None where they are the same."""

@@ -22,14 +22,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..errors import UsageError
 from ..planner.assign import Assignment
-from ..planner.choices import states
+from ..planner.choices import implementation, states
 from ..planner.outline import Op
 from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
+from ..planner.ring import split_by
 from .experiment import fill
 from .factories import on_device
 from .fuse_bias import fuse_bias
 from .localize import local_form
 from .lowered import CallForm, Emit, Emitted, Feed, Lowered
+from .share_heads import share_heads
 from .summarize import Call, Summary
 
 AGAIN = "again"
@@ -138,6 +140,22 @@ class _Shop:
         operands = [tuple(axis[0][i] for axis in per_axis) for i in range(len(op.operands))]
         results = [tuple(axis[1][i] for axis in per_axis) for i in range(len(op.results))]
         return operands, results
+
+    def reductions(self, pairs: Sequence[tuple[Placement, Placement]]) -> list[tuple[int, ...]]:
+        """Sets of axes over which gradients are summed together: data and context axes in one, every other axis alone."""
+        shared = self.assignment.shared_axes
+        found: dict[tuple[int, ...], None] = {}
+        for at, want in pairs:
+            axes = [a for a in range(len(self.sizes)) if at[a] == R and want[a] == V]
+            together = tuple(a for a in axes if a in shared)
+            found |= dict.fromkeys([together] if together else []) | dict.fromkeys(
+                (a,) for a in axes if a not in shared
+            )
+        return sorted(found)
+
+    def reduced(self, at: Placement, want: Placement, axes: tuple[int, ...]) -> bool:
+        """Whether a tensor's gradient is summed over exactly these axes, as `reductions` puts them together."""
+        return axes in self.reductions([(at, want)])
 
     def _parameter_wants(self) -> dict[str, list[Placement]]:
         found: dict[str, list[Placement]] = {}
@@ -270,14 +288,13 @@ class _Graph:
             nodes = self._cast(nodes, group)
         wants = [(i, w) for i, name in enumerate(group) for w in shop.wants.get(name, ())]
         held = [(nodes[i], now[i]) for i, _ in wants]
-        for axis in range(len(shop.sizes)):
-            members = [k for k, (_, w) in enumerate(wants) if held[k][1][axis] == R and w[axis] == V]
-            if members:
-                reduced = self._spread(
-                    shop.emit.reduce(axis), [held[k][0] for k in members], f"reduce over axis {axis}"
-                )
-                for k, node in zip(members, reduced, strict=True):
-                    held[k] = node, (*held[k][1][:axis], V, *held[k][1][axis + 1 :])
+        for axes in shop.reductions([(at, w) for (_, w), (_, at) in zip(wants, held, strict=True)]):
+            members = [k for k, (_, w) in enumerate(wants) if shop.reduced(held[k][1], w, axes)]
+            reduced = self._spread(
+                shop.emit.reduce(axes), [held[k][0] for k in members], f"reduce over axes {', '.join(map(str, axes))}"
+            )
+            for k, node in zip(members, reduced, strict=True):
+                held[k] = node, tuple(V if a in axes else s for a, s in enumerate(held[k][1]))
         for (i, want), (node, at) in zip(wants, held, strict=True):
             dims = shop.tensors[group[i]].dims
             for step in steps(dims, at, want, shop.sizes):
@@ -318,17 +335,14 @@ class _Graph:
             made.meta |= {key: value for key, value in node.meta.items() if key in RUNS_AGAIN and key != AGAIN}
             self.env[use.tensor, placement] = made
 
+    def _chosen(self, op: Op) -> tuple[str, ...]:
+        """The op's choice on every axis, the microbatch axis last where it applies."""
+        own = tuple(self.shop.assignment.choices[op.name])
+        return (*own, self.shop.summary.batch_cut.choice[op.name]) if self.microbatched else own
+
     def _splits(self, op: Op) -> list[tuple[int, int]]:
         """(axis, factor index) of every split of this op, the microbatch axis included where it applies."""
-        found = []
-        names = [f.name for f in op.factors]
-        chosen = list(self.shop.assignment.choices[op.name])
-        if self.microbatched:
-            chosen.append(self.shop.summary.batch_cut.choice[op.name])
-        for axis, choice in enumerate(chosen):
-            if choice in names:
-                found.append((axis, names.index(choice)))
-        return found
+        return [(axis, factor) for axis, choice in enumerate(self._chosen(op)) for factor in split_by(op, choice)]
 
     def _local_form(self, op: Op, call: Call) -> CallForm:
         sizes = [f.size for f in op.factors]
@@ -342,11 +356,10 @@ class _Graph:
         emit = self.shop.emit
         kwargs = on_device(target, kwargs, emit.device)
         form = target, args, kwargs
-        splits = self._splits(op)
-        for axis, factor in splits:
-            if op.factors[factor].split != "free":
-                form = emit.implementation(op.factors[factor].split, axis, form)
-        real = [axis for axis, _ in splits if axis < len(self.shop.sizes)]
+        for axis, choice in enumerate(self._chosen(op)):
+            if name := implementation(op, choice):
+                form = emit.implementation(name, axis, form)
+        real = sorted({axis for axis, _ in self._splits(op) if axis < len(self.shop.sizes)})
         salt = self.shop.order[op.name] * (1 << 20) + emit.shard_index(real)
         seeded = emit.random(form, salt)
         if seeded is None:
@@ -360,6 +373,7 @@ class _Graph:
         self.graph.output(tuple(returned))
         self.graph.eliminate_dead_code()
         fuse_bias(self.graph)
+        share_heads(self.graph)
         return fx.GraphModule(torch.nn.Module(), self.graph)
 
 

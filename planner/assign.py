@@ -28,13 +28,15 @@ class Assignment:
     """Choices by op name (one per mesh axis), storage by parameter tensor, and groups of parameters by region instance.
 
     `groups` are the buckets of collectives: parameters of one region instance with equal (zero, zero_axes, trainable, dtype).
-    `again` is what the backward pass runs again.
+    `again` is what the backward pass runs again. `data_axes` split the batch; over them and the context axes (`shared_axes`)
+    gradients are reduced in one collective.
     """
 
     choices: Mapping[str, tuple[str, ...]]
     storage: Mapping[str, Storage]
     groups: tuple[tuple[str, ...], ...]
     data_axes: tuple[int, ...] = ()
+    shared_axes: tuple[int, ...] = ()
     again: Again = NOTHING
 
 
@@ -52,10 +54,15 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
             choices.update(zip(instance, (op.choice for op in wanted.ops), strict=True))
         for instance, wanted in zip(found.parameters, entries, strict=True):
             storage.update(zip(instance, (_storage(plan, p) for p in wanted.parameters), strict=True))
-    data_axes = tuple(i for i, axis in enumerate(plan.mesh) if axis.role == "data")
     model = next((i for i, axis in enumerate(plan.mesh) if axis.role == "model"), None)
     again = spread(outline, ways, choices, model)
-    return Assignment(choices, storage, parameter_groups(outline, storage), data_axes, again)
+    return Assignment(choices, storage, parameter_groups(outline, storage), *outer_axes(plan), again)
+
+
+def outer_axes(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(axes that split the batch, those and the ones that split positions), by index."""
+    data = tuple(i for i, axis in enumerate(plan.mesh) if axis.role == "data")
+    return data, tuple(i for i, axis in enumerate(plan.mesh) if axis.role in ("data", "context"))
 
 
 def _ways(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
@@ -138,7 +145,8 @@ def transfer(assignment: Assignment, source: Outline, target: Outline) -> Assign
     stored = {name: assignment.storage.get(p.tensor) for p in source.parameters for name in p.names}
     storage = {p.tensor: place for p in target.parameters if (place := stored.get(p.names[0])) is not None}
     again = transferred(assignment.again, target, choices, names)
-    return Assignment(choices, storage, parameter_groups(target, storage), assignment.data_axes, again)
+    groups = parameter_groups(target, storage)
+    return Assignment(choices, storage, groups, assignment.data_axes, assignment.shared_axes, again)
 
 
 def _apart(outline: Outline) -> tuple[dict[str, list[Op]], list[Op]]:

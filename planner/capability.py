@@ -15,19 +15,21 @@ from .plan import Plan
 class Executed:
     """A key of which the runtime executes only `values`. `of` reads a plan's value; `name` is what other values are.
 
-    Without `of`, a plan does not say.
+    Without `of`, a plan does not say. Where `runs` is set, plans with any value are executed; only planning for this machine
+    keeps to `values`.
     """
 
     key: str
     values: tuple[Value, ...]
     name: str
     of: Callable[[Plan], Value] | None = None
+    runs: bool = False
 
 
 MASK = (
     Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks),
-    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context")),
-    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts),
+    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), True),
+    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, True),
     Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
     Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
@@ -55,7 +57,7 @@ def check_pins(pins: Pins) -> None:
 def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
-        if one.of is not None and one.of(plan) not in one.values:
+        if one.of is not None and not one.runs and one.of(plan) not in one.values:
             raise PlanError(
                 f"the plan uses {one.name}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
                 "for a plan that runs here"

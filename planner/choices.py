@@ -2,11 +2,13 @@
 
 Along an axis an op splits one factor, or splits none and runs on whole values (all R, or all V), or lets a partial sum pass.
 The spelling of a choice, as it stands in a plan, is the factor's name, "R", "V", "P" + the index of the op's linear entry, or
-"ring": attention with queries and keys both split along their positions (planner/ring.py).
+"ring": attention with queries and keys both split along their positions (planner/ring.py), or "dispatch": experts and samples
+both split, tokens sent between ranks (planner/dispatch.py).
 """
 
 from __future__ import annotations
 
+from .dispatch import DISPATCH, dispatched, factor_at
 from .outline import Op, Tensor, Use
 from .placement import P, R, State, V, split
 from .ring import RING, ring_of
@@ -37,6 +39,8 @@ def states(op: Op, tensors: Tensors, choice: str) -> tuple[tuple[State, ...], tu
         return operands, tuple(P for _ in op.results)
     if choice == RING:
         return _ring(op, tensors)
+    if choice == DISPATCH:
+        return _dispatch(op, tensors)
     names = [f.name for f in op.factors]
     if choice not in names:
         raise ValueError(f"{op.name} ({op.target}) has no factor {choice!r}; it has {', '.join(names) or 'none'}")
@@ -56,6 +60,23 @@ def _ring(op: Op, tensors: Tensors) -> tuple[tuple[State, ...], tuple[State, ...
     positions = [ring.key if i in (1, 2) else ring.query for i in range(len(op.operands))]
     operands = tuple(_side(tensors, use, f, V) for use, f in zip(op.operands, positions, strict=True))
     return operands, tuple(_side(tensors, use, ring.query, R) for use in op.results)
+
+
+def _dispatch(op: Op, tensors: Tensors) -> tuple[tuple[State, ...], tuple[State, ...]]:
+    """Tokens and results split by samples, weights by experts."""
+    factors = dispatched(op)
+    if factors is None:
+        raise ValueError(f"{op.name} ({op.target}) cannot send its tokens to experts")
+    operands = tuple(_side(tensors, use, factor_at(op, i, factors), V) for i, use in enumerate(op.operands))
+    return operands, tuple(_side(tensors, use, factors[0], R) for use in op.results)
+
+
+def implementation(op: Op, choice: str) -> str:
+    """The name of the implementation that a choice needs; "" where the op itself runs on its parts."""
+    if choice in (RING, DISPATCH):
+        return choice
+    kind = next((f.split for f in op.factors if f.name == choice), "free")
+    return "" if kind == "free" else kind
 
 
 CLOSED = frozenset({"vocab_loss"})

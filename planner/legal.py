@@ -9,6 +9,7 @@ from .assign import Assignment
 from .choices import states
 from .outline import Op, Outline
 from .placement import local_dims
+from .ring import RING, ring_of, split_by
 
 
 def check_choices(outline: Outline, assignment: Assignment, axis_sizes: tuple[int, ...]) -> None:
@@ -32,11 +33,12 @@ def check_choices(outline: Outline, assignment: Assignment, axis_sizes: tuple[in
 
 
 def _check_division(op: Op, chosen: tuple[str, ...], axis_sizes: tuple[int, ...]) -> None:
-    for factor in op.factors:
-        parts = math.prod(n for c, n in zip(chosen, axis_sizes, strict=True) if c == factor.name)
+    divided = [split_by(op, c) for c in chosen]
+    for i, factor in enumerate(op.factors):
+        parts = math.prod(n for own, n in zip(divided, axis_sizes, strict=True) if i in own)
         if parts == 1:
             continue
-        if factor.split == "never":
+        if factor.split == "never" and factor.name in chosen:
             raise PlanError(f"op {op.name} ({op.target}): factor {factor.name} may not be split")
         if factor.size % parts:
             up = -(-factor.size // parts) * parts
@@ -45,3 +47,11 @@ def _check_division(op: Op, chosen: tuple[str, ...], axis_sizes: tuple[int, ...]
             raise PlanError(
                 f"{what} has size {factor.size}, which does not divide by {parts}; nearest legal size: {nearest}"
             )
+    for choice, n in zip(chosen, axis_sizes, strict=True):
+        ring = ring_of(op) if choice == RING else None
+        for i in (ring.query, ring.key) if ring is not None else ():
+            if op.factors[i].size % ring.divisor(n):
+                raise PlanError(
+                    f"op {op.name} ({op.target}): {op.factors[i].size} positions do not divide by {ring.divisor(n)}, as a ring of "
+                    f"{n} ranks needs"
+                )

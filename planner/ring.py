@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .dispatch import DISPATCH, dispatched
 from .outline import DTYPE_BYTES, Op, Outline, Tensor, Use
 
 RING = "ring"
@@ -70,11 +71,23 @@ def stretches(rank: int, ways: int) -> tuple[int, int]:
     return rank, 2 * ways - 1 - rank
 
 
+def zigzag_axes(outline: Outline, choices: Mapping[str, Sequence[str]]) -> frozenset[int]:
+    """Mesh axes on which some attention runs as a causal ring: what is split there is held in two stretches per rank."""
+    return frozenset(
+        axis
+        for op in outline.ops
+        for axis, choice in enumerate(choices[op.name])
+        if choice == RING and (ring := ring_of(op)) is not None and ring.causal
+    )
+
+
 def split_by(op: Op, choice: str) -> tuple[int, ...]:
-    """Indices of the op's factors that a choice divides: one, both positions of a ring, or none ("R", "V", "P0")."""
+    """Indices of the op's factors that a choice divides: one, two of a ring or a dispatch, or none ("R", "V", "P0")."""
     if choice == RING:
         ring = ring_of(op)
         return (ring.query, ring.key) if ring is not None else ()
+    if choice == DISPATCH:
+        return dispatched(op) or ()
     return tuple(i for i, f in enumerate(op.factors) if f.name == choice)
 
 

@@ -46,6 +46,8 @@ POOLED = (
     "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
 )
 
+ROUTED = "all-to-alls of experts are in the predicted seconds but not in the predicted traffic: their bytes depend on routing"
+
 MOST_RECORDS = 60
 """Shapes listed in a plan: the best, and of those that were cut the ones with the smallest bounds."""
 
@@ -80,9 +82,12 @@ def plan_of(
 
 def _unpriced(bench: Workbench, shape: Arrangement) -> tuple[str, ...]:
     """What the predicted seconds leave out, said in the plan."""
-    if shape.pp == 1 or not bench.chain.ties:
-        return ()
-    return ("the exchange of tied parameters' gradients between stages is not in the predicted seconds",)
+    found = []
+    if shape.pp > 1 and bench.chain.ties:
+        found.append("the exchange of tied parameters' gradients between stages is not in the predicted seconds")
+    if shape.ep > 1:
+        found.append(ROUTED)
+    return tuple(found)
 
 
 def _listed(records: Sequence[ShapeRecord]) -> tuple[ShapeRecord, ...]:

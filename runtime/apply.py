@@ -15,16 +15,18 @@ from ..errors import LaunchError, PlanMismatch, UsageError
 from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
+from ..planner.around import choices_around
 from ..planner.assign import Assignment, Storage, assign, transfer
 from ..planner.capability import check_plan
 from ..planner.cluster import Cluster
+from ..planner.dispatch import expert_stacks, spread_experts
 from ..planner.legal import check_choices
 from ..planner.outline import Outline
-from ..planner.plan import Plan, Precision
+from ..planner.plan import MeshAxis, Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
-from .mesh import Mesh, rank, world_size
+from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
 from .programs import Programs, signature
 from .watch import waiting
@@ -43,17 +45,23 @@ def apply(
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     check_plan(plan)
-    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
+    check_world(plan.mesh)
+    if compile and plan.pipeline.experts > 1:
+        raise UsageError(
+            "expert parallelism sends uneven numbers of tokens, which a compiled graph cannot: use compile=False"
+        )
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 
-    def matched() -> tuple[Summary, Assignment]:
+    def matched() -> tuple[Summary, Assignment, Plan]:
         if exact is not None:
             return _exact(model, args, kwargs, plan, exact, loss_fn)
         summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
-        return summary, agreed(plan, summary)
+        spread = spread_experts(plan, expert_stacks(summary.outline))
+        return summary, agreed(spread, summary), spread
 
-    summary, own = together(matched)
+    summary, own, plan = together(matched)
+    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
@@ -85,15 +93,19 @@ def agreed(plan: Plan, summary: Summary) -> Assignment:
 
 def _exact(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
-) -> tuple[Summary, Assignment]:
-    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
+) -> tuple[Summary, Assignment, Plan]:
+    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it.
+
+    The plan comes with its experts on an axis of their own.
+    """
     args_then, kwargs_then = cast_inputs((args, kwargs), FLOATING, exact)
     bare = in_dtype(skeleton(model), exact)
     summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
+    plan = spread_experts(plan, expert_stacks(summary.outline))
     if summary.outline.fingerprint == plan.graph:
-        return summary, agreed(plan, summary)
+        return summary, agreed(plan, summary), plan
     own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
-    return summary, transfer(agreed(plan, own), own.outline, summary.outline)
+    return summary, transfer(agreed(plan, own), own.outline, summary.outline), plan
 
 
 def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:
@@ -101,7 +113,11 @@ def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[s
 
     def resolve(outline: Outline, storage: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
         prices = Prices(Cluster.from_dict(plan.cluster), plan.precision.compute)
-        return solve_fixed(outline, prices, plan.mesh, storage, plan.precision)
+
+        def solved(axes: tuple[MeshAxis, ...], stored: Mapping[str, Storage]) -> Mapping[str, tuple[str, ...]]:
+            return solve_fixed(outline, prices, axes, stored, plan.precision)
+
+        return choices_around(outline, plan.mesh, storage, solved)
 
     return resolve
 

@@ -119,7 +119,7 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _finished(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
+def finished(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
     """Results of one collective, when nobody but the caller holds them or the operands.
 
     gloo's worker threads wake the waiting thread first and let go of operands and results after. An operand whose Python
@@ -165,14 +165,14 @@ def all_gather(x: Tensor, n: int, group: str) -> Tensor:
     """(n, *x.shape): x of every rank of the group, by rank."""
     record("all_gather", n * _bytes(x), group)
     flat = x.contiguous().reshape(1, *x.shape)
-    return _finished(lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])[0]
+    return finished(lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])[0]
 
 
 def all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> list[Tensor]:
     """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
     record("all_gather", n * sum(_bytes(s) for s in shards), group)
     operands = [s.contiguous() for s in shards]
-    return _finished(lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
+    return finished(lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
 
 
 def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
@@ -184,12 +184,12 @@ def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
 def _numeric(launch: Callable[[list[Tensor]], Sequence[Tensor]], x: Tensor) -> Tensor:
     """A reduction, of a bool tensor by way of counts."""
     if x.dtype == torch.bool:
-        return _finished(launch, [x.to(torch.int32)])[0].to(torch.bool)
-    return _finished(launch, [x.contiguous()])[0]
+        return finished(launch, [x.to(torch.int32)])[0].to(torch.bool)
+    return finished(launch, [x.contiguous()])[0]
 
 
 def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
     """(n, ...): piece `own index` of x from every rank, by rank, for x of shape (n, ...)."""
     record("all_to_all", n * _bytes(x), group)
     ones = [1] * n
-    return _finished(lambda t: [c10d.all_to_all_single(t[0], ones, ones, group)], [x.contiguous()])[0]
+    return finished(lambda t: [c10d.all_to_all_single(t[0], ones, ones, group)], [x.contiguous()])[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,26 @@ from ..passes.experts.op import split_experts, split_width
 from ..passes.lowered import CallForm, Emitted
 from ..passes.random import drawn, seeded_call
 from ..passes.summarize import target_name
+from ..planner.dispatch import DISPATCH
 from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
+from ..planner.ring import RING
 from . import groups, transitions
-from .kernels import vocab
+from .kernels import dispatch, ring, vocab
 from .mesh import Mesh
 from .regather import Regather
+from .zigzag import orders, zigzag_transition
 
 
 class RankEmit:
     """`passes.lowered.Emit` for one rank of a mesh, under a plan's dtypes."""
 
-    def __init__(self, mesh: Mesh, plan: Plan, *, training: bool, dropout: bool = True) -> None:
+    def __init__(
+        self, mesh: Mesh, plan: Plan, *, training: bool, dropout: bool = True, zigzag: Collection[int] = ()
+    ) -> None:  # fmt: skip
+        """`zigzag`: axes on which positions are held in zig-zag order."""
         self.mesh, self.device, self.training, self.dropout = mesh, mesh.device, training, dropout
+        self.zigzag = frozenset(a for a in zigzag if mesh.sizes[a] > 1)
         precision = plan.precision
         self.compute: torch.dtype | None = None
         self.sum: torch.dtype | None = None
@@ -38,7 +45,10 @@ class RankEmit:
         """One change of placement."""
         mesh = self.mesh
         group = mesh.group_name(mesh.names[step.axis])
-        return transitions.transition, transitions.emit_args(step, dims, mesh.sizes, mesh.coordinate, group)
+        args = transitions.emit_args(step, dims, mesh.sizes, mesh.coordinate, group)
+        if step.axis in self.zigzag and any(turned := orders(step, dims, mesh.sizes)):
+            return zigzag_transition, (*args, *turned)
+        return transitions.transition, args
 
     def gather(
         self, shapes: Sequence[tuple[int, ...]], axes: tuple[int, ...], *, keep: bool, trainable: bool
@@ -51,9 +61,9 @@ class RankEmit:
         again = self.training and not keep
         return groups.gather, (rows, positions, group, self.compute, self.sum, again, sizes)
 
-    def reduce(self, axis: int) -> Emitted:
+    def reduce(self, axes: tuple[int, ...]) -> Emitted:
         """R -> V of a list of tensors: one bucketed all-reduce backward."""
-        return groups.reduce, (self.mesh.group_name(self.mesh.names[axis]), None, self.sum)
+        return groups.reduce, (self.mesh.group_name(*[self.mesh.names[a] for a in axes]), None, self.sum)
 
     def cast(self) -> Emitted | None:
         """To the compute dtype, where that is not the stored one."""
@@ -61,6 +71,10 @@ class RankEmit:
 
     def implementation(self, name: str, axis: int, form: CallForm) -> CallForm:
         """The op as the implementation that splitting on `axis` needs."""
+        if name == RING:
+            at = self.mesh.group_name(self.mesh.names[axis]), self.mesh.coordinate[axis], self.mesh.sizes[axis]
+            made = ring.ring_form(form, *at, zigzag=axis in self.zigzag)
+            return made if self.dropout else ring.without_dropout(made)
         make = IMPLEMENTATIONS.get(name)
         if make is None:
             raise UnsupportedOp(f"no implementation named {name!r} for {form[0]}")
@@ -69,6 +83,8 @@ class RankEmit:
 
     def random(self, form: CallForm, salt: int) -> Callable[[fx.Node], CallForm] | None:
         """The op under a seed, if it draws random numbers; with `dropout` off, with probability zero or drawing a constant."""
+        if form[0] is ring.ring_attention:
+            return ring.seeded_ring(form, salt)
         seeded = seeded_call(form, salt, self.device)
         if seeded is None or self.dropout:
             return seeded
@@ -109,6 +125,6 @@ def _at_zero(form: CallForm) -> CallForm:
 Make = Callable[[CallForm, str, int, int], CallForm]
 IMPLEMENTATIONS: dict[str, Make] = {
     "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form,
-    "experts": split_experts, "experts_width": split_width,
+    "experts": split_experts, "experts_width": split_width, DISPATCH: dispatch.dispatch_form,
 }  # fmt: skip
 """Name of an implementation (planner rules) -> how to call it on this rank: form, group, index, size -> form."""

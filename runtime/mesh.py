@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import LaunchError
+from ..planner.dispatch import AXIS as EXPERTS
 from ..planner.plan import MeshAxis
 from .watch import active_watch, unwatch, watch_ranks
 
@@ -71,12 +72,18 @@ def check_world(axes: Sequence[MeshAxis]) -> int:
     return found
 
 
+def _cut(axis: MeshAxis) -> int:
+    """When an axis cuts a parameter: model axes first, then the one of experts, so that ZeRO chunks what both leave."""
+    return 0 if axis.role == "model" else 1 if axis.name == EXPERTS else 2
+
+
 @dataclass
 class Mesh:
     """Where this process stands in a plan's mesh.
 
     `device_mesh` is None for a single process without a process group. `tensor_mesh` holds the same ranks with "model"
-    axes before "data" axes: parameters are DTensors on it, so that a ZeRO chunk is cut from the tensor-parallel slice.
+    axes first and the one of experts next: parameters are DTensors on it, so that a ZeRO chunk is cut from the slice of a
+    rank's own.
     """
 
     axes: tuple[MeshAxis, ...]
@@ -85,6 +92,7 @@ class Mesh:
     device_mesh: DeviceMesh | None = None
     tensor_mesh: DeviceMesh | None = None
     _flat: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    _named: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(cls, axes: Sequence[MeshAxis], device: torch.device) -> Mesh:
@@ -95,7 +103,7 @@ class Mesh:
         ranks = torch.arange(found).reshape([a.size for a in axes] or [1])
         names = tuple(a.name for a in axes) or ("world",)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
-        order = sorted(range(len(axes)), key=lambda i: axes[i].role == "data") or [0]
+        order = sorted(range(len(axes)), key=lambda i: _cut(axes[i])) or [0]
         tensor_mesh = mesh
         if order != list(range(len(order))):
             tensor_mesh = DeviceMesh(device.type, ranks.permute(order), mesh_dim_names=tuple(names[i] for i in order))
@@ -142,6 +150,7 @@ class Mesh:
             return self.device_mesh.get_group(live[0]).group_name
         if live not in self._flat:
             self._flat[live] = self._create_flat(live)
+            self._named[self._flat[live][0]] = "+".join(live)
         return self._flat[live][0]
 
     def members(self, *axes: str) -> tuple[int, ...]:
@@ -154,12 +163,12 @@ class Mesh:
     def storage_order(self, axes: Iterable[str]) -> tuple[str, ...]:
         """The axes in the order in which they cut a parameter: that of `tensor_mesh`, "model" axes first."""
         wanted = set(axes)
-        return tuple(a.name for a in sorted(self.axes, key=lambda a: a.role == "data") if a.name in wanted)
+        return tuple(a.name for a in sorted(self.axes, key=_cut) if a.name in wanted)
 
     def axis_of_group(self) -> dict[str, str]:
-        """Axis name ("dp", or "dp+tp" for flat groups) of every group handed out so far; for reports."""
-        known = {self.group_name(a.name): a.name for a in self.axes if a.size > 1}
-        return known | {group: "+".join(axes) for axes, (group,) in self._flat.items()}
+        """Axis name ("dp", or "dp+tp" for flat groups) of every group, those still to be made included; for reports."""
+        self._named |= {self.group_name(a.name): a.name for a in self.axes if a.size > 1}
+        return self._named
 
     def _create_flat(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """One group for each combination of the other axes' coordinates; returns the name of this rank's."""

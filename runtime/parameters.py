@@ -64,7 +64,9 @@ def cuts(dims: Dims, home: Sequence[State], zero_axes: Sequence[str], mesh: Mesh
             if any(cut.chunk and cut.dim == state.dim for cut in found):
                 raise UsageError(f"a split {state} on {name} inside a ZeRO chunk of the same dim is not supported")
             here = _local(dims, applied, mesh)
-            found.append(_Cut(name, state.dim, math.prod(here[state.dim][: state.factor]), False))
+            major = [b for b in mesh.names[: mesh.index(name)] if home[mesh.index(b)] == state and b not in applied]
+            outer = math.prod(here[state.dim][: state.factor]) * mesh.size(*major)
+            found.append(_Cut(name, state.dim, outer, False))
             applied[name] = state
             _local(dims, applied, mesh)
         elif state != WHOLE:

@@ -19,11 +19,12 @@ from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
 from ..passes.skeleton import to_meta
 from ..passes.summarize import Summary
-from ..planner.assign import Assignment, Storage, assign, parameter_groups
+from ..planner.assign import Assignment, Storage, assign, outer_axes, parameter_groups
 from ..planner.legal import check_choices
 from ..planner.outline import Outline, Parameter
 from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
+from ..planner.ring import zigzag_axes
 from . import parameters
 from .again import with_recipes
 from .emit import RankEmit
@@ -134,7 +135,8 @@ class Programs:
         assignment = self._assignment(summary.outline)
         if outputs and training and microbatches > 1:
             raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
-        emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
+        zigzag = zigzag_axes(summary.outline, assignment.choices)
+        emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact, zigzag=zigzag)
         others = summary.outline.outputs if outputs or not training else ()
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
@@ -194,8 +196,7 @@ class Programs:
             error = found
         storage = self._storage(outline, error)
         choices = self.resolve(outline, storage)
-        data = tuple(i for i, a in enumerate(self.mesh.axes) if a.role == "data")
-        return Assignment(choices, storage, parameter_groups(outline, storage), data)
+        return Assignment(choices, storage, parameter_groups(outline, storage), *outer_axes(self.plan))
 
     def _storage(self, outline: Outline, error: Exception) -> dict[str, Storage]:
         """Where the plan has the parameters of another graph; those it does not use are whole on every rank."""
