@@ -36,7 +36,7 @@ def under_torchrun() -> bool:
 
 def ranks_of(plan: Plan) -> int:
     """The number of ranks a plan runs on."""
-    return math.prod(axis.size for axis in plan.mesh)
+    return plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
 
 
 def check_world(plan: Plan) -> None:

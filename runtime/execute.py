@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything one rank does; the same dictionary on every rank."""
     plan = agree(lambda: load_plan(options.plan))
-    check_world(plan.mesh)
+    check_world(plan.mesh, plan.pipeline.ranks)
     loaded = rebuild(plan.source)
     if device.type == "cpu":
         keep_pages()
@@ -137,7 +137,7 @@ def _train(
     losses: list[float] = []
     phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
-    ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches == 1 else (BOTH, BOTH)
+    ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches * plan.pipeline.stages == 1 else (BOTH, BOTH)
 
     def step() -> None:
         args, kwargs = next(data)

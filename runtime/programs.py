@@ -27,7 +27,8 @@ from ..planner.plan import Plan
 from . import parameters
 from .emit import RankEmit
 from .mesh import Mesh
-from .step import Buckets
+from .staged import Staged, Stages, build
+from .step import Body, Buckets
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
 """Choices for a graph that is not the plan's own, given where its parameters live."""
@@ -35,7 +36,10 @@ Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...
 
 @dataclass(frozen=True)
 class Program:
-    """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated."""
+    """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated.
+
+    With a pipeline `staged` has the stages of this rank and `bodies` runs them; `lowered` is then the first of them.
+    """
 
     captured: Captured
     summary: Summary
@@ -49,6 +53,8 @@ class Program:
     parameters: Mapping[str, str]
     device: torch.device
     compiled: bool = False
+    staged: Staged | None = None
+    bodies: Mapping[int, Body] = field(default_factory=dict)
 
     def whole(self, args: Any, kwargs: Any, module: nn.Module) -> dict[str, Tensor]:
         """Inputs, buffers and constants by graph name, on the device."""
@@ -88,6 +94,7 @@ class Programs:
     exact: bool = False
     others: frozenset[torch.dtype] = frozenset()
     example: Any = None
+    stages: Stages | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
@@ -135,6 +142,8 @@ class Programs:
             raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
         others = summary.outline.outputs if outputs or not training else ()
+        if self.stages is not None:
+            return self._staged(summary, assignment, emit, microbatches, training=training, outputs=outputs)
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
@@ -143,10 +152,36 @@ class Programs:
         if self.compile:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
-        every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
         return Program(
-            captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
+            captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment), names,
             self.mesh.device, self.compile,
+        )  # fmt: skip
+
+    def _staged(
+        self,
+        summary: Summary,
+        assignment: Assignment,
+        emit: RankEmit,
+        microbatches: int,
+        *,
+        training: bool,
+        outputs: bool,
+    ) -> Program:
+        """The program of a pipeline's rank."""
+        assert self.stages is not None
+        if outputs and training:
+            raise UsageError("outputs=True needs a plan with one stage; evaluate under torch.no_grad() instead")
+        captured, others = summary.captured, () if training else summary.outline.outputs
+        staged = build(
+            self.stages, summary, assignment, self.mesh, emit,
+            microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
+        )  # fmt: skip
+        lowered = replace(staged.first, outputs=tuple(others))
+        names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
+        bodies: dict[int, Body] = {s: one.body for s, one in staged.own.items()}
+        return Program(
+            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment), names,
+            self.mesh.device, staged=staged, bodies=bodies,
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
@@ -211,6 +246,10 @@ class Programs:
                 ) from error
             found[parameter.tensor] = replace(placed[name], home=home)
         return found
+
+
+def _buckets(assignment: Assignment) -> Buckets:
+    return Buckets(tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2))
 
 
 def same_split(home: Placement, dims: Dims, others: Dims, sizes: Sequence[int]) -> Placement | None:
