@@ -75,7 +75,7 @@ def lower_stage(
     summary: Summary, assignment: Assignment, staging: Staging, stage: int, crossing: Borders, axis_sizes: tuple[int, ...],
     emit: Emit, *, microbatches: int, looped: bool, local_batch: bool,
 ) -> Lowered:  # fmt: skip
-    """The graphs of one virtual stage. Its body returns what it gives, the loss where it has it (with `looped`), then its results."""
+    """The graphs of one virtual stage. Its body returns what it gives, the loss if it has it (with `looped`), then its results."""
     part, outline = staging.parts[stage], summary.outline
     loss = outline.loss if outline.loss in part.results and looped else ""
     results = tuple(name for name in part.results if name != loss)

@@ -34,7 +34,7 @@ MASK = (
     Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks, None),
     Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context")),
     Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts),
-    Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks, None),
+    Executed("vpp", (1,), "chunks of stages on one rank", lambda plan: plan.pipeline.chunks if plan.pipeline.ranks == 1 else 1),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a schedule that splits the backward pass",
              lambda plan: plan.pipeline.schedule, ("interleaved",)),
     Executed("pools", ("one",), "several kinds of devices", lambda plan: "several" if len(plan.pools) > 1 else "one"),
@@ -64,10 +64,13 @@ def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
         if one.of is not None and not one.executes(one.of(plan)):
-            raise PlanError(
-                f"the plan uses {one.name}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
-                "for a plan that runs here"
+            better = ", ".join(str(v) for v in (*one.values, *one.named) if v != "none") if one.named else ""
+            fix = (
+                f"pin {one.key} to one of {better}"
+                if better
+                else "plan with --cluster local[:N] for a plan that runs here"
             )
+            raise PlanError(f"the plan uses {one.name}, which is not supported yet where a plan is run; {fix}")
 
 
 def _said(used: bool) -> str:

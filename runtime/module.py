@@ -23,6 +23,7 @@ from .outputs import rebuild, sealed
 from .programs import Program, Programs
 from .stagestate import wholes
 from .step import Values, run_microbatches, run_once
+from .torch_compat import StageGradient
 
 
 class ParallelModule(Tree):
@@ -223,6 +224,8 @@ def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mes
             continue
         if id(parameter) not in made:
             made[id(parameter)] = programs.distribute(parameter, placed.get(name), mesh)
+            if mesh.stages > 1:
+                StageGradient.mark(made[id(parameter)])
         tree.put(name, made[id(parameter)])
     kept = set(model.state_dict(keep_vars=True))
     for name, buffer in model.named_buffers(remove_duplicate=False):

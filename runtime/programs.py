@@ -138,12 +138,14 @@ class Programs:
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
         assignment = self._assignment(summary.outline)
-        if outputs and training and microbatches > 1:
-            raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
+        if outputs and training and (microbatches > 1 or self.stages is not None):
+            raise UsageError(
+                "outputs=True needs a plan with one microbatch and one stage; evaluate under torch.no_grad() instead"
+            )
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
         others = summary.outline.outputs if outputs or not training else ()
         if self.stages is not None:
-            return self._staged(summary, assignment, emit, microbatches, training=training, outputs=outputs)
+            return self._staged(summary, assignment, emit, microbatches, training=training)
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
@@ -169,8 +171,6 @@ class Programs:
     ) -> Program:
         """The program of a pipeline's rank."""
         assert self.stages is not None
-        if outputs and training:
-            raise UsageError("outputs=True needs a plan with one stage; evaluate under torch.no_grad() instead")
         captured, others = summary.captured, () if training else summary.outline.outputs
         staged = build(
             self.stages, summary, assignment, self.mesh, emit,

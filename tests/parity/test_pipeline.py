@@ -28,7 +28,7 @@ SAMPLE = [
     ("llama", "pp=2 dp=2 zero=1 schedule=1f1b micro_batch=1"), ("gpt2", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=1"),
     ("tied", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=2"), ("gpt2", "pp=2 tp=2 schedule=1f1b micro_batch=2"),
     ("llama-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=2"), ("t5", "pp=2 schedule=1f1b micro_batch=4"),
-    ("llama-deep", "pp=4 schedule=1f1b micro_batch=1"),
+    ("llama-deep", "pp=4 schedule=1f1b micro_batch=1"), ("unet", "pp=2 dp=2 zero=1 schedule=1f1b micro_batch=2"),
 ]  # fmt: skip
 """(case, pins) run every time."""
 
@@ -38,7 +38,9 @@ MORE = [
     ("albert", "pp=2 schedule=1f1b micro_batch=2"), ("bart", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=1"),
     ("gpt2-deep", "pp=4 schedule=gpipe micro_batch=2"), ("vit", "pp=2 schedule=1f1b micro_batch=8"),
     ("gpt2-deep", "pp=2 dp=2 vpp=2 zero=1 schedule=interleaved micro_batch=1"),
-    ("adapter", "pp=2 schedule=1f1b micro_batch=2"),
+    ("adapter", "pp=2 schedule=1f1b micro_batch=2"), ("llama", "pp=2 schedule=1f1b micro_batch=2 dtype=fp32"),
+    ("bert", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=2 dtype=bf16"), ("unet-deep", "pp=4 schedule=gpipe micro_batch=4"),
+    ("unet-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=4"), ("mixtral", "pp=2 tp=2 schedule=1f1b micro_batch=4"),
 ]  # fmt: skip
 
 
