@@ -54,7 +54,7 @@ def under_torchrun() -> bool:
 
 def ranks_of(plan: Plan) -> int:
     """The number of ranks a plan runs on."""
-    return math.prod(axis.size for axis in plan.mesh)
+    return plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
 
 
 def mesh_text(plan: Plan) -> str:

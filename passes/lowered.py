@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,8 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class Feed:
-    """One placeholder. `kind`: "step" (from entry), "chunk" (stored parameter), "whole" (input, buffer, constant), "cut", "seed".
+    """One placeholder. `kind`: "step" (from entry), "chunk" (stored parameter), "whole" (input, buffer, constant), "cut", "seed",
+    or "taken" (what another graph made, of this microbatch).
 
     A "cut" feed is a tensor of the prologue; where `place` is (dim, blocks of the dim before it) it is cut there into
     microbatches, where it is None every microbatch gets it whole.
@@ -61,11 +62,25 @@ class Feed:
     place: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a graph of some of the ops takes from the others and gives to them: (tensor, placement, microbatch axis last).
+
+    `gives` are returned before the loss. `order` numbers all ops of the whole graph (random numbers depend on it); `looped` asks
+    for entry and prologue graphs with one microbatch, too.
+    """
+
+    takes: tuple[tuple[str, Placement], ...]
+    gives: tuple[tuple[str, Placement], ...]
+    order: Mapping[str, int]
+    looped: bool
+
+
 @dataclass
 class Lowered:
     """The graphs of one rank, with their placeholders in order.
 
-    `body` returns the loss (if the model has one) and then `outputs`. With microbatches the loss is a partial one, in
+    `body` returns what it gives to other graphs, the loss (if it has one) and then `outputs`. With microbatches the loss is partial, in
     `loss_placement`; `loss_steps` make its sum whole. `entry_outputs` are the step feeds of the body.
     """
 

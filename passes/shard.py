@@ -30,7 +30,7 @@ from .experiment import fill
 from .factories import on_device
 from .fuse_bias import fuse_bias
 from .localize import local_form
-from .lowered import CallForm, Emit, Emitted, Feed, Lowered
+from .lowered import CallForm, Emit, Emitted, Feed, Lowered, Share
 from .share_heads import share_heads
 from .summarize import Call, Summary
 
@@ -41,15 +41,20 @@ RUNS_AGAIN = {AGAIN: True, "recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_gra
 
 def lower(
     summary: Summary, assignment: Assignment, axis_sizes: tuple[int, ...], emit: Emit, *,
-    microbatches: int = 1, outputs: Sequence[str] = (), local_batch: bool = False,
+    microbatches: int = 1, outputs: Sequence[str] = (), local_batch: bool = False, share: Share | None = None,
 ) -> Lowered:  # fmt: skip
     """Lower for the rank `emit` speaks for. `outputs` are returned beside the loss, whole on every rank.
 
-    With `local_batch` every data rank passes its own part of the batch instead of the global one.
+    With `local_batch` every data rank passes its own part of the batch instead of the global one. `share` says what a summary
+    of some of the ops takes from the others and gives to them.
     """
     shop = _Shop(summary, assignment, axis_sizes, emit, microbatches)
     shop.data_axes = assignment.data_axes if local_batch else ()
-    body = _Graph(shop, microbatched=microbatches > 1)
+    looped = microbatches > 1 or (share is not None and share.looped)
+    body = _Graph(shop, microbatched=looped)
+    if share is not None:
+        shop.order = dict(share.order)
+        body.take(share.takes)
     hoisted = _hoisted(shop) if microbatches > 1 else frozenset()
     body.outside = hoisted
     loss = summary.outline.loss
@@ -57,14 +62,14 @@ def lower(
         if not any(r.tensor in hoisted for r in op.results):
             body.op(op)
     whole: Placement = (R,) * len(axis_sizes)
-    returned = []
+    returned = [] if share is None else [body.get(name, placement) for name, placement in share.gives]
     if loss:
-        returned.append(body.get(loss, body.produced[loss] if microbatches > 1 else (*whole, R)))
+        returned.append(body.get(loss, body.produced[loss] if looped else (*whole, R)))
     for name in outputs:
         returned.append(body.get(name, (*whole, R)))
     module = body.finish(returned)
     lowered = Lowered(module, tuple(body.feeds), outputs=tuple(outputs))
-    if microbatches > 1:
+    if looped:
         _surround(shop, body, hoisted, lowered)
     return lowered
 
@@ -83,6 +88,8 @@ def _surround(shop: _Shop, body: _Graph, hoisted: frozenset[str], lowered: Lower
     lowered.entry = entry.finish([entry.get(name, (*placement, R)) for name, placement in wanted])
     lowered.entry_feeds, lowered.entry_outputs = tuple(entry.feeds), tuple(wanted)
     loss = shop.summary.outline.loss
+    if not loss:
+        return
     whole: Placement = (R,) * len(shop.sizes)
     lowered.loss_placement = body.produced[loss][:-1]
     lowered.loss_steps = tuple(
@@ -186,6 +193,12 @@ class _Graph:
         self._cut_sizes = (*shop.sizes, shop.m if microbatched else 1)
 
     # -- values
+
+    def take(self, tensors: Sequence[tuple[str, Placement]]) -> None:
+        """Placeholders of tensors that other graphs make."""
+        for name, placement in tensors:
+            self.env[name, placement] = self.placeholder(Feed(_plain(name), "taken", name, placement))
+            self.produced[name] = placement
 
     def get(self, tensor: str, placement: Placement) -> fx.Node:
         """The node holding `tensor` as `placement` (microbatch axis last), made on first demand."""
@@ -338,7 +351,7 @@ class _Graph:
     def _chosen(self, op: Op) -> tuple[str, ...]:
         """The op's choice on every axis, the microbatch axis last where it applies."""
         own = tuple(self.shop.assignment.choices[op.name])
-        return (*own, self.shop.summary.batch_cut.choice[op.name]) if self.microbatched else own
+        return (*own, self.shop.summary.batch_cut.choice[op.name]) if self.microbatched and self.shop.m > 1 else own
 
     def _splits(self, op: Op) -> list[tuple[int, int]]:
         """(axis, factor index) of every split of this op, the microbatch axis included where it applies."""

@@ -15,23 +15,29 @@ from .plan import Plan
 class Executed:
     """A key of which the runtime executes only `values`. `of` reads a plan's value; `name` is what other values are.
 
-    Without `of`, a plan does not say. Where `runs` is set, plans with any value are executed; only planning for this machine
-    keeps to `values`.
+    Without `of`, a plan does not say. A plan that was made for a named cluster may have the values `named` besides, or any where
+    that is None; only planning for this machine keeps to `values`.
     """
 
     key: str
     values: tuple[Value, ...]
     name: str
     of: Callable[[Plan], Value] | None = None
-    runs: bool = False
+    named: tuple[Value, ...] | None = ()
+
+    def executes(self, value: Value) -> bool:
+        """Whether a plan with this value is executed."""
+        return value in self.values or self.named is None or value in self.named
 
 
 MASK = (
-    Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks),
-    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), True),
-    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, True),
-    Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
-    Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
+    Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks, None),
+    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), None),
+    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, None),
+    Executed("vpp", (1,), "chunks of stages on one rank", lambda plan: plan.pipeline.chunks if plan.pipeline.ranks == 1 else 1),
+    Executed("schedule", ("none", "gpipe", "1f1b"), "a schedule that splits the backward pass",
+             lambda plan: plan.pipeline.schedule, ("interleaved",)),
+    Executed("pools", ("one",), "several kinds of devices", lambda plan: "several" if len(plan.pools) > 1 else "one"),
     Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),
@@ -57,11 +63,14 @@ def check_pins(pins: Pins) -> None:
 def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
-        if one.of is not None and not one.runs and one.of(plan) not in one.values:
-            raise PlanError(
-                f"the plan uses {one.name}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
-                "for a plan that runs here"
+        if one.of is not None and not one.executes(one.of(plan)):
+            better = ", ".join(str(v) for v in (*one.values, *one.named) if v != "none") if one.named else ""
+            fix = (
+                f"pin {one.key} to one of {better}"
+                if better
+                else "plan with --cluster local[:N] for a plan that runs here"
             )
+            raise PlanError(f"the plan uses {one.name}, which is not supported yet where a plan is run; {fix}")
 
 
 def _said(used: bool) -> str:

@@ -29,6 +29,7 @@ from ..planner.solve import solve_fixed
 from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
 from .programs import Programs, signature
+from .staged import Stages, stages_of
 from .watch import waiting
 
 
@@ -45,30 +46,32 @@ def apply(
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
     check_plan(plan)
-    check_world(plan.mesh)
+    check_world(plan.mesh, plan.pipeline.ranks)
     if compile and plan.pipeline.experts > 1:
         raise UsageError(
             "expert parallelism sends uneven numbers of tokens, which a compiled graph cannot: use compile=False"
         )
+    if compile and plan.pipeline.ranks > 1:
+        raise UsageError("compile=True is not supported yet for plans with a pipeline; leave it out, or plan with pp=1")
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 
-    def matched() -> tuple[Summary, Assignment, Plan]:
+    def matched() -> tuple[Summary, Assignment, Plan, Stages | None]:
         if exact is not None:
             return _exact(model, args, kwargs, plan, exact, loss_fn)
         summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
         spread = spread_experts(plan, expert_stacks(summary.outline))
-        return summary, agreed(spread, summary), spread
+        return summary, agreed(spread, summary), spread, stages_of(plan, summary.outline)
 
-    summary, own, plan = together(matched)
-    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device())
+    summary, own, plan, stages = together(matched)
+    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device(), plan.pipeline)
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
     programs = Programs(
         in_dtype(skeleton(model), compute), plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn,
         local_batch=data == "local", exact=exact is not None, others=others,
-        example=signature(args, kwargs, train=model.training, grad=True),
+        example=signature(args, kwargs, train=model.training, grad=True), stages=stages,
     )  # fmt: skip
     return ParallelModule.of(model, programs, mesh, seed=shared_seed(plan.source.seed))
 
@@ -93,7 +96,7 @@ def agreed(plan: Plan, summary: Summary) -> Assignment:
 
 def _exact(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
-) -> tuple[Summary, Assignment, Plan]:
+) -> tuple[Summary, Assignment, Plan, Stages | None]:
     """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it.
 
     The plan comes with its experts on an axis of their own.
@@ -103,9 +106,10 @@ def _exact(
     summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
     plan = spread_experts(plan, expert_stacks(summary.outline))
     if summary.outline.fingerprint == plan.graph:
-        return summary, agreed(plan, summary), plan
+        return summary, agreed(plan, summary), plan, stages_of(plan, summary.outline)
     own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
-    return summary, transfer(agreed(plan, own), own.outline, summary.outline), plan
+    choices = transfer(agreed(plan, own), own.outline, summary.outline)
+    return summary, choices, plan, stages_of(plan, own.outline)
 
 
 def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:

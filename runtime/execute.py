@@ -82,7 +82,7 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     plan = given
     if options.elastic and ranks_of(given) != world_size():
         plan = agree(lambda: _planned_again(given))
-    check_world(plan.mesh)
+    check_world(plan.mesh, plan.pipeline.ranks)
     loaded = rebuild(plan.source)
     if device.type == "cpu":
         keep_pages()
@@ -155,7 +155,7 @@ def _train(
     losses: list[float] = []
     phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
-    ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches == 1 else (BOTH, BOTH)
+    ahead, back = (FORWARD, BACKWARD) if plan.pipeline.microbatches * plan.pipeline.stages == 1 else (BOTH, BOTH)
 
     @watched()
     def step() -> None:

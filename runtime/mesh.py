@@ -1,6 +1,7 @@
 """The device mesh of a plan on this process: coordinates, group names, and the DTensor mesh.
 
-Ranks are row-major over the plan's axes (the last axis varies fastest). A mesh of one rank needs no process group; its
+Ranks are row-major over the plan's axes (the last axis varies fastest). With a pipeline every pipeline rank has a mesh of its own,
+and `pipeline.order` says where "pp" stands among the axes. A mesh of one rank needs no process group; its
 axes have size 1 and nothing ever communicates.
 """
 
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import LaunchError
 from ..planner.dispatch import AXIS as EXPERTS
-from ..planner.plan import MeshAxis
+from ..planner.plan import MeshAxis, Pipeline
 from .watch import active_watch, unwatch, watch_ranks
 
 
@@ -60,11 +61,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def check_world(axes: Sequence[MeshAxis]) -> int:
-    """The number of running ranks; raises LaunchError where it is not that of a mesh of `axes`."""
-    wanted, found = prod(a.size for a in axes), world_size()
+def check_world(axes: Sequence[MeshAxis], stages: int = 1) -> int:
+    """The number of running ranks; raises LaunchError where it is not that of `stages` meshes of `axes`."""
+    wanted, found = stages * prod(a.size for a in axes), world_size()
     if wanted != found:
-        shape = " x ".join(f"{a.name}={a.size}" for a in axes) or "one device"
+        named = [f"pp={stages}"] if stages > 1 else []
+        shape = " x ".join([*named, *(f"{a.name}={a.size}" for a in axes)]) or "one device"
         raise LaunchError(
             f"the plan is for {wanted} ranks ({shape}) but {found} are running; "
             f"start it with: torchrun --nproc-per-node {wanted} ... or plan again for {found}"
@@ -79,11 +81,11 @@ def _cut(axis: MeshAxis) -> int:
 
 @dataclass
 class Mesh:
-    """Where this process stands in a plan's mesh.
+    """Where this process stands in a plan's mesh: that of its pipeline rank `stage` of `stages`.
 
     `device_mesh` is None for a single process without a process group. `tensor_mesh` holds the same ranks with "model"
     axes first and the one of experts next: parameters are DTensors on it, so that a ZeRO chunk is cut from the slice of a
-    rank's own.
+    rank's own. `ranks` has the global rank at every (pipeline rank, *coordinate).
     """
 
     axes: tuple[MeshAxis, ...]
@@ -91,25 +93,35 @@ class Mesh:
     coordinate: tuple[int, ...]
     device_mesh: DeviceMesh | None = None
     tensor_mesh: DeviceMesh | None = None
+    stage: int = 0
+    stages: int = 1
+    ranks: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    pipeline_mesh: DeviceMesh | None = None
     _flat: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     _named: dict[str, str] = field(default_factory=dict)
+    _between: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, axes: Sequence[MeshAxis], device: torch.device) -> Mesh:
+    def create(cls, axes: Sequence[MeshAxis], device: torch.device, pipeline: Pipeline | None = None) -> Mesh:
         """The mesh of `axes` on the running ranks; raises LaunchError where their number differs from the plan's."""
-        axes, found = tuple(axes), check_world(axes)
+        axes, stages = tuple(axes), pipeline.ranks if pipeline is not None else 1
+        check_world(axes, stages)
         if not dist.is_initialized():
             return cls(axes, device, (0,) * len(axes))
-        ranks = torch.arange(found).reshape([a.size for a in axes] or [1])
+        ranks = rank_grid(axes, pipeline)
         names = tuple(a.name for a in axes) or ("world",)
-        mesh = DeviceMesh(device.type, ranks, mesh_dim_names=names)
         order = sorted(range(len(axes)), key=lambda i: _cut(axes[i])) or [0]
+        mesh, whole = _device_mesh(device, ranks, names)
         tensor_mesh = mesh
         if order != list(range(len(order))):
-            tensor_mesh = DeviceMesh(device.type, ranks.permute(order), mesh_dim_names=tuple(names[i] for i in order))
+            tensor_mesh, _ = _device_mesh(
+                device, ranks.permute(0, *(i + 1 for i in order)), tuple(names[i] for i in order)
+            )
         hold_groups(mesh)
-        where = tuple(int(i) for i in (ranks == dist.get_rank()).nonzero()[0])[: len(axes)]
-        return cls(axes, device, where, mesh, tensor_mesh)
+        if whole is not None:
+            hold_groups(whole)
+        here, *where = (int(i) for i in (ranks == dist.get_rank()).nonzero()[0])
+        return cls(axes, device, tuple(where[: len(axes)]), mesh, tensor_mesh, here, stages, ranks, whole)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,6 +165,20 @@ class Mesh:
             self._named[self._flat[live][0]] = "+".join(live)
         return self._flat[live][0]
 
+    def pipeline_group(self, members: tuple[int, ...]) -> str:
+        """Name of the group of this rank's coordinate on some pipeline ranks, "" where this one is none of them.
+
+        As with `group_name`, every rank asks for the same groups in the same order.
+        """
+        assert self.pipeline_mesh is not None
+        if len(members) == self.stages:
+            return self.pipeline_mesh.get_group("pp").group_name
+        if members not in self._between:
+            rows = self.ranks[list(members)].reshape(len(members), -1).T.tolist()
+            own, _ = dist.new_subgroups_by_enumeration(rows)
+            self._between[members] = own.group_name if own is not None else ""
+        return self._between[members]
+
     def members(self, *axes: str) -> tuple[int, ...]:
         """`position(*axes)` of each member of `group_name(*axes)`, by rank within the group (groups sort their ranks)."""
         where = [self.index(a) for a in axes]
@@ -168,13 +194,16 @@ class Mesh:
     def axis_of_group(self) -> dict[str, str]:
         """Axis name ("dp", or "dp+tp" for flat groups) of every group, those still to be made included; for reports."""
         self._named |= {self.group_name(a.name): a.name for a in self.axes if a.size > 1}
+        if self.pipeline_mesh is not None:
+            self._named[self.pipeline_mesh.get_group("pp").group_name] = "pp"
+        self._named |= {group: "pp" for group in self._between.values() if group}
         return self._named
 
     def _create_flat(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """One group for each combination of the other axes' coordinates; returns the name of this rank's."""
         dims = [self.index(a) for a in axes]
         rest = [i for i in range(len(self.axes)) if i not in dims]
-        ranks = torch.arange(prod(self.sizes)).reshape(self.sizes).permute([*rest, *dims])
+        ranks = self.ranks.permute([0, *(i + 1 for i in (*rest, *dims))])
         own, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, self.size(*axes)).tolist())
         watch = active_watch()
         if watch is not None:
@@ -188,3 +217,21 @@ def hold_groups(mesh: DeviceMesh) -> None:
     if watch is not None:
         for name in mesh.mesh_dim_names or ():
             watch.hold(mesh.get_group(name), name)
+def rank_grid(axes: Sequence[MeshAxis], pipeline: Pipeline | None = None) -> torch.Tensor:
+    """The global rank at every (pipeline rank, *coordinate); an axis that `pipeline.order` leaves out has one rank."""
+    sizes = {"pp": pipeline.ranks if pipeline is not None else 1} | {a.name: a.size for a in axes}
+    stated = [name for name in pipeline.order if name in sizes] if pipeline is not None and pipeline.ranks > 1 else []
+    order = [*stated, *(name for name in sizes if name not in stated)]
+    grid = torch.arange(prod(sizes.values())).reshape([sizes[name] for name in order])
+    grid = grid.permute([order.index(name) for name in sizes])
+    return grid if axes else grid.unsqueeze(-1)
+
+
+def _device_mesh(
+    device: torch.device, ranks: torch.Tensor, names: tuple[str, ...]
+) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The mesh of this process's pipeline rank, and the one of all of them where there are several."""
+    if ranks.shape[0] == 1:
+        return DeviceMesh(device.type, ranks[0], mesh_dim_names=names), None
+    whole = DeviceMesh(device.type, ranks, mesh_dim_names=("pp", *names))
+    return whole[names], whole

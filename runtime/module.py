@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.skeleton import Tree, like
 from ..planner.plan import Plan
-from . import norms, parameters
+from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
 from .mesh import Mesh
 from .outputs import rebuild, sealed
 from .programs import Program, Programs
+from .stagestate import wholes
 from .step import Values, run_microbatches, run_once
+from .torch_compat import StageGradient
 
 
 class ParallelModule(Tree):
@@ -57,6 +59,8 @@ class ParallelModule(Tree):
             program.whole(args, kwargs, self),
             core.next_seed(),
         )
+        if program.staged is not None:
+            return _through_stages(program, values, core)
         if not program.training:
             with torch.no_grad():
                 flat = run_once(program.lowered, program.body, values, program.regather())
@@ -115,20 +119,37 @@ class ParallelModule(Tree):
 
         Right for every placement and order; `torch.nn.utils.clip_grad_norm_` is too, but for the infinity norm.
         """
-        return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+        core = self._core
+        if core.mesh.stages == 1:
+            return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+        counted = {id(p) for n, p in self.named_parameters() if core.first_holder(n)}
+        return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type, counted=counted, device=core.mesh.device)
+
+    def wholes(self, pick: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor | None]]:
+        """`pick(parameter)`, made whole, of every parameter of the original by name; None where no rank has one.
+
+        A collective: every rank iterates to the end.
+        """
+        own = {n: v for n, p in self.named_parameters() if (v := pick(p)) is not None}
+        return wholes(self._core.mesh, own, [n for n, _ in self._core.programs.model.named_parameters()])
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The original's state_dict: plain whole tensors under the original names, on every rank."""
-        found = {}
-        for name, value in self.state_dict().items():
-            found[name] = parameters.full(value) if parameters.is_distributed(value) else value
-        return found
+        own = self.state_dict()
+        names = own if self._core.mesh.stages == 1 else self._core.programs.model.state_dict()
+        return {name: value for name, value in wholes(self._core.mesh, own, names) if value is not None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load whole tensors (each rank takes its part) or DTensors placed as here, under the original names."""
+        """Load whole tensors (each rank takes its part) or DTensors placed as here, under the original names.
+
+        A pipeline rank takes what its stages hold and passes over what others hold.
+        """
         if assign:
             raise UsageError("load_state_dict(assign=True) is not supported: the plan decides where parameters live")
         own = self.state_dict()
+        if self._core.mesh.stages > 1:
+            elsewhere = self._core.programs.model.state_dict().keys() - own.keys()
+            state_dict = {name: value for name, value in state_dict.items() if name not in elsewhere}
         converted = {
             name: parameters.like(own[name], value) if name in own else value for name, value in state_dict.items()
         }
@@ -148,6 +169,11 @@ class _Core:
         self._calls = 0
         self.unfilled: set[str] = set()
         self._pending: weakref.ref[Tensor] | None = None
+
+    def first_holder(self, name: str) -> bool:
+        """Whether this is the first pipeline rank that holds a parameter."""
+        stages = self.programs.stages
+        return stages is None or stages.ranks_of(name)[0] == self.mesh.stage
 
     def next_seed(self) -> Tensor:
         """A seed for this call's random ops, equal on all ranks; microbatches add their index."""
@@ -198,14 +224,32 @@ class _Core:
         return (self.mesh.position(*names), self.mesh.size(*names)) if names else (0, 1)
 
 
+def _through_stages(program: Program, values: Values, core: _Core) -> Any:
+    """A call of a module whose plan has a pipeline."""
+    staged, mesh = program.staged, core.mesh
+    assert staged is not None
+    if not program.training:
+        found = pipeline.evaluate(staged, program.bodies, mesh, values, program.regather)
+        return rebuild(program, [found[name] for name in program.lowered.outputs])
+    core.check_order()
+    loss = pipeline.train(
+        staged, program.bodies, mesh, values, program.microbatches, program.buckets, program.regather
+    )  # fmt: skip
+    return rebuild(program, [core.watch(loss)])
+
+
 def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mesh) -> None:
     """Register the model's parameters as DTensors and its buffers, under the original names, ties kept."""
     made: dict[int, nn.Parameter] = {}
     placed = {name: p for p in programs.summary.outline.parameters for name in p.names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if programs.stages is not None and mesh.stage not in programs.stages.ranks_of(name):
+            continue
         if id(parameter) not in made:
             tree._core.unfilled |= {name} if parameter.is_meta else set()
             made[id(parameter)] = programs.distribute(parameter, placed.get(name), mesh)
+            if mesh.stages > 1:
+                StageGradient.mark(made[id(parameter)])
         tree.put(name, made[id(parameter)])
     kept = set(model.state_dict(keep_vars=True))
     computed = recomputed(model)

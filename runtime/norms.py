@@ -8,7 +8,7 @@ several ranks hold is counted on the first of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,18 @@ from torch.distributed.tensor import DTensor, Replicate
 from . import collectives
 
 
-def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients as one vector (0-dim, on every rank); a collective over all ranks if any is a DTensor."""
+def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, *, staged: torch.device | None = None) -> Tensor:
+    """Norm of all gradients as one vector (0-dim, on every rank); a collective over all ranks if any is a DTensor.
+
+    `staged` is the device of a run with a pipeline, where ranks have gradients of their own, maybe none: float64 then.
+    """
     gradients = list(gradients)
-    if not gradients:
+    if not gradients and staged is None:
         return torch.zeros(())
-    spread = any(isinstance(g, DTensor) for g in gradients)
+    spread = staged is not None or any(isinstance(g, DTensor) for g in gradients)
     parts = [_part(g, norm_type, spread) for g in gradients]
+    if staged is not None:
+        parts.append(torch.zeros((), dtype=torch.float64, device=staged))
     dtype = torch.promote_types(torch.float32, max((p.dtype for p in parts), key=lambda d: torch.finfo(d).bits))
     together = torch.stack([p.to(dtype) for p in parts])
     total = together.max() if math.isinf(norm_type) else together.sum()
@@ -35,11 +40,18 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
 
 
-def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before (0-dim)."""
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, *,
+    counted: Collection[int] | None = None, device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before (0-dim).
+
+    With a pipeline (on `device`) a rank counts only the parameters whose ids are in `counted`: others may hold the rest, too.
+    """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = total_norm(gradients, norm_type)
+    mine = [p.grad for p in parameters if p.grad is not None and (counted is None or id(p) in counted)]
+    norm = total_norm(mine, norm_type, staged=device)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     with torch.no_grad():
         for gradient in gradients:

@@ -29,7 +29,8 @@ from . import parameters
 from .again import with_recipes
 from .emit import RankEmit
 from .mesh import Mesh
-from .step import Buckets
+from .staged import Staged, Stages, build
+from .step import Body, Buckets
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
 """Choices for a graph that is not the plan's own, given where its parameters live."""
@@ -37,7 +38,10 @@ Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...
 
 @dataclass(frozen=True)
 class Program:
-    """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated."""
+    """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated.
+
+    With a pipeline `staged` has the stages of this rank and `bodies` runs them; `lowered` is then the first of them.
+    """
 
     captured: Captured
     summary: Summary
@@ -51,6 +55,8 @@ class Program:
     parameters: Mapping[str, str]
     device: torch.device
     compiled: bool = False
+    staged: Staged | None = None
+    bodies: Mapping[int, Body] = field(default_factory=dict)
 
     def whole(self, args: Any, kwargs: Any, module: nn.Module) -> dict[str, Tensor]:
         """Inputs, buffers and constants by graph name, on the device."""
@@ -90,6 +96,7 @@ class Programs:
     exact: bool = False
     others: frozenset[torch.dtype] = frozenset()
     example: Any = None
+    stages: Stages | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
@@ -133,11 +140,15 @@ class Programs:
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
         assignment = self._assignment(summary.outline)
-        if outputs and training and microbatches > 1:
-            raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
+        if outputs and training and (microbatches > 1 or self.stages is not None):
+            raise UsageError(
+                "outputs=True needs a plan with one microbatch and one stage; evaluate under torch.no_grad() instead"
+            )
         zigzag = zigzag_axes(summary.outline, assignment.choices)
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact, zigzag=zigzag)
         others = summary.outline.outputs if outputs or not training else ()
+        if self.stages is not None:
+            return self._staged(summary, assignment, emit, microbatches, training=training)
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
@@ -148,10 +159,33 @@ class Programs:
         if self.compile:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
-        every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
         return Program(
-            captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
+            captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment), names,
             self.mesh.device, self.compile,
+        )  # fmt: skip
+
+    def _staged(
+        self,
+        summary: Summary,
+        assignment: Assignment,
+        emit: RankEmit,
+        microbatches: int,
+        *,
+        training: bool,
+    ) -> Program:
+        """The program of a pipeline's rank."""
+        assert self.stages is not None
+        captured, others = summary.captured, () if training else summary.outline.outputs
+        staged = build(
+            self.stages, summary, assignment, self.mesh, emit,
+            microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
+        )  # fmt: skip
+        lowered = replace(staged.first, outputs=tuple(others))
+        names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
+        bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
+        return Program(
+            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment), names,
+            self.mesh.device, staged=staged, bodies=bodies,
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
@@ -215,6 +249,10 @@ class Programs:
                 ) from error
             found[parameter.tensor] = replace(placed[name], home=home)
         return found
+
+
+def _buckets(assignment: Assignment) -> Buckets:
+    return Buckets(tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2))
 
 
 def same_split(home: Placement, dims: Dims, others: Dims, sizes: Sequence[int]) -> Placement | None:

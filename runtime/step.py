@@ -123,14 +123,17 @@ class _Loop:
             handle.remove()
         self.hooks.clear()
 
-    def feeds(self, microbatch: int) -> list[Tensor]:
-        """Body arguments of one microbatch."""
+    def feeds(self, microbatch: int, taken: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Body arguments of one microbatch; `taken` is what other stages made of it."""
         found = []
         for feed in self.lowered.body_feeds:
             if feed.kind == "step":
                 found.append(self.step_values[feed.node])
             elif feed.kind == "cut":
                 found.append(_cut(self.cut_values[feed.node], feed, self.m, microbatch))
+            elif feed.kind == "taken":
+                assert taken is not None
+                found.append(taken[feed.tensor])
             else:
                 found.append(self.values.of(feed, microbatch))
         return found

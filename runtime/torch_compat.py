@@ -17,8 +17,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
 
+from ..errors import UsageError
+
 __all__ = [
     "Event",
+    "StageGradient",
     "StorageRef",
     "allocation_events",
     "is_strided",
@@ -88,6 +91,33 @@ def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
 def like_dtensor(local: Tensor, other: DTensor) -> DTensor:
     """A DTensor with the spec of `other` (its flags included, unlike the gradient that `DTensor.to_local` makes)."""
     return DTensor(local, other._spec, requires_grad=local.requires_grad)
+
+
+class StageGradient(DTensor):
+    """A gradient of a run with a pipeline, where other ranks have other parameters: torch's clipping would see its own only.
+
+    torch.nn.utils.clip_grad_norm_ has no hook, but computes norms by these two functions, which nothing else here calls on DTensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.linalg.vector_norm, torch._foreach_norm):
+            raise UsageError(
+                "this rank holds a part of the model's gradients (the plan has pipeline stages), so their norm is not the global "
+                "one: clip with pm.clip_grad_norm_(max_norm) of the module"
+            )
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+
+    @classmethod
+    def mark(cls, parameter: Tensor) -> None:
+        """Make the gradient of a parameter one of these, as soon as it has come (autograd keeps plain DTensors)."""
+
+        def wrap(p: Tensor) -> None:
+            if isinstance(p.grad, DTensor) and not isinstance(p.grad, cls):
+                p.grad = cls(p.grad.to_local(), p.grad._spec, requires_grad=False)
+
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(wrap)
 
 
 def strided_split(dim: int, outer: int) -> Placement:

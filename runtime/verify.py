@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map
 from ..passes.experts.interface import own_loops
 from ..passes.lift import Lift
 from ..planner.plan import Plan
-from . import parameters
 from .losses import loss_of
 from .mesh import rank
 from .module import ParallelModule
@@ -101,7 +100,7 @@ class _Pair:
         self, reference: nn.Module, planned: ParallelModule, args: Any, kwargs: Any, optimizer: str, loss_fn: Any
     ) -> None:
         self.reference, self.planned, self.loss_fn = reference, planned, loss_fn
-        self.exact = next(planned.parameters()).dtype == torch.float64
+        self.exact = next(reference.parameters()).dtype == torch.float64
         device = planned.device_of_run
         self.args, self.kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (args, kwargs))
         self.leads = rank() == 0
@@ -147,12 +146,11 @@ class _Pair:
 
     def _worst(self, pick: Callable[[Tensor], Tensor | None]) -> tuple[float, str]:
         worst, at = 0.0, ""
-        theirs: Mapping[str, Tensor] = dict(self.reference.named_parameters()) if self.leads else {}
-        floor = self.floor(v for p in theirs.values() if (v := pick(p)) is not None)
-        for name, parameter in self.planned.named_parameters():
-            whole = torch.zeros_like(parameters.full(parameter.detach()))
-            mine = pick(parameter)
-            mine = parameters.full(mine.detach()) if mine is not None else whole
+        theirs: Mapping[str, Tensor] = dict(self.reference.named_parameters())
+        floor = self.floor(v for p in theirs.values() if self.leads and (v := pick(p)) is not None)
+        for name, mine in self.planned.wholes(pick):
+            whole = torch.zeros_like(theirs[name], device=self.planned.device_of_run)
+            mine = mine if mine is not None else whole
             if self.leads:
                 value = pick(theirs[name])
                 whole = value.detach().clone() if value is not None else whole

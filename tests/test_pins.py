@@ -53,10 +53,10 @@ def with_regions(**changes: object) -> plans.p.Plan:
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (with_(ranks=2), "pipeline stages"),
         (with_(chunks=2), "chunks of stages"),
         (with_(experts=2), "expert parallelism"),
-        (with_(schedule="zbv"), "schedule"),
+        (with_(ranks=2, stages=4, chunks=2, schedule="zbv"), "splits the backward pass.* pin schedule to .*1f1b"),
+        (plans.plan(pools=(plans.p.PoolPlan("a", "x", 1, 1), plans.p.PoolPlan("b", "y", 1, 1))), "kinds of devices"),
         (plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)), "context parallelism"),
         (with_regions(offload=("optimizer",)), "offload"),
         (msgspec.structs.replace(plans.plan(), phase="decode"), "phase of inference"),
@@ -70,7 +70,9 @@ def test_a_plan_of_what_the_runtime_lacks_is_refused(plan: plans.p.Plan, says: s
 def test_what_runs_passes() -> None:
     check_plan(plans.plan())
     check_plan(with_regions(recompute=("gelu",)))
-    assert {one.key for one in MASK} - {"phase"} < set(KEYS)  # a phase is asked for, not pinned
+    check_plan(with_(ranks=2, stages=4, chunks=2, schedule="interleaved"))
+    check_plan(with_(ranks=4, stages=4, schedule="gpipe"))
+    assert {one.key for one in MASK} - {"phase", "pools"} < set(KEYS)  # a phase and a cluster are asked for, not pinned
 
 
 @pytest.mark.parametrize(

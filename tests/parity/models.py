@@ -333,6 +333,49 @@ def teacher(batch: int) -> Case:
     return Case(Teacher(), (torch.randn(batch, 12),))
 
 
+class Convolutions(nn.Module):
+    """Two convolutions with group norms; the second is added to what came in."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, inner, 3, padding=1), nn.Conv2d(inner, inner, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(2, inner), nn.GroupNorm(2, inner)
+        self.straight = nn.Conv2d(width, inner, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norm1(self.first(x)))
+        return self.straight(x) + F.silu(self.norm2(self.second(y)))
+
+
+class UNet(nn.Module):
+    """Down and up again, with a skip over the middle at every size; the time of a sample enters every block."""
+
+    def __init__(self, widths: tuple[int, ...] = (4, 8, 12, 16)) -> None:
+        super().__init__()
+        pairs = list(zip((3, *widths[:-1]), widths, strict=True))
+        self.down = nn.ModuleList([Convolutions(a, b) for a, b in pairs])
+        self.time = nn.ModuleList([nn.Linear(6, b) for _, b in pairs])
+        self.up = nn.ModuleList([Convolutions(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.out = nn.Conv2d(widths[0], 3, 1)
+
+    def forward(self, image: Tensor, time: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        x, skips = image, []
+        angles = time[:, None] * torch.arange(1, 7, device=time.device)
+        for down, embed in zip(self.down, self.time, strict=True):
+            x = down(x) + embed(angles.sin())[:, :, None, None]
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        x = F.interpolate(x, scale_factor=2, mode="nearest") + skips.pop()
+        for up in reversed(self.up):
+            x = up(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skips.pop()], 1))
+        return {"loss": F.mse_loss(self.out(x), noise)}
+
+
+def unet(batch: int, size: int = 16, widths: tuple[int, ...] = (4, 8, 12, 16)) -> Case:
+    image, noise = (torch.randn(batch, 3, size, size) for _ in range(2))
+    return Case(UNet(widths), kwargs={"image": image, "time": torch.rand(batch), "noise": noise})
+
+
 class Dropped(nn.Module):
     """Nothing but dropout of a scaled input, so that its numbers can be counted."""
 
@@ -372,6 +415,8 @@ CASES: dict[str, Callable[[int], Case]] = {
     "tied": tied,
     "adapter": adapter,
     "teacher": teacher,
+    "unet": unet,
+    "unet-deep": lambda batch: unet(batch, 32, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
     **{name: functools.partial(further, name) for name in FURTHER},
 }

@@ -1,0 +1,69 @@
+"""Plans with pipeline stages against the user's eager module: loss, gradients and parameters after three steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pool import Pool
+from running import differences, plan_of
+from shardwright.planner.plan import Plan
+
+CLUSTER = "a100-sxm-80gb"
+KEPT = "recompute=none offload=none"
+
+
+def staged_plan(name: str, pins: str, world: int, batch: int = 8) -> Plan:
+    """A plan of the joint search for a named cluster."""
+    return plan_of(name, f"{pins} {KEPT}", world, batch, device=CLUSTER, runnable=False)
+
+
+def ranks_of(pins: str) -> int:
+    """Product of the pinned axes."""
+    return math.prod(int(pin[3:]) for pin in pins.split() if pin[:3] in ("pp=", "dp=", "tp="))
+
+
+SAMPLE = [
+    ("gpt2", "pp=2 schedule=1f1b micro_batch=2"), ("llama", "pp=2 schedule=gpipe micro_batch=4"),
+    ("llama", "pp=2 dp=2 zero=1 schedule=1f1b micro_batch=1"), ("gpt2", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=1"),
+    ("tied", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=2"), ("gpt2", "pp=2 tp=2 schedule=1f1b micro_batch=2"),
+    ("llama-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=2"), ("t5", "pp=2 schedule=1f1b micro_batch=4"),
+    ("llama-deep", "pp=4 schedule=1f1b micro_batch=1"), ("unet", "pp=2 dp=2 zero=1 schedule=1f1b micro_batch=2"),
+]  # fmt: skip
+"""(case, pins) run every time."""
+
+MORE = [
+    ("gpt2", "pp=2 dp=2 zero=0 schedule=gpipe micro_batch=2"),
+    ("llama", "pp=2 tp=2 sequence_parallel=on schedule=1f1b micro_batch=2"),
+    ("albert", "pp=2 schedule=1f1b micro_batch=2"), ("bart", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=1"),
+    ("gpt2-deep", "pp=4 schedule=gpipe micro_batch=2"), ("vit", "pp=2 schedule=1f1b micro_batch=8"),
+    ("gpt2-deep", "pp=2 dp=2 vpp=2 zero=1 schedule=interleaved micro_batch=1"),
+    ("adapter", "pp=2 schedule=1f1b micro_batch=2"), ("llama", "pp=2 schedule=1f1b micro_batch=2 dtype=fp32"),
+    ("bert", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=2 dtype=bf16"), ("unet-deep", "pp=4 schedule=gpipe micro_batch=4"),
+    ("unet-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=4"), ("mixtral", "pp=2 tp=2 schedule=1f1b micro_batch=4"),
+]  # fmt: skip
+
+
+def check(name: str, pins: str, pools: dict[int, Pool]) -> Plan:
+    world = ranks_of(pins)
+    plan = staged_plan(name, pins, world)
+    assert plan.pipeline.ranks > 1
+    found = pools[world].run(differences, name, plan)
+    assert all(answer == found[0] for answer in found)
+    wrong = [d for d in found[0] if not d["ok"]]
+    assert not wrong, (wrong, plan.pipeline)
+    assert {(d["dtype"], d["kind"]) for d in found[0]} >= {
+        ("float64", "loss"), ("float64", "gradient"), ("float64", "parameter after 3 steps"),
+    }  # fmt: skip
+    return plan
+
+
+@pytest.mark.parametrize(("name", "pins"), SAMPLE)
+def test_sample(name: str, pins: str, pools: dict[int, Pool]) -> None:
+    check(name, pins, pools)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "pins"), MORE)
+def test_more(name: str, pins: str, pools: dict[int, Pool]) -> None:
+    check(name, pins, pools)
