@@ -53,6 +53,11 @@ def assign(plan: Plan, outline: Outline) -> Assignment:
     return Assignment(choices, storage, parameter_groups(outline, storage), data_axes)
 
 
+def entries_of(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
+    """The plan's entry for every instance of every region of `outline`; raises PlanMismatch where counts differ."""
+    return _ways(plan, outline)
+
+
 def _ways(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
     """The plan's entry for every instance of every region."""
     known: dict[str, list[RegionPlan]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import PinError, PlanError
+from .away import read_offload
 from .pins import Pins, Value, spelled
 from .plan import Plan
 
@@ -31,7 +32,7 @@ MASK = (
     Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
     Executed("recompute", ("none",), "recompute", lambda plan: _said(any(r.recompute for r in plan.regions))),
-    Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
+    Executed("offload", ("none",), "an offload that is not executed", lambda plan: unexecuted_offload(plan) or "none"),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),
     Executed("kernels", ("eager",), "fused kernels"),
@@ -56,10 +57,34 @@ def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
         if one.of is not None and one.of(plan) not in one.values:
+            found = one.of(plan)
+            said = f": {found}" if one.key == "offload" else ""
             raise PlanError(
-                f"the plan uses {one.name}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
+                f"the plan uses {one.name}{said}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
                 "for a plan that runs here"
             )
+
+
+def unexecuted_offload(plan: Plan) -> str:
+    """The first thing a plan offloads in a way that the runtime does not execute; "" where it executes all of it."""
+    for entry in plan.regions:
+        away, stride = read_offload(entry.offload, f"region {entry.name}")
+        trained = [p for p in entry.parameters if p.trainable]
+        shared = any(p.zero in (1, 2) and p.zero_axes for p in entry.parameters)
+        whole = any(not p.zero for p in entry.parameters) and any(a.role == "data" and a.size > 1 for a in plan.mesh)
+        if away.parameters and shared:
+            return f"region {entry.name}: parameters off the device with ZeRO 1 or 2 (zero=3 is executed)"
+        if away.parameters and whole and plan.pipeline.microbatches > 1:
+            return f"region {entry.name}: whole parameters off the device over several data ranks and microbatches (zero=3 is)"
+        if away.parameters and trained and not away.optimizer:
+            return f"region {entry.name}: parameters off the device whose optimizer states are on it (params with optimizer is)"
+        if not math.isinf(stride):
+            return f"region {entry.name}: optimizer/{stride:g}, updates on the device of states that are not on it (optimizer is)"
+        if away.optimizer == "disk":
+            return f"region {entry.name}: states on disk (optimizer, without @disk, is executed)"
+        if away.activations:
+            return f"region {entry.name}: activations (optimizer and params are executed)"
+    return ""
 
 
 def _said(used: bool) -> str:

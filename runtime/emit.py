@@ -19,6 +19,7 @@ from ..planner.plan import Plan
 from . import groups, transitions
 from .kernels import vocab
 from .mesh import Mesh
+from .offload.engine import OffloadEmit
 from .regather import Regather
 
 
@@ -33,6 +34,7 @@ class RankEmit:
         if precision.compute != precision.parameter:
             self.compute = getattr(torch, precision.compute)
             self.sum = getattr(torch, precision.gradient)
+        self.offload: OffloadEmit | None = None
 
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement."""
@@ -50,6 +52,18 @@ class RankEmit:
         sizes = [self.mesh.size(name) for name in names]
         again = self.training and not keep
         return groups.gather, (rows, positions, group, self.compute, self.sum, again, sizes)
+
+    def fetched(self, group: Sequence[str], gather: Emitted | None) -> Emitted | None:
+        """How a group comes in that lies behind the device, in place of `gather`; `gather` itself where it does not."""
+        return gather if self.offload is None else self.offload.fetched(group, gather)
+
+    def streams(self, group: Sequence[str]) -> bool:
+        """Whether a group is fetched for every pass, not once a step."""
+        return self.offload is not None and self.offload.streams(group)
+
+    def leaves(self, group: Sequence[str]) -> bool:
+        """Whether the gradients of a group leave the device with every microbatch."""
+        return self.offload is not None and self.offload.every(group)
 
     def reduce(self, axis: int) -> Emitted:
         """R -> V of a list of tensors: one bucketed all-reduce backward."""

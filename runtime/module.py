@@ -19,6 +19,7 @@ from ..passes.skeleton import Tree, like
 from ..planner.plan import Plan
 from . import norms, parameters
 from .mesh import Mesh
+from .offload.engine import Offloader
 from .outputs import rebuild, sealed
 from .programs import Program, Programs
 from .step import Values, run_microbatches, run_once
@@ -98,6 +99,11 @@ class ParallelModule(Tree):
             "this module already runs in parallel under its plan: do not wrap it in DistributedDataParallel. Trainers that wrap "
             "every distributed model (Hugging Face's among them) work on one process; on several, write the loop yourself"
         )
+
+    @property
+    def offload(self) -> Offloader | None:
+        """What the plan keeps behind the device; None where it keeps all on it."""
+        return self._core.programs.offload
 
     @property
     def axis_names(self) -> dict[str, str]:

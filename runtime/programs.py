@@ -27,6 +27,7 @@ from ..planner.plan import Plan
 from . import parameters
 from .emit import RankEmit
 from .mesh import Mesh
+from .offload.engine import Offloader
 from .step import Buckets
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
@@ -88,6 +89,7 @@ class Programs:
     exact: bool = False
     others: frozenset[torch.dtype] = frozenset()
     example: Any = None
+    offload: Offloader | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
@@ -100,7 +102,11 @@ class Programs:
         storage = self.own.storage[known.tensor]
         axes = tuple(mesh.names[a] for a in storage.zero_axes)
         dims = self.summary.outline.tensors[known.tensor].dims
-        return parameters.distribute(value, dims, storage.home, axes, mesh, parameter.requires_grad)
+        lay = self.offload.layer(known.names[0]) if self.offload is not None else None
+        made = parameters.distribute(value, dims, storage.home, axes, mesh, parameter.requires_grad, lay)
+        if self.offload is not None:
+            self.offload.adopt(known.names[0], made)
+        return made
 
     def cast(self, args: Any, kwargs: Any) -> Any:
         """(args, kwargs) with floating inputs in the dtype that is computed in."""
@@ -134,6 +140,8 @@ class Programs:
         if outputs and training and microbatches > 1:
             raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
+        if self.offload is not None:
+            emit.offload = self.offload.emitter(summary.outline, assignment, training=training, microbatches=microbatches)
         others = summary.outline.outputs if outputs or not training else ()
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
@@ -143,7 +151,7 @@ class Programs:
         if self.compile:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
-        every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
+        every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2 or emit.leaves(g))
         return Program(
             captured, summary, assignment, lowered, body, emit, training, microbatches, Buckets(every), names,
             self.mesh.device, self.compile,

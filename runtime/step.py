@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
 from ..planner.placement import V
+from .offload.memory import is_host
 
 Body = Callable[..., Sequence[Any]]
 
@@ -193,7 +194,12 @@ class _Held(torch.autograd.Function):
         if held is None:
             raise UsageError("backward was called twice on the loss of one call: its gradients were handed out")
         ctx.held = None
-        return (None, None, *[None if h is None else (h if _is_one(grad) else h * grad) for h in held])
+        return (None, None, *[None if h is None else (h if _is_one(grad) else _times(h, grad)) for h in held])
+
+
+def _times(held: Tensor, grad: Tensor) -> Tensor:
+    """A held gradient times the incoming one; one behind the device stays in its memory."""
+    return held.mul_(grad.to(held.device)) if is_host(held) else held * grad
 
 
 def _is_one(grad: Tensor) -> bool:
