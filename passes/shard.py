@@ -305,6 +305,7 @@ class _Graph:
         target, args, kwargs = self._special(op, self._local_form(op, call))
         node = self.graph.call_function(target, fill(args, operands), fill(kwargs, operands))
         node.meta["comment"] = f"{op.source}"
+        node.meta["op"] = op.name
         for use, placement in zip(op.results, produced, strict=True):
             self.produced[use.tensor] = placement
             index = use.tensor.rpartition(":")[2] if ":" in use.tensor else None

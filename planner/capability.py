@@ -82,8 +82,6 @@ def unexecuted_offload(plan: Plan) -> str:
             return f"region {entry.name}: optimizer/{stride:g}, updates on the device of states that are not on it (optimizer is)"
         if away.optimizer == "disk":
             return f"region {entry.name}: states on disk (optimizer, without @disk, is executed)"
-        if away.activations:
-            return f"region {entry.name}: activations (optimizer and params are executed)"
     return ""
 
 

@@ -97,7 +97,7 @@ class RankEmit:
 
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """A fresh regathering context for one forward pass."""
-        return Regather()
+        return Regather(leaving=self.offload.leaving() if self.offload is not None else None)
 
 
 DROPOUT = {

@@ -141,12 +141,14 @@ class Programs:
             raise UsageError("outputs=True needs a plan with one microbatch; evaluate under torch.no_grad() instead")
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact)
         if self.offload is not None:
-            emit.offload = self.offload.emitter(summary.outline, assignment, training=training, microbatches=microbatches)
+            emit.offload = self.offload.emitter(summary.outline, deferred=microbatches == 1)
         others = summary.outline.outputs if outputs or not training else ()
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
         )  # fmt: skip
+        if emit.offload is not None and training:
+            emit.offload.mark(lowered)
         body: Callable[..., Any] = lowered.body
         if self.compile:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)

@@ -17,12 +17,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from . import collectives
+from .offload.activations import Leaving
 from .torch_compat import StorageRef, when_backward_ends
 
 
@@ -59,10 +61,13 @@ class _Handle:
 
 
 class Regather:
-    """Saved-tensor hooks of one forward pass and the cache of its backward; holds at most `groups` gathered groups."""
+    """Saved-tensor hooks of one forward pass and the cache of its backward; holds at most `groups` gathered groups.
 
-    def __init__(self, groups: int = 2) -> None:
-        self.groups = groups
+    `leaving` takes what lies in no gathered group (torch calls one pair of hooks only).
+    """
+
+    def __init__(self, groups: int = 2, leaving: Leaving | None = None) -> None:
+        self.groups, self.leaving = groups, leaving
         self._buffers: dict[int, tuple[StorageRef, Recipe, int]] = {}
         self._cache: OrderedDict[Recipe, Sequence[Tensor]] = OrderedDict()
         self._hooks: list[tuple[torch.autograd.graph.saved_tensors_hooks, contextvars.Token[Regather | None]]] = []
@@ -97,16 +102,19 @@ class Regather:
         self._cache.clear()
         self._ending = False
 
-    def _pack(self, x: Tensor) -> Tensor | _Handle:
+    def _pack(self, x: Tensor) -> Any:
         entry = self._buffers.get(StorageRef(x.untyped_storage()).cdata) if self._buffers else None
         if entry is None or entry[0].expired():
-            return x
+            return x if self.leaving is None else self.leaving.pack(x)
         entry[1].handles += 1
         return _Handle(entry[1], entry[2], x.storage_offset(), tuple(x.shape), x.stride())
 
-    def _unpack(self, saved: Tensor | _Handle) -> Tensor:
+    def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if not isinstance(saved, _Handle):
+            assert self.leaving is not None
+            return self.leaving.unpack(saved)
         recipe = saved.recipe
         wholes = self._cache.get(recipe)
         if wholes is None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import PlanError, UsageError
+from ...errors import PlanError, PlanMismatch, UsageError
 from ...passes.lowered import Emitted, Lowered
+from ...passes.offload import mark_units
 from ...planner.assign import Assignment, entries_of
 from ...planner.away import Away, read_offload
 from ...planner.offload import Traffic
 from ...planner.outline import Outline
 from ...planner.plan import Plan
 from ..mesh import Mesh
+from ..regather import active_regather
+from .activations import Leaving, marks
 from .lanes import Lanes
 from .memory import HostMemory
 from .places import Group, Keeper, Place, fetched, gathered
@@ -32,7 +36,7 @@ def offloader(
     if not any(region.offload for region in plan.regions):
         return None
     if compile:
-        raise UsageError("compile=True is not supported for a plan that offloads; apply it without, or plan with --pin offload=none")
+        raise UsageError("compile=True is not supported with offload; apply the plan without it, or plan with --pin offload=none")
     return Offloader(plan, outline, assignment, mesh, folder)
 
 
@@ -84,10 +88,25 @@ class Offloader:
         else:
             self._resident |= parameter.requires_grad
 
-    def emitter(self, outline: Outline, assignment: Assignment, *, training: bool, microbatches: int) -> OffloadEmit:
-        """The ops of one lowered graph."""
-        names = {p.tensor: p.names[0] for p in outline.parameters}
-        return OffloadEmit(self, names, microbatches == 1)
+    def emitter(self, outline: Outline, *, deferred: bool) -> OffloadEmit:
+        """The ops of one lowered graph. `deferred`: its gradients go straight to the module's parameters."""
+        return OffloadEmit(self, outline, deferred, leaving_units(self.plan, outline))
+
+
+def leaving_units(plan: Plan, outline: Outline) -> frozenset[int]:
+    """Units of a graph whose activations leave; none of one that the plan does not know."""
+    try:
+        entries = [entry for region in entries_of(plan, outline) for entry in region]
+    except (PlanError, PlanMismatch):
+        return frozenset()
+    return frozenset(
+        u for u, entry in enumerate(entries) if read_offload(entry.offload, f"region {entry.name}")[0].activations
+    )
+
+
+def _leaving_now() -> Leaving | None:
+    found = active_regather()
+    return found.leaving if found is not None else None
 
 
 def _place(away: Away, stride: float, parameter: Any, zero: int, compute: torch.dtype, mesh: Mesh) -> Place | None:
@@ -109,9 +128,24 @@ class OffloadEmit:
     """The offload's part of `passes.lowered.Emit`: groups in the order in which one graph first uses them."""
 
     engine: Offloader
-    names: Mapping[str, str]
+    outline: Outline
     deferred: bool
+    units: frozenset[int]
     order: list[Group] = field(default_factory=list)
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """Parameters by their tensor in the graph."""
+        return {p.tensor: p.names[0] for p in self.outline.parameters}
+
+    def mark(self, lowered: Lowered) -> None:
+        """Let the body say where units begin, where any of them leaves."""
+        if self.units:
+            mark_units(lowered.body, self.outline, *marks(_leaving_now))
+
+    def leaving(self) -> Leaving | None:
+        """The activations that leave in one forward pass."""
+        return Leaving(self.units, self.engine.memory, self.engine.lanes) if self.units else None
 
     def streams(self, group: Sequence[str]) -> bool:
         """Whether the parameters of a group pass through the device, so that every pass fetches them."""

@@ -51,8 +51,13 @@ class Place:
     def host(self) -> Tensor:
         """This rank's slice, in the memory that the optimizer updates."""
         assert self.parameter is not None
-        value = self.parameter.detach()
-        return value._local_tensor if isinstance(value, DTensor) else value
+        return self.parameter._local_tensor if isinstance(self.parameter, DTensor) else self.parameter.detach()
+
+    @property
+    def changes(self) -> int:
+        """Grows with every change in place; a DTensor counts its own, not its local part."""
+        assert self.parameter is not None
+        return self.parameter._version + self.host._version
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Keeper:
     def fetch(self, place: Place) -> Tensor:
         """The device's copy, on its way or made now; `stays` or not, it has the values that the host has."""
         if not place.stays:
-            if place.version != place.host._version:  # brought in ahead of a change
+            if place.version != place.changes:  # brought in ahead of a change
                 self.drop(place)
             self.ahead(place)
             coming, place.coming = place.coming, None
@@ -82,19 +87,19 @@ class Keeper:
     def ahead(self, place: Place) -> None:
         """Start bringing in one that does not stay."""
         if place.coming is None:
-            place.version = place.host._version
+            place.version = place.changes
             target = torch.empty(place.host.shape, dtype=place.dtype, device=self.device)
             place.coming = self.lanes.into(self._computed(place), target, place.what)
 
     def refresh(self, place: Place) -> None:
         """Bring a copy that stays up to date, where the host tensor has changed."""
-        if not place.stays or place.version == place.host._version:
+        if not place.stays or place.version == place.changes:
             return
         if place.coming is not None:
             place.coming.wait()
         if place.copy is None:
             place.copy = torch.empty(place.host.shape, dtype=place.dtype, device=self.device)
-        place.version = place.host._version
+        place.version = place.changes
         place.coming = self.lanes.into(self._computed(place), place.copy, place.what)
 
     def drop(self, place: Place) -> None:
@@ -175,7 +180,7 @@ class Group:
         """Let the backward pass make `wholes` again instead of saving them."""
         manager = active_regather()
         if manager is not None:
-            self.recipe = ctx.recipe = Recipe(make, [p.host for p in self.places], ledger)
+            self.recipe = ctx.recipe = Recipe(make, [p.parameter for p in self.places if p.parameter is not None], ledger)
             ctx.manager = manager
             manager.register(wholes, self.recipe)
 
