@@ -64,8 +64,9 @@ class ParallelModule(Tree):
         if program.microbatches > 1:
             sizes = core.mesh.sizes
             loss = run_microbatches(
-                program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather
-            )
+                program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather,
+                program.emit.offload,
+            )  # fmt: skip
             flat = [loss]
         else:
             flat = list(run_once(program.lowered, program.body, values, program.regather()))

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
 from ..planner.placement import V
+from .offload.engine import OffloadEmit
 from .offload.memory import is_host
 
 Body = Callable[..., Sequence[Any]]
@@ -58,9 +59,11 @@ class Buckets:
 
 def run_microbatches(
     lowered: Lowered, body: Body, values: Values, microbatches: int, buckets: Buckets, axis_sizes: tuple[int, ...],
-    regather: Callable[[], contextlib.AbstractContextManager[Any]],
+    regather: Callable[[], contextlib.AbstractContextManager[Any]], offload: OffloadEmit | None = None,
 ) -> Tensor:  # fmt: skip
     """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`."""
+    if offload is not None:
+        offload.begin()
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     with torch.enable_grad():
@@ -77,7 +80,7 @@ def run_microbatches(
     assert total is not None
     for target, rest in lowered.loss_steps:
         total = target(total, *rest)
-    held = [leaves[n].grad for n in names]
+    held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
     result: Tensor = _Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
     return result
 

@@ -86,7 +86,7 @@ class Leaving:
         storage = x.untyped_storage()
         ref = StorageRef(storage)
         stays = self._stay.get(ref.cdata)
-        if not storage.nbytes() or (stays is not None and not stays.expired()):
+        if not x.dim() or not storage.nbytes() or (stays is not None and not stays.expired()):
             return x
         known = here.left.get(ref.cdata)
         if known is None or known.ref.expired():

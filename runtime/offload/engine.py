@@ -143,6 +143,20 @@ class OffloadEmit:
         if self.units:
             mark_units(lowered.body, self.outline, *marks(_leaving_now))
 
+    def begin(self) -> None:
+        """A step of several microbatches begins."""
+        for group in self.order:
+            for place in group.places:
+                place.held = None
+
+    def end(self, tensor: str, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter at the end of such a step; one that was held on the device leaves now."""
+        place = self.engine.places.get(self.names[tensor])
+        if place is None or place.held is None:
+            return gradient
+        held, place.held = place.held, None
+        return self.engine.keeper.leave(place, held, deferred=False)
+
     def leaving(self) -> Leaving | None:
         """The activations that leave in one forward pass."""
         return Leaving(self.units, self.engine.memory, self.engine.lanes) if self.units else None
@@ -162,7 +176,8 @@ class OffloadEmit:
         places = self._places(group)
         if not places:
             return gather
-        made = Group(self.engine.keeper, places, self.order, len(self.order), self.deferred)
+        holds = not self.deferred and bool(places[0].away.optimizer) and not places[0].away.gradients
+        made = Group(self.engine.keeper, places, self.order, len(self.order), self.deferred, holds)
         self.order.append(made)
         if gather is None:
             return fetched(made), ()

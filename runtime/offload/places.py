@@ -41,6 +41,7 @@ class Place:
     version: int = -1
     coming: Copy | None = None
     cast: Tensor | None = None
+    held: Tensor | None = None
 
     @property
     def what(self) -> str:
@@ -142,7 +143,8 @@ class Keeper:
 class Group:
     """Parameters of one region instance, in a program. `order` are all groups of the program, as they are first used.
 
-    `deferred`: gradients go straight to the module's parameters, which nobody reads before the backward pass ends.
+    `deferred`: gradients go straight to the module's parameters, which nobody reads before the backward pass ends. `holds`: the
+    device adds them up over the microbatches of a step, and they leave at its end.
     """
 
     keeper: Keeper
@@ -150,6 +152,7 @@ class Group:
     order: list[Group]
     at: int
     deferred: bool = True
+    holds: bool = False
     recipe: Recipe | None = field(default=None, repr=False)
 
     @property
@@ -185,7 +188,12 @@ class Group:
             manager.register(wholes, self.recipe)
 
     def leave(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in host memory."""
+        """Gradients in host memory; None for those that are held."""
+        if self.holds:
+            for place, gradient in zip(self.places, gradients, strict=True):
+                if gradient is not None:
+                    place.held = gradient.clone() if place.held is None else place.held.add_(gradient)
+            return [None] * len(self.places)
         return [self.keeper.leave(p, g, deferred=self.deferred) for p, g in zip(self.places, gradients, strict=True)]
 
 
