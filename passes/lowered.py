@@ -30,6 +30,12 @@ class Emit(Protocol):
     ) -> Emitted:
         """Chunks of a parameter group -> tensors of `shapes`; `keep` False frees them after use and gathers again."""
 
+    def fetched(self, group: Sequence[str], gather: Emitted | None) -> Emitted | None:
+        """How a parameter group comes in that lies behind the device, in place of `gather`; `gather` where it does not."""
+
+    def streams(self, group: Sequence[str]) -> bool:
+        """Whether a group is fetched for every pass, not once a step."""
+
     def reduce(self, axes: tuple[int, ...]) -> Emitted:
         """A list of tensors, R -> V on these axes: forward nothing, backward one bucketed all-reduce over all of them."""
 

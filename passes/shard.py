@@ -267,7 +267,7 @@ class _Graph:
 
     def _parameter(self, tensor: str, wanted: Placement) -> None:
         storage = self.shop.assignment.storage[tensor]
-        if self.microbatched and storage.zero < 3:
+        if self.microbatched and storage.zero < 3 and not self.shop.emit.streams(self.shop.group_of[tensor]):
             name = f"{_plain(tensor)}_{len(self.feeds)}"
             self.env[tensor, (*wanted, R)] = self.placeholder(Feed(name, "step", tensor, wanted))
             return
@@ -289,7 +289,7 @@ class _Graph:
         if first.zero:
             emitted = shop.emit.gather(shapes, first.zero_axes, keep=first.zero < 3, trainable=trainable)
             before = set(self.graph.nodes)
-            nodes = self._spread(emitted, nodes, "gather")
+            nodes = self._spread(shop.emit.fetched(group, emitted) or emitted, nodes, "gather")
             if first.zero == 3:
                 self._again += 1
                 again = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": self._again}
@@ -298,7 +298,8 @@ class _Graph:
             arrived = V if trainable else R
             now = [tuple(arrived if a in first.zero_axes else s for a, s in enumerate(p)) for p in now]
         else:
-            nodes = self._cast(nodes, group)
+            fetch = shop.emit.fetched(group, None)
+            nodes = self._cast(nodes if fetch is None else self._spread(fetch, nodes, "fetch"), group)
         wants = [(i, w) for i, name in enumerate(group) for w in shop.wants.get(name, ())]
         held = [(nodes[i], now[i]) for i, _ in wants]
         for axes in shop.reductions([(at, w) for (_, w), (_, at) in zip(wants, held, strict=True)]):
@@ -340,7 +341,7 @@ class _Graph:
         target, args, kwargs = self._special(op, self._local_form(op, call))
         node = self.graph.call_function(target, fill(args, operands), fill(kwargs, operands))
         node.meta["comment"] = f"{op.source}"
-        node.meta |= RUNS_AGAIN if op.name in self.shop.assignment.again.ops else {}
+        node.meta |= {"op": op.name} | (RUNS_AGAIN if op.name in self.shop.assignment.again.ops else {})
         for use, placement in zip(op.results, produced, strict=True):
             self.produced[use.tensor] = placement
             index = use.tensor.rpartition(":")[2] if ":" in use.tensor else None

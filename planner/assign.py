@@ -65,6 +65,11 @@ def outer_axes(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return data, tuple(i for i, axis in enumerate(plan.mesh) if axis.role in ("data", "context"))
 
 
+def entries_of(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
+    """The plan's entry for every instance of every region of `outline`; raises PlanMismatch where counts differ."""
+    return _ways(plan, outline)
+
+
 def _ways(plan: Plan, outline: Outline) -> list[list[RegionPlan]]:
     """The plan's entry for every instance of every region."""
     known: dict[str, list[RegionPlan]] = {}

@@ -12,10 +12,11 @@ One unit takes a class as a whole; a share of it follows from units that do and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ..errors import PlanError
 from .cluster import Host
 from .costs import PriceBook
 from .hostupdate import MOST_SUBGROUPS, SLOTS, best_stride, update_rates
@@ -77,6 +78,26 @@ def offload_classes(label: str) -> frozenset[str]:
     """The classes (optimizer, params, activations) in the label of an option."""
     words = {word.partition("@")[0].partition("/")[0] for word in label.split("+")}
     return frozenset(words & {"optimizer", "params", "activations"})
+
+
+def read_offload(words: Sequence[str], where: str) -> tuple[Away, float]:
+    """What the words of a plan's `offload` say: (classes, stride of updates on the device, inf for none).
+
+    The inverse of `Away.told`; `where` is what PlanError names for a word that is none.
+    """
+    tier, stride, plain = "", math.inf, set[str]()
+    for word in words:
+        name, _, place = word.partition("@")
+        name, _, part = name.partition("/")
+        if name == "optimizer" and place in ("", "disk") and (not part or (part.isdecimal() and int(part))):
+            tier, stride = place or "host", float(part) if part else math.inf
+        elif word in ("gradients", "params", "activations"):
+            plain.add(word)
+        else:
+            raise PlanError(
+                f"{where}: offload {word!r}; expected optimizer, optimizer/K, either with @disk, gradients, params or activations"
+            )
+    return Away(tier, "gradients" in plain, "params" in plain, "activations" in plain), stride
 
 
 @dataclass(frozen=True, slots=True)

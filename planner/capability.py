@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import PinError, PlanError
+from .away import read_offload
 from .pins import Pins, Value, spelled
 from .plan import Plan
 
@@ -38,7 +39,7 @@ MASK = (
     Executed("schedule", ("none", "gpipe", "1f1b"), "a schedule that splits the backward pass",
              lambda plan: plan.pipeline.schedule, ("interleaved",)),
     Executed("pools", ("one",), "several kinds of devices", lambda plan: "several" if len(plan.pools) > 1 else "one"),
-    Executed("offload", ("none",), "offload", lambda plan: _said(any(r.offload for r in plan.regions))),
+    Executed("offload", ("none",), "an offload that is not executed", lambda plan: unexecuted_offload(plan) or "none"),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),
     Executed("attention", ("flash",), "attention as separate kernels"),
     Executed("kernels", ("eager",), "fused kernels"),
@@ -64,13 +65,38 @@ def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
         if one.of is not None and not one.executes(one.of(plan)):
+            said = f": {one.of(plan)}" if one.key == "offload" else ""
             better = ", ".join(str(v) for v in (*one.values, *one.named) if v != "none") if one.named else ""
             fix = (
                 f"pin {one.key} to one of {better}"
                 if better
                 else "plan with --cluster local[:N] for a plan that runs here"
             )
-            raise PlanError(f"the plan uses {one.name}, which is not supported yet where a plan is run; {fix}")
+            raise PlanError(f"the plan uses {one.name}{said}, which is not supported yet where a plan is run; {fix}")
+
+
+def unexecuted_offload(plan: Plan) -> str:
+    """The first thing a plan offloads in a way that the runtime does not execute; "" where it executes all of it."""
+    for entry in plan.regions:
+        away, stride = read_offload(entry.offload, f"region {entry.name}")
+        trained = [p for p in entry.parameters if p.trainable]
+        shared = any(p.zero in (1, 2) and p.zero_axes for p in entry.parameters)
+        whole = any(not p.zero for p in entry.parameters) and any(a.role == "data" and a.size > 1 for a in plan.mesh)
+        if entry.offload and plan.pipeline.ranks > 1:
+            return f"region {entry.name}: anything off the device in a pipeline (pp=1 is executed)"
+        if away.activations and entry.recompute:
+            return f"region {entry.name}: activations off the device beside others that run again (recompute=none is executed)"
+        if away.parameters and shared:
+            return f"region {entry.name}: parameters off the device with ZeRO 1 or 2 (zero=3 is executed)"
+        if away.parameters and whole and plan.pipeline.microbatches > 1:
+            return f"region {entry.name}: whole parameters off the device over several data ranks and microbatches (zero=3 is)"
+        if away.parameters and trained and not away.optimizer:
+            return f"region {entry.name}: parameters off the device whose optimizer states are on it (params with optimizer is)"
+        if not math.isinf(stride):
+            return f"region {entry.name}: optimizer/{stride:g}, updates on the device of states that are not on it (optimizer is)"
+        if away.optimizer == "disk":
+            return f"region {entry.name}: states on disk (optimizer, without @disk, is executed)"
+    return ""
 
 
 def _said(used: bool) -> str:

@@ -15,13 +15,16 @@ from .torch_compat import Event
 COLLECTIVE, LAUNCH, WAIT = "_c10d_functional::", "c10d::", "_c10d_functional::wait_tensor"
 
 
-def changes(threads: Iterable[Sequence[Event]]) -> list[tuple[float, int]]:
-    """(microseconds, bytes) of every allocation (positive) and release (negative), in order of time."""
-    found = [change for events in threads for change in _thread(events)]
+def changes(threads: Iterable[Sequence[Event]], outside: str | None = None) -> list[tuple[float, int]]:
+    """(microseconds, bytes) of every allocation (positive) and release (negative), in order of time.
+
+    What happens inside ops whose name begins with `outside` is left out.
+    """
+    found = [change for events in threads for change in _thread(events, outside)]
     return sorted(found, key=lambda change: change[0])
 
 
-def _thread(events: Sequence[Event]) -> list[tuple[float, int]]:
+def _thread(events: Sequence[Event], outside: str | None) -> list[tuple[float, int]]:
     found: list[tuple[float, int]] = []
     running: dict[int, str] = {}
     copies: deque[Counter[int]] = deque()  # sizes of the copies of each collective launched and not waited for
@@ -33,7 +36,7 @@ def _thread(events: Sequence[Event]) -> list[tuple[float, int]]:
         elif e.kind == "end":
             if running.pop(e.op, "") == WAIT and copies:
                 found += [(e.microseconds, -size) for size in copies.popleft().elements()]
-        else:
+        elif outside is None or not any(name.startswith(outside) for name in running.values()):
             found.append((e.microseconds, e.bytes))
             if copies:
                 _note(copies, running.values(), e.bytes)

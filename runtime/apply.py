@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,6 +29,7 @@ from ..planner.prices import Prices
 from ..planner.solve import solve_fixed
 from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
+from .offload.engine import offloader
 from .programs import Programs, signature
 from .staged import Stages, stages_of
 from .watch import waiting
@@ -36,7 +38,7 @@ from .watch import waiting
 def apply(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, *, compile: bool = False,
     loss_fn: Callable[..., Any] | None = None, device: torch.device | str | None = None, data: str = "global",
-    exact: str | None = None,
+    exact: str | None = None, offload_folder: Path | None = None,
 ) -> ParallelModule:  # fmt: skip
     """`api.apply_plan` with split inputs.
 
@@ -68,10 +70,11 @@ def apply(
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
+    offload = offloader(plan, summary.outline, own, mesh, offload_folder, compile=compile)
     programs = Programs(
         in_dtype(skeleton(model), compute), plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn,
         local_batch=data == "local", exact=exact is not None, others=others,
-        example=signature(args, kwargs, train=model.training, grad=True), stages=stages,
+        example=signature(args, kwargs, train=model.training, grad=True), stages=stages, offload=offload,
     )  # fmt: skip
     return ParallelModule.of(model, programs, mesh, seed=shared_seed(plan.source.seed))
 

@@ -21,6 +21,7 @@ from ..planner.ring import RING
 from . import groups, transitions
 from .kernels import dispatch, ring, vocab
 from .mesh import Mesh
+from .offload.engine import OffloadEmit
 from .regather import Regather
 from .zigzag import orders, zigzag_transition
 
@@ -40,6 +41,7 @@ class RankEmit:
         if precision.compute != precision.parameter:
             self.compute = getattr(torch, precision.compute)
             self.sum = getattr(torch, precision.gradient)
+        self.offload: OffloadEmit | None = None
 
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement."""
@@ -60,6 +62,18 @@ class RankEmit:
         sizes = [self.mesh.size(name) for name in names]
         again = self.training and not keep
         return groups.gather, (rows, positions, group, self.compute, self.sum, again, sizes)
+
+    def fetched(self, group: Sequence[str], gather: Emitted | None) -> Emitted | None:
+        """How a group comes in that lies behind the device, in place of `gather`; `gather` itself where it does not."""
+        return gather if self.offload is None else self.offload.fetched(group, gather)
+
+    def streams(self, group: Sequence[str]) -> bool:
+        """Whether a group is fetched for every pass, not once a step."""
+        return self.offload is not None and self.offload.streams(group)
+
+    def leaves(self, group: Sequence[str]) -> bool:
+        """Whether the gradients of a group leave the device with every microbatch."""
+        return self.offload is not None and self.offload.every(group)
 
     def reduce(self, axes: tuple[int, ...]) -> Emitted:
         """R -> V of a list of tensors: one bucketed all-reduce backward."""
@@ -99,7 +113,7 @@ class RankEmit:
 
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """A fresh regathering context for one forward pass."""
-        return Regather()
+        return Regather(leaving=self.offload.leaving() if self.offload is not None else None)
 
 
 DROPOUT = {

@@ -217,6 +217,8 @@ def hold_groups(mesh: DeviceMesh) -> None:
     if watch is not None:
         for name in mesh.mesh_dim_names or ():
             watch.hold(mesh.get_group(name), name)
+
+
 def rank_grid(axes: Sequence[MeshAxis], pipeline: Pipeline | None = None) -> torch.Tensor:
     """The global rank at every (pipeline rank, *coordinate); an axis that `pipeline.order` leaves out has one rank."""
     sizes = {"pp": pipeline.ranks if pipeline is not None else 1} | {a.name: a.size for a in axes}

@@ -20,6 +20,7 @@ from ..planner.plan import Plan
 from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
 from .mesh import Mesh
+from .offload.engine import Offloader
 from .outputs import rebuild, sealed
 from .programs import Program, Programs
 from .stagestate import wholes
@@ -69,8 +70,9 @@ class ParallelModule(Tree):
         if program.microbatches > 1:
             sizes = core.mesh.sizes
             loss = run_microbatches(
-                program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather
-            )
+                program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather,
+                program.emit.offload,
+            )  # fmt: skip
             flat = [loss]
         else:
             flat = list(run_once(program.lowered, program.body, values, program.regather()))
@@ -104,6 +106,11 @@ class ParallelModule(Tree):
             "this module already runs in parallel under its plan: do not wrap it in DistributedDataParallel. Trainers that wrap "
             "every distributed model (Hugging Face's among them) work on one process; on several, write the loop yourself"
         )
+
+    @property
+    def offload(self) -> Offloader | None:
+        """What the plan keeps behind the device; None where it keeps all on it."""
+        return self._core.programs.offload
 
     @property
     def axis_names(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ShardwrightError
 from .allocations import changes
+from .offload.memory import is_host, marked
 from .torch_compat import StorageRef, allocation_events
 
 T = TypeVar("T")
@@ -43,8 +44,13 @@ class Peak(Generic[T]):
     timeline: tuple[tuple[float, int], ...] = ()
 
 
-def measure_peak(function: Callable[[], T], device: torch.device | None = None) -> Peak[T]:
+def measure_peak(
+    function: Callable[[], T], device: torch.device | None = None, *, steps_on_host: bool = False
+) -> Peak[T]:  # fmt: skip
     """Call `function` and measure its peak memory on `device` (default CPU).
+
+    Host memory behind a device that is itself a CPU never passes torch's allocator (runtime/offload/memory.py), so it is not seen.
+    `steps_on_host`: what optimizers allocate while they step is the host's too.
 
     On a CPU, the release of a tensor that was allocated before any measured call is not seen: it counts as alive. Measure
     a steady state by measuring the call before it as well.
@@ -53,7 +59,7 @@ def measure_peak(function: Callable[[], T], device: torch.device | None = None) 
         return _measure_cuda(function, device)
     result, threads = allocation_events(function)
     timeline, alive, top = [], 0, 0
-    for moment, size in changes(threads):
+    for moment, size in changes(threads, "Optimizer.step#" if steps_on_host else None):
         alive += size
         top = max(top, alive)
         timeline.append((moment * 1e-6, alive))
@@ -65,9 +71,10 @@ def measure_step(step: Callable[[], T], *objects: Any, device: torch.device | No
 
     Runs the step twice and reports the second run: the first one makes gradients and states whose release the second can see.
     """
-    measure_peak(step, device)
+    on_host = any(offloading is not None and offloading.steps_on_host for offloading in map(_offload_of, objects))
+    measure_peak(step, device, steps_on_host=on_host)
     baseline = live_bytes(*objects)
-    peak = measure_peak(step, device)
+    peak = measure_peak(step, device, steps_on_host=on_host)
     timeline = tuple((moment, baseline + size) for moment, size in peak.timeline)
     return Peak(baseline + peak.bytes, baseline + peak.retained, peak.result, timeline)
 
@@ -92,9 +99,17 @@ def storages(x: Tensor) -> list[torch.UntypedStorage]:
 
 
 def live_bytes(*objects: Any) -> int:
-    """Bytes of all distinct storages in tensors, containers, modules (with gradients) and optimizers."""
-    sizes = {s._cdata: s.nbytes() for x in _tensors(objects) for s in storages(x)}
+    """Bytes on the device of all distinct storages in tensors, containers, modules (with gradients) and optimizers.
+
+    What lies in host memory or on disk is left out; copies of it that a planned module keeps on the device are counted.
+    """
+    sizes = {s._cdata: s.nbytes() for x in _tensors(objects) if not is_host(x) for s in storages(x)}
     return sum(sizes.values())
+
+
+def _offload_of(item: Any) -> Any:
+    """The offload of a planned module, None for anything else."""
+    return getattr(item, "offload", None) if isinstance(item, nn.Module) and hasattr(item, "plan") else None
 
 
 def _tensors(objects: Iterable[Any]) -> Iterable[Tensor]:
@@ -105,17 +120,20 @@ def _tensors(objects: Iterable[Any]) -> Iterable[Tensor]:
                 yield item.grad
         elif isinstance(item, nn.Module):
             yield from _tensors([*item.parameters(), *item.buffers()])
+            offload = _offload_of(item)
+            yield from offload.copies() if offload is not None else ()
         elif isinstance(item, torch.optim.Optimizer):
             yield from _tensors([g["params"] for g in item.param_groups])
-            yield from _tensors(list(item.state.values()))
+            yield from _tensors([s for p, s in item.state.items() if not is_host(p)])
 
 
 @dataclass
 class Budget:
     """Raises MemoryExceeded as soon as tensors made inside the block hold more than `limit_bytes` with `baseline`.
 
-    Counts the storages of every op's results until they are freed. Eager only: a compiled function called inside the block
-    runs eagerly. What kernels allocate and free inside one op is not seen.
+    Counts the storages of every op's results until they are freed. An op on tensors in host memory runs in the host, and so lie
+    its results. Eager only: a compiled function called inside the block runs eagerly. What kernels allocate and free inside one
+    op is not seen.
     """
 
     limit_bytes: int
@@ -147,15 +165,21 @@ class _Count(TorchDispatchMode):
         self.total = budget.baseline
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {s._cdata for x in _tensors([args, kwargs]) for s in storages(x)}
+        operands = list(_tensors([args, kwargs]))
+        before = {s._cdata for x in operands for s in storages(x)}
         result = func(*args, **(kwargs or {}))
+        if any(x.dim() and is_host(x) for x in operands):
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor) and not any(s._cdata in before for s in storages(x)):
+                    marked(x)
+            return result
         for x in tree_leaves(result):
             for storage in storages(x) if isinstance(x, Tensor) else ():
                 if storage._cdata not in before:
-                    self._note(storage)
+                    self._note(storage, str(func))
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage, cause: str) -> None:
         entry = self.known.get(storage._cdata)
         if entry is not None and not entry[0].expired():
             return
@@ -167,7 +191,7 @@ class _Count(TorchDispatchMode):
         if self.total > budget.limit_bytes:
             raise MemoryExceeded(
                 f"{self.total:,} bytes are alive (of them {budget.baseline:,} before this call); the budget is "
-                f"{budget.limit_bytes:,} bytes"
+                f"{budget.limit_bytes:,} bytes, exceeded by the {storage.nbytes():,} bytes that {cause} made"
             )
 
     def _recount(self) -> None:

@@ -10,7 +10,7 @@ see the global tensor. Without a process group a parameter is an ordinary one. A
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,17 +109,19 @@ def from_part(
 
 
 def distribute(
-    full: Tensor, dims: Dims, home: Sequence[State], zero_axes: Sequence[str], mesh: Mesh, trainable: bool = True
-) -> nn.Parameter:
+    full: Tensor, dims: Dims, home: Sequence[State], zero_axes: Sequence[str], mesh: Mesh, trainable: bool = True,
+    lay: Callable[[Tensor], Tensor] | None = None,
+) -> nn.Parameter:  # fmt: skip
     """The parameter of which every rank passes the same whole value (no communication; `full` is copied from).
 
-    An empty `home` means R on every axis; `dims` are then taken from `full`.
+    An empty `home` means R on every axis; `dims` are then taken from `full`. `lay` puts this rank's slice elsewhere.
     """
     if not home:
         dims, home = tuple((n,) for n in full.shape), (WHOLE,) * len(mesh.axes)
     if tuple(full.shape) != shape_of(dims):
         raise UsageError(f"the parameter has shape {tuple(full.shape)}, the plan says {shape_of(dims)}")
-    return from_part(own_part(full.detach(), dims, home, zero_axes, mesh), dims, home, zero_axes, mesh, trainable)
+    part = own_part(full.detach(), dims, home, zero_axes, mesh)
+    return from_part(part if lay is None else lay(part), dims, home, zero_axes, mesh, trainable)
 
 
 class _Local(torch.autograd.Function):

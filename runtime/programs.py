@@ -29,6 +29,7 @@ from . import parameters
 from .again import with_recipes
 from .emit import RankEmit
 from .mesh import Mesh
+from .offload.engine import Offloader
 from .staged import Staged, Stages, build
 from .step import Body, Buckets
 
@@ -97,6 +98,7 @@ class Programs:
     others: frozenset[torch.dtype] = frozenset()
     example: Any = None
     stages: Stages | None = None
+    offload: Offloader | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
@@ -109,7 +111,11 @@ class Programs:
         storage = self.own.storage[known.tensor]
         axes = tuple(mesh.names[a] for a in storage.zero_axes)
         dims = self.summary.outline.tensors[known.tensor].dims
-        return parameters.distribute(value, dims, storage.home, axes, mesh, parameter.requires_grad)
+        lay = self.offload.layer(known.names[0]) if self.offload is not None else None
+        made = parameters.distribute(value, dims, storage.home, axes, mesh, parameter.requires_grad, lay)
+        if self.offload is not None:
+            self.offload.adopt(known.names[0], made)
+        return made
 
     def cast(self, args: Any, kwargs: Any) -> Any:
         """(args, kwargs) with floating inputs in the dtype that is computed in."""
@@ -146,6 +152,8 @@ class Programs:
             )
         zigzag = zigzag_axes(summary.outline, assignment.choices)
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact, zigzag=zigzag)
+        if self.offload is not None:
+            emit.offload = self.offload.emitter(summary.outline, deferred=microbatches == 1)
         others = summary.outline.outputs if outputs or not training else ()
         if self.stages is not None:
             return self._staged(summary, assignment, emit, microbatches, training=training)
@@ -153,6 +161,8 @@ class Programs:
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=others, local_batch=self.local_batch,
         )  # fmt: skip
+        if emit.offload is not None and training:
+            emit.offload.mark(lowered)
         body: Callable[..., Any] = lowered.body
         if training and not self.compile:
             body = with_recipes(lowered.body)
@@ -160,7 +170,7 @@ class Programs:
             body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         return Program(
-            captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment), names,
+            captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment, emit), names,
             self.mesh.device, self.compile,
         )  # fmt: skip
 
@@ -184,7 +194,7 @@ class Programs:
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
         return Program(
-            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment), names,
+            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment, emit), names,
             self.mesh.device, staged=staged, bodies=bodies,
         )  # fmt: skip
 
@@ -251,8 +261,8 @@ class Programs:
         return found
 
 
-def _buckets(assignment: Assignment) -> Buckets:
-    return Buckets(tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2))
+def _buckets(assignment: Assignment, emit: RankEmit) -> Buckets:
+    return Buckets(tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2 or emit.leaves(g)))
 
 
 def same_split(home: Placement, dims: Dims, others: Dims, sizes: Sequence[int]) -> Placement | None:

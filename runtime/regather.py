@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from . import collectives
+from .offload.activations import Leaving
 from .torch_compat import StorageRef, when_backward_ends
 
 CHANGED = "a parameter was modified between the forward pass and its backward; step after backward"
@@ -70,10 +71,13 @@ class Handle:
 
 
 class Regather:
-    """Saved-tensor hooks of one forward pass and the cache of its backward; holds at most `groups` gathered groups."""
+    """Saved-tensor hooks of one forward pass and the cache of its backward; holds at most `groups` gathered groups.
 
-    def __init__(self, groups: int = 2) -> None:
-        self.groups = groups
+    `leaving` takes what lies in no gathered group (torch calls one pair of hooks only).
+    """
+
+    def __init__(self, groups: int = 2, leaving: Leaving | None = None) -> None:
+        self.groups, self.leaving = groups, leaving
         self.running: Any = None
         """The recipe of the op that runs now, if it is one that runs again (runtime/again.py)."""
         self._buffers: dict[int, tuple[StorageRef, Recipe, int]] = {}
@@ -159,15 +163,20 @@ class Regather:
         self._cache.clear()
         self._ending = False
 
-    def _pack(self, x: Tensor) -> Tensor | Handle:
+    def _pack(self, x: Tensor) -> Any:
         found = self.handle(x)
         if found is None and self.running is not None:
             found = self.running.inner(x)
-        return x if found is None else found
+        if found is None:
+            return x if self.leaving is None else self.leaving.pack(x)
+        return found
 
-    def _unpack(self, saved: Tensor | Handle) -> Tensor:
+    def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if not isinstance(saved, Handle):
+            assert self.leaving is not None
+            return self.leaving.unpack(saved)
         if torch.is_grad_enabled():
             raise UsageError(
                 "backward(create_graph=True) is not supported where parameters are gathered again or activations recomputed"

@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
 from ..planner.placement import V
+from .offload.engine import OffloadEmit
+from .offload.memory import is_host
 
 Body = Callable[..., Sequence[Any]]
 
@@ -57,9 +59,11 @@ class Buckets:
 
 def run_microbatches(
     lowered: Lowered, body: Body, values: Values, microbatches: int, buckets: Buckets, axis_sizes: tuple[int, ...],
-    regather: Callable[[], contextlib.AbstractContextManager[Any]],
+    regather: Callable[[], contextlib.AbstractContextManager[Any]], offload: OffloadEmit | None = None,
 ) -> Tensor:  # fmt: skip
     """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`."""
+    if offload is not None:
+        offload.begin()
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     with torch.enable_grad():
@@ -76,7 +80,7 @@ def run_microbatches(
     assert total is not None
     for target, rest in lowered.loss_steps:
         total = target(total, *rest)
-    held = [leaves[n].grad for n in names]
+    held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
     result: Tensor = _Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
     return result
 
@@ -196,7 +200,12 @@ class _Held(torch.autograd.Function):
         if held is None:
             raise UsageError("backward was called twice on the loss of one call: its gradients were handed out")
         ctx.held = None
-        return (None, None, *[None if h is None else (h if _is_one(grad) else h * grad) for h in held])
+        return (None, None, *[None if h is None else (h if _is_one(grad) else _times(h, grad)) for h in held])
+
+
+def _times(held: Tensor, grad: Tensor) -> Tensor:
+    """A held gradient times the incoming one; one behind the device stays in its memory."""
+    return held.mul_(grad.to(held.device)) if is_host(held) else held * grad
 
 
 def _is_one(grad: Tensor) -> bool:
