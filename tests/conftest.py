@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from pool import Pool
@@ -12,6 +13,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A busy machine makes any example slow: what takes how long is no test's business.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "nightly: too slow for every run")
 

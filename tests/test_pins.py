@@ -54,11 +54,13 @@ def with_regions(**changes: object) -> plans.p.Plan:
     ("plan", "says"),
     [
         (with_(chunks=2), "chunks of stages"),
-        (with_(experts=2), "expert parallelism"),
         (with_(ranks=2, stages=4, chunks=2, schedule="zbv"), "splits the backward pass.* pin schedule to .*1f1b"),
         (plans.plan(pools=(plans.p.PoolPlan("a", "x", 1, 1), plans.p.PoolPlan("b", "y", 1, 1))), "kinds of devices"),
-        (plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)), "context parallelism"),
-        (with_regions(offload=("optimizer",)), "offload"),
+        (with_regions(offload=("optimizer@disk",)), "offload.*on disk"),
+        (with_regions(offload=("optimizer/3",)), "offload.*updates on the device"),
+        (with_regions(offload=("activations",), recompute=("gelu",)), "offload.*run again"),
+        (msgspec.structs.replace(with_regions(offload=("optimizer",)), pipeline=with_(ranks=2, stages=2).pipeline),
+         "offload.*in a pipeline"),
         (msgspec.structs.replace(plans.plan(), phase="decode"), "phase of inference"),
     ],
 )
@@ -70,6 +72,9 @@ def test_a_plan_of_what_the_runtime_lacks_is_refused(plan: plans.p.Plan, says: s
 def test_what_runs_passes() -> None:
     check_plan(plans.plan())
     check_plan(with_regions(recompute=("gelu",)))
+    check_plan(with_regions(offload=("optimizer",)))
+    check_plan(with_(experts=2))
+    check_plan(plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)))
     check_plan(with_(ranks=2, stages=4, chunks=2, schedule="interleaved"))
     check_plan(with_(ranks=4, stages=4, schedule="gpipe"))
     assert {one.key for one in MASK} - {"phase", "pools"} < set(KEYS)  # a phase and a cluster are asked for, not pinned
