@@ -29,6 +29,7 @@ from .again import with_recipes
 from .emit import RankEmit
 from .mesh import Mesh
 from .step import Buckets
+from .torch_compat import compiled
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
 """Choices for a graph that is not the plan's own, given where its parameters live."""
@@ -144,7 +145,7 @@ class Programs:
         if training and not self.compile:
             body = with_recipes(lowered.body)
         if self.compile:
-            body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
+            body = compiled(lowered.body, tagged=bool(assignment.again))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2)
         return Program(
