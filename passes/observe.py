@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from .random import own_form
 from .torch_compat import fake_mode
 
 
@@ -23,7 +24,10 @@ class Observation:
 
 
 class Observer:
-    """Runs each distinct op once; equal ops (target, arguments, shapes, strides, dtypes) share the observation."""
+    """Runs each distinct op once; equal ops (target, arguments, shapes, strides, dtypes) share the observation.
+
+    Ops that drop run as the op that a lowered graph has for them: its mask is one byte per element, on a CPU too.
+    """
 
     def __init__(self) -> None:
         self._mode = fake_mode()
@@ -55,7 +59,9 @@ class Observer:
             kwargs = {k: torch.device("cpu") if isinstance(v, torch.device) else v for k, v in kwargs.items()}
             args = tree_map(lambda v: torch.device("cpu") if isinstance(v, torch.device) else v, args)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                out = node.target(*args, **kwargs)  # type: ignore[operator]
+                own = own_form((node.target, args, kwargs), torch.zeros((), dtype=torch.int64))  # type: ignore[arg-type]
+                target, args, kwargs = own or (node.target, args, kwargs)
+                out = target(*args, **kwargs)  # type: ignore[operator]
         results = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
         return _sort(operands, results, saved)
 

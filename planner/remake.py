@@ -158,7 +158,9 @@ def standing(
     outline: Outline, choices: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, tuple[Placement, ...]], dict[str, Placement]]:
     """Wanted placements of operands by op, and produced ones by tensor."""
-    tensors, wanted, produced = dict(outline.tensors), {}, {}
+    tensors = dict(outline.tensors)
+    wanted: dict[str, tuple[Placement, ...]] = {}
+    produced: dict[str, Placement] = {}
     for op in outline.ops:
         sides = [states(op, tensors, c) for c in choices[op.name]]
         wanted[op.name] = tuple(tuple(s[0][i] for s in sides) for i in range(len(op.operands)))

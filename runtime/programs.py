@@ -32,6 +32,7 @@ from .mesh import Mesh
 from .offload.engine import Offloader
 from .staged import Staged, Stages, build
 from .step import Body, Buckets
+from .torch_compat import compiled
 
 Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]
 """Choices for a graph that is not the plan's own, given where its parameters live."""
@@ -167,7 +168,7 @@ class Programs:
         if training and not self.compile:
             body = with_recipes(lowered.body)
         if self.compile:
-            body = torch.compile(lowered.body, fullgraph=True, dynamic=False)
+            body = compiled(lowered.body, tagged=bool(assignment.again))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         return Program(
             captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment, emit), names,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
@@ -24,6 +25,7 @@ __all__ = [
     "StageGradient",
     "StorageRef",
     "allocation_events",
+    "compiled",
     "is_strided",
     "like_dtensor",
     "make_dtensor",
@@ -74,6 +76,23 @@ def store_of_group() -> Any:
     A group does not hand its store out; under torchrun it is the agent's, which outlives the ranks.
     """
     return _get_default_store().clone()
+
+
+def compiled(body: torch.fx.GraphModule, *, tagged: bool) -> Callable[..., Any]:
+    """`body` through torch.compile; `tagged` where its nodes carry recompute tags.
+
+    The cache of AOTAutograd leaves the meta of nodes out of its keys, so that a graph with tags would be answered with one
+    that was compiled without (tried: 2.13). It is off while such a graph runs, the first run of which compiles.
+    """
+    made: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=False)
+    if not tagged:
+        return made
+
+    def run(*args: Any) -> Any:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return made(*args)
+
+    return run
 
 
 def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:

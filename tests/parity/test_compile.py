@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 import pytest
 import torch
 from pool import Pool
@@ -51,6 +52,27 @@ def count(seen: Counter[str], kind: str) -> int:
 
 def test_one_process() -> None:
     compared("llama-1", plan_of("llama-1", "dtype=fp32", 1))
+
+
+def products(name: str, plan: Plan) -> int:
+    """Products of matrices in a compiled step."""
+    torch._dynamo.reset()
+    case, pm = parallel(name, plan, compile=True)
+    loss_of(pm(*case.args, **case.kwargs)).backward()
+    with torch.profiler.profile() as profile:
+        loss_of(pm(*case.args, **case.kwargs)).backward()
+    return sum(e.name in ("aten::mm", "aten::addmm", "aten::bmm") for e in profile.events())
+
+
+def test_recompute_by_tags() -> None:
+    """A compiled step runs again what the plan says, also where the same graph was compiled without."""
+    plan = plan_of("llama-1", "recompute=full dtype=fp32", 1)
+    kept = msgspec.structs.replace(
+        plan, regions=tuple(msgspec.structs.replace(region, recompute=()) for region in plan.regions)
+    )
+    fewer = products("llama-1", kept)
+    compared("llama-1", plan)
+    assert products("llama-1", plan) >= fewer + 3
 
 
 @pytest.mark.parametrize(("name", "pins"), [("gpt2-dropout", "dp=2 micro_batch=2"), ("llama-1", "dp=2 zero=3")])
