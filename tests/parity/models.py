@@ -417,7 +417,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "adapter": adapter,
     "teacher": teacher,
     "unet": unet,
-    "unet-deep": lambda batch: unet(batch, 32, (4, 4, 6, 6, 8, 8)),
+    "unet-deep": lambda batch: unet(batch, 64, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
     **{name: functools.partial(further, name) for name in FURTHER},
 }
