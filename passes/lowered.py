@@ -86,8 +86,8 @@ class Share:
 class Lowered:
     """The graphs of one rank, with their placeholders in order.
 
-    `body` returns what it gives to other graphs, the loss (if it has one) and then `outputs`. With microbatches the loss is partial, in
-    `loss_placement`; `loss_steps` make its sum whole. `entry_outputs` are the step feeds of the body.
+    `body` returns what it gives to other graphs, the loss (if it has one) and then `outputs`. With microbatches the loss is
+    partial, in `loss_placement`; `loss_steps` make its sum whole. `entry_outputs` are the step feeds of the body.
     """
 
     body: fx.GraphModule

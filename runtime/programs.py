@@ -176,13 +176,7 @@ class Programs:
         )  # fmt: skip
 
     def _staged(
-        self,
-        summary: Summary,
-        assignment: Assignment,
-        emit: RankEmit,
-        microbatches: int,
-        *,
-        training: bool,
+        self, summary: Summary, assignment: Assignment, emit: RankEmit, microbatches: int, *, training: bool
     ) -> Program:
         """The program of a pipeline's rank."""
         assert self.stages is not None

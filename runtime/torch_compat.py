@@ -115,7 +115,7 @@ def like_dtensor(local: Tensor, other: DTensor) -> DTensor:
 class StageGradient(DTensor):
     """A gradient of a run with a pipeline, where other ranks have other parameters: torch's clipping would see its own only.
 
-    torch.nn.utils.clip_grad_norm_ has no hook, but computes norms by these two functions, which nothing else here calls on DTensors.
+    torch.nn.utils.clip_grad_norm_ has no hook, but computes norms by these two functions, which nothing here calls on DTensors.
     """
 
     @classmethod

@@ -8,8 +8,8 @@ from shardwright.planner.exchanges import Receive, Send, Step, with_messages
 from shardwright.planner.schedules import Action, actions, stage_rank
 
 SHAPES = [
-    ("gpipe", 2, 1, 4), ("gpipe", 4, 1, 1), ("1f1b", 2, 1, 8), ("1f1b", 4, 1, 6), ("interleaved", 2, 2, 4), ("interleaved", 4, 3, 8),
-    ("zb-h1", 4, 1, 6), ("zbv", 3, 2, 6), ("dualpipev", 2, 2, 6), ("forward", 3, 2, 1),
+    ("gpipe", 2, 1, 4), ("gpipe", 4, 1, 1), ("1f1b", 2, 1, 8), ("1f1b", 4, 1, 6), ("interleaved", 2, 2, 4),
+    ("interleaved", 4, 3, 8), ("zb-h1", 4, 1, 6), ("zbv", 3, 2, 6), ("dualpipev", 2, 2, 6), ("forward", 3, 2, 1),
 ]  # fmt: skip
 
 

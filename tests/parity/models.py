@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -355,7 +356,7 @@ class UNet(nn.Module):
         pairs = list(zip((3, *widths[:-1]), widths, strict=True))
         self.down = nn.ModuleList([Convolutions(a, b) for a, b in pairs])
         self.time = nn.ModuleList([nn.Linear(6, b) for _, b in pairs])
-        self.up = nn.ModuleList([Convolutions(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.up = nn.ModuleList([Convolutions(a + b, a) for a, b in itertools.pairwise(widths)])
         self.out = nn.Conv2d(widths[0], 3, 1)
 
     def forward(self, image: Tensor, time: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -416,7 +417,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "adapter": adapter,
     "teacher": teacher,
     "unet": unet,
-    "unet-deep": lambda batch: unet(batch, 32, (4, 4, 6, 6, 8, 8)),
+    "unet-deep": lambda batch: unet(batch, 64, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
     **{name: functools.partial(further, name) for name in FURTHER},
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
-from pool import Pool
+from pool import Pool, RankError
 from running import differences, plan_of
 from shardwright.planner.plan import Plan
+from shardwright.runtime.mesh import rank_grid
 
 CLUSTER = "a100-sxm-80gb"
 KEPT = "recompute=none offload=none"
@@ -67,3 +69,21 @@ def test_sample(name: str, pins: str, pools: dict[int, Pool]) -> None:
 @pytest.mark.parametrize(("name", "pins"), MORE)
 def test_more(name: str, pins: str, pools: dict[int, Pool]) -> None:
     check(name, pins, pools)
+
+
+def test_ranks_are_numbered_in_the_order_of_the_plan(ranks4: Pool) -> None:
+    """The same plan with the pipeline inside the data axis."""
+    plan = staged_plan("llama", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=2", 4)
+    assert plan.pipeline.order == ("pp", "dp")
+    turned = msgspec.structs.replace(plan, pipeline=msgspec.structs.replace(plan.pipeline, order=("dp", "pp")))
+    assert rank_grid(plan.mesh, plan.pipeline).tolist() == [[0, 1], [2, 3]]
+    assert rank_grid(turned.mesh, turned.pipeline).tolist() == [[0, 2], [1, 3]]
+    found = ranks4.run(differences, "llama", turned)
+    assert all(d["ok"] for d in found[0]), found[0]
+
+
+def test_stages_elsewhere_than_the_schedule_runs_them_are_refused(ranks2: Pool) -> None:
+    plan = staged_plan("llama", "pp=2 schedule=1f1b micro_batch=2", 2)
+    stages = tuple(msgspec.structs.replace(stage, rank=1 - stage.rank) for stage in plan.stages)
+    with pytest.raises(RankError, match=r"stages: on ranks \[1, 0\]; schedule 1f1b has them on \[0, 1\]"):
+        ranks2.run(differences, "llama", msgspec.structs.replace(plan, stages=stages))
