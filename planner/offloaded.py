@@ -74,7 +74,9 @@ def _add(found: dict[str, Traffic], more: Mapping[str, Traffic]) -> None:
 def _elements(plan: Plan, outline: Outline, own: Assignment, name: str) -> float:
     """Elements of a parameter on the mean rank."""
     stored, sizes = own.storage[name], tuple(axis.size for axis in plan.mesh)
-    return local_elements(outline.tensors[name].dims, stored.home, sizes) / math.prod(sizes[a] for a in stored.zero_axes)
+    return local_elements(outline.tensors[name].dims, stored.home, sizes) / math.prod(
+        sizes[a] for a in stored.zero_axes
+    )
 
 
 def _activations(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> float:

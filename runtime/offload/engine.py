@@ -36,7 +36,9 @@ def offloader(
     if not any(region.offload for region in plan.regions):
         return None
     if compile:
-        raise UsageError("compile=True is not supported with offload; apply the plan without it, or plan with --pin offload=none")
+        raise UsageError(
+            "compile=True is not supported with offload; apply the plan without it, or plan with --pin offload=none"
+        )
     return Offloader(plan, outline, assignment, mesh, folder)
 
 
@@ -47,7 +49,9 @@ class Offloader:
     which units' activations leave.
     """
 
-    def __init__(self, plan: Plan, outline: Outline, assignment: Assignment, mesh: Mesh, folder: Path | None = None) -> None:
+    def __init__(
+        self, plan: Plan, outline: Outline, assignment: Assignment, mesh: Mesh, folder: Path | None = None
+    ) -> None:
         self.memory, self.lanes = HostMemory(mesh.device), Lanes(mesh.device)
         self.keeper = Keeper(mesh.device, self.memory, self.lanes)
         self.plan, self.places, self._resident = plan, dict[str, Place](), False

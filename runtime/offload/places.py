@@ -183,7 +183,9 @@ class Group:
         """Let the backward pass make `wholes` again instead of saving them."""
         manager = active_regather()
         if manager is not None:
-            self.recipe = ctx.recipe = Recipe(make, [p.parameter for p in self.places if p.parameter is not None], ledger)
+            self.recipe = ctx.recipe = Recipe(
+                make, [p.parameter for p in self.places if p.parameter is not None], ledger
+            )
             ctx.manager = manager
             manager.register(wholes, self.recipe)
 

@@ -16,7 +16,14 @@ from shardwright.profiles.devices import parse_cluster
 def cluster(world: int) -> Cluster:
     """CPU devices with host memory and a disk behind them; the CPU keeps up with its link, so no update goes to the device."""
     host = Host(
-        1, int(1e12), 1e11, 1e12, 1e-12, disk_bytes=int(1e13), disk_read_bytes_per_second=1e11, disk_write_bytes_per_second=1e11
+        1,
+        int(1e12),
+        1e11,
+        1e12,
+        1e-12,
+        disk_bytes=int(1e13),
+        disk_read_bytes_per_second=1e11,
+        disk_write_bytes_per_second=1e11,
     )
     return replace(parse_cluster(f"cpu:{world}"), host=host)
 
