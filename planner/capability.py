@@ -78,7 +78,7 @@ def check_plan(plan: Plan) -> None:
 def unexecuted_offload(plan: Plan) -> str:
     """The first thing a plan offloads in a way that the runtime does not execute; "" where it executes all of it."""
     for entry in plan.regions:
-        away, stride = read_offload(entry.offload, f"region {entry.name}")
+        away, _ = read_offload(entry.offload, f"region {entry.name}")
         trained = [p for p in entry.parameters if p.trainable]
         shared = any(p.zero in (1, 2) and p.zero_axes for p in entry.parameters)
         whole = any(not p.zero for p in entry.parameters) and any(a.role == "data" and a.size > 1 for a in plan.mesh)
@@ -92,10 +92,6 @@ def unexecuted_offload(plan: Plan) -> str:
             return f"region {entry.name}: whole parameters off the device over several data ranks and microbatches (zero=3 is)"
         if away.parameters and trained and not away.optimizer:
             return f"region {entry.name}: parameters off the device whose optimizer states are on it (params with optimizer is)"
-        if not math.isinf(stride):
-            return f"region {entry.name}: optimizer/{stride:g}, updates on the device of states that are not on it (optimizer is)"
-        if away.optimizer == "disk":
-            return f"region {entry.name}: states on disk (optimizer, without @disk, is executed)"
     return ""
 
 

@@ -12,13 +12,16 @@ from collections.abc import Collection, Iterable, Sequence
 
 from .torch_compat import Event
 
+ON_DEVICE = "shardwright::update_on_device"
+"""The range in which states that lie elsewhere are updated on the device."""
+
 COLLECTIVE, LAUNCH, WAIT = "_c10d_functional::", "c10d::", "_c10d_functional::wait_tensor"
 
 
 def changes(threads: Iterable[Sequence[Event]], outside: str | None = None) -> list[tuple[float, int]]:
     """(microseconds, bytes) of every allocation (positive) and release (negative), in order of time.
 
-    What happens inside ops whose name begins with `outside` is left out.
+    What happens inside ops whose name begins with `outside` is left out, but for what runs on the device there.
     """
     found = [change for events in threads for change in _thread(events, outside)]
     return sorted(found, key=lambda change: change[0])
@@ -36,11 +39,15 @@ def _thread(events: Sequence[Event], outside: str | None) -> list[tuple[float, i
         elif e.kind == "end":
             if running.pop(e.op, "") == WAIT and copies:
                 found += [(e.microseconds, -size) for size in copies.popleft().elements()]
-        elif outside is None or not any(name.startswith(outside) for name in running.values()):
+        elif outside is None or not _apart(running.values(), outside):
             found.append((e.microseconds, e.bytes))
             if copies:
                 _note(copies, running.values(), e.bytes)
     return found
+
+
+def _apart(running: Collection[str], outside: str) -> bool:
+    return ON_DEVICE not in running and any(name.startswith(outside) for name in running)
 
 
 def _note(copies: deque[Counter[int]], running: Collection[str], size: int) -> None:

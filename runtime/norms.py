@@ -31,7 +31,7 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, *, staged: t
     if staged is not None:
         parts.append(torch.zeros((), dtype=torch.float64, device=staged))
     dtype = torch.promote_types(torch.float32, max((p.dtype for p in parts), key=lambda d: torch.finfo(d).bits))
-    together = torch.stack([p.to(dtype) for p in parts])
+    together = torch.stack([p.to(_meeting_place(gradients, parts), dtype) for p in parts])
     total = together.max() if math.isinf(norm_type) else together.sum()
     if spread and dist.get_world_size() > 1:
         group = dist.group.WORLD
@@ -58,6 +58,12 @@ def clip_grad_norm_(
             own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             own.mul_(scale.to(own.device, own.dtype))
     return norm
+
+
+def _meeting_place(gradients: Iterable[Tensor], parts: Iterable[Tensor]) -> str:
+    """Where parts are added up: some gradients lie in host memory, and collectives want those of the mesh's devices."""
+    kinds = {g.device_mesh.device_type for g in gradients if isinstance(g, DTensor)} | {p.device.type for p in parts}
+    return max(kinds, key=lambda kind: kind != "cpu")
 
 
 def _part(gradient: Tensor, norm_type: float, spread: bool) -> Tensor:

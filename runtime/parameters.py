@@ -154,7 +154,8 @@ def full(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     if not isinstance(value, DTensor):
         return value
-    mesh, part = value.device_mesh, _memory(value)
+    mesh = value.device_mesh
+    part = _memory(value).to(mesh.device_type)  # one in host memory is gathered by the devices
     where = mesh.get_coordinate() or []
     before = [torch.empty(value.shape, device="meta")]
     for i, placement in enumerate(value.placements):

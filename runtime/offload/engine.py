@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ class Offloader:
 
     @property
     def steps_on_host(self) -> bool:
-        """Whether the optimizer updates nothing on the device."""
-        return bool(self.places) and not self._resident and self.step.covers
+        """Whether whatever parameters an optimizer has, it updates them where the host has them."""
+        return bool(self.places) and not self._resident
 
     def copies(self) -> list[Tensor]:
         """What the device keeps of parameters that lie elsewhere."""
@@ -83,7 +83,10 @@ class Offloader:
 
     def layer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """How this rank's slice of a parameter is put where it lies; None for one on the device."""
-        return self.memory.holding if name in self.places else None
+        place = self.places.get(name)
+        if place is not None and place.away.optimizer == "disk" and self.step.files is not None:
+            return partial(self.step.files.put, f"{name}.parameter")
+        return self.memory.holding if place is not None else None
 
     def adopt(self, name: str, parameter: nn.Parameter) -> None:
         """The parameter made of that slice."""

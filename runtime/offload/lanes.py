@@ -22,10 +22,14 @@ PENDING = 2
 
 @dataclass
 class Copy:
-    """A copy on its way; `wait` returns the target, ready for whoever reads it next on this thread."""
+    """A copy on its way; `wait` returns the target, ready for whoever reads it next on this thread.
+
+    `ends` are source and target as the worker reaches them, emptied here: a tensor that the worker let go of last would be
+    freed out of sight of what watches this thread's memory.
+    """
 
     target: Tensor
-    source: Tensor | None
+    ends: list[Tensor]
     done: Future[object] | torch.cuda.Event
 
     def wait(self) -> Tensor:
@@ -34,7 +38,7 @@ class Copy:
             self.done.result()
         else:
             torch.cuda.current_stream().wait_event(self.done)
-        self.source = None
+        self.ends.clear()
         return self.target
 
     def arrived(self) -> Tensor:
@@ -43,7 +47,7 @@ class Copy:
             self.done.result()
         else:
             self.done.synchronize()
-        self.source = None
+        self.ends.clear()
         return self.target
 
 
@@ -95,8 +99,9 @@ class Lanes:
 
     def _start(self, lane: str, source: Tensor, target: Tensor) -> Copy:
         source, target = source.detach(), target.detach()
+        ends = [source, target]
         if self.device.type != "cuda":
-            return Copy(target, source, self.run(lane, lambda: target.copy_(source)))
+            return Copy(target, ends, self.run(lane, lambda: _copy(ends)))
         stream = self._streams.setdefault(lane, torch.cuda.Stream(self.device))
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -104,7 +109,11 @@ class Lanes:
             event = torch.cuda.Event()
             event.record(stream)
         (source if source.is_cuda else target).record_stream(stream)
-        return Copy(target, source, event)
+        return Copy(target, ends, event)
+
+
+def _copy(ends: list[Tensor]) -> None:
+    ends[1].copy_(ends[0])
 
 
 def _bytes(x: Tensor) -> int:

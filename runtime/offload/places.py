@@ -103,6 +103,15 @@ class Keeper:
         place.version = place.changes
         place.coming = self.lanes.into(self._computed(place), place.copy, place.what)
 
+    def updated(self, place: Place, value: Tensor) -> None:
+        """The device has made the new value itself: a copy that stays takes it without coming from the host."""
+        if place.stays and place.copy is not None:
+            if place.coming is not None:
+                place.coming.wait()
+                place.coming = None
+            place.copy.copy_(value)
+            place.version = place.changes
+
     def drop(self, place: Place) -> None:
         """Forget what was brought in ahead and is not wanted."""
         if place.coming is not None and not place.stays:
