@@ -54,9 +54,7 @@ def with_regions(**changes: object) -> plans.p.Plan:
     [
         (with_(ranks=2), "pipeline stages"),
         (with_(chunks=2), "chunks of stages"),
-        (with_(experts=2), "expert parallelism"),
         (with_(schedule="zbv"), "schedule"),
-        (plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)), "context parallelism"),
         (with_regions(recompute=("gelu",)), "recompute"),
         (with_regions(offload=("optimizer",)), "offload"),
         (msgspec.structs.replace(plans.plan(), phase="decode"), "phase of inference"),
@@ -130,3 +128,8 @@ def test_microbatches() -> None:
         microbatch_counts(parse_pins(["micro_batch=3"]), 8, 2, ())
     with pytest.raises(PinError, match="bn couples samples"):
         microbatch_counts(parse_pins(["micro_batch=1"]), 8, 2, ("bn couples samples",))
+
+
+def test_plans_with_context_and_expert_axes_are_executed() -> None:
+    check_plan(with_(experts=2))
+    check_plan(plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)))
