@@ -10,8 +10,9 @@ import torch
 from models import SEQ, build
 from msgspec.structs import replace
 from pool import Pool
-from running import differences, eager, records, traffic
+from running import differences, eager, parallel, records, traffic
 from shardwright.api import make_plan
+from shardwright.errors import UsageError
 from shardwright.passes.experts.interface import own_loops
 from shardwright.passes.lift import Lift
 from shardwright.passes.prepare import prepare
@@ -149,3 +150,35 @@ def test_other_inputs_and_modes(name: str, pins: str, world: int, batch: int, po
     """Without labels, in eval mode and with a batch that the data axis may not divide: the same weights where they are."""
     for worst in pools[world].run(modes, name, joint_plan(name, pins, world), batch):
         assert worst < 1e-12
+
+
+def losses(name: str, plan: Plan) -> list[float]:
+    """Rank function: two training steps with dropout, and one of another module from the same seed."""
+    found = []
+    for steps in (2, 1):
+        torch.manual_seed(3)
+        case, pm = parallel(name, plan)
+        for _ in range(steps):
+            loss = pm(*case.args, **case.kwargs).loss
+            loss.backward()
+            found.append(float(loss.detach()))
+    return found
+
+
+def test_dropout_on_a_context_axis(ranks2: Pool) -> None:
+    """The same numbers on all ranks from the same seed, others in the next step."""
+    first, second = ranks2.run(losses, "gpt2-dropout", joint_plan("gpt2-dropout", "cp=2 tp=1", 2))
+    assert first == second
+    assert first[0] == first[2]
+    assert first[0] != first[1]
+
+
+def compiled(plan: Plan) -> str:
+    """Rank function: what is said of a compiled plan with experts."""
+    with pytest.raises(UsageError) as told:
+        parallel("mixtral", plan, compile=True)
+    return str(told.value)
+
+
+def test_experts_are_not_compiled(ranks2: Pool) -> None:
+    assert "use compile=False" in ranks2.run(compiled, joint_plan("mixtral", "ep=2 tp=1 cp=1", 2))[0]
