@@ -56,8 +56,8 @@ def check_pins(pins: Pins) -> None:
         if wanted is not None and wanted not in one.values:
             raise PinError(
                 f"{one.key}={spelled(wanted)} is not supported yet where a plan is to run here; "
-                f"{one.key}={spelled(one.values[0])} is the only value executed (plan for a named cluster, such as "
-                "h100-sxm:8x1, to price it)"
+                f"{one.key}={spelled(one.values[0])} is the only value {'planned' if one.named is None else 'executed'} here (plan for a "
+                f"named cluster, such as h100-sxm:8x1, to price it{', and run that plan' if one.named is None else ''})"
             )
 
 

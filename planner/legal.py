@@ -49,9 +49,11 @@ def _check_division(op: Op, chosen: tuple[str, ...], axis_sizes: tuple[int, ...]
             )
     for choice, n in zip(chosen, axis_sizes, strict=True):
         ring = ring_of(op) if choice == RING else None
-        for i in (ring.query, ring.key) if ring is not None else ():
+        if ring is None:
+            continue
+        for i in (ring.query, ring.key):
             if op.factors[i].size % ring.divisor(n):
                 raise PlanError(
-                    f"op {op.name} ({op.target}): {op.factors[i].size} positions do not divide by {ring.divisor(n)}, as a ring of "
-                    f"{n} ranks needs"
+                    f"op {op.name} ({op.target}): {op.factors[i].size} positions do not divide by {ring.divisor(n)}, as a "
+                    f"ring of {n} ranks needs"
                 )

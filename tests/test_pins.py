@@ -138,3 +138,8 @@ def test_microbatches() -> None:
         microbatch_counts(parse_pins(["micro_batch=3"]), 8, 2, ())
     with pytest.raises(PinError, match="bn couples samples"):
         microbatch_counts(parse_pins(["micro_batch=1"]), 8, 2, ("bn couples samples",))
+
+
+def test_plans_with_context_and_expert_axes_are_executed() -> None:
+    check_plan(with_(experts=2))
+    check_plan(plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)))
