@@ -22,16 +22,25 @@ from .options import json_option, output_option
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines that take part.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Which of them this is.")
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where several machines meet.")
+@click.option(
+    "--save", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Where to keep checkpoints."
+)
+@click.option("--every", type=click.IntRange(min=1), metavar="N", help="Steps between them [default: one at the end].")
+@click.option(
+    "--resume", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Go on from the newest in it."
+)
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
 @json_option
 def command(
     plan: Path, steps: int | None, verify: bool, trace: Path | None, nnodes: int, node_rank: int, rdzv_endpoint: str | None,
-    script: tuple[str, ...], as_json: bool,
+    save: Path | None, every: int | None, resume: Path | None, script: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Run a plan on its ranks: rebuild the model from the plan, train some steps, measure.
 
     After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
     What timed steps took goes into the ledger beside the prediction (`profile --from-ledger`, `report`).
+    With --resume it goes on from the newest checkpoint in FOLDER, which another plan may have written; a folder that is also given
+    to --save may be empty, so that one command both starts and goes on.
     Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
     from ..planner.capability import check_plan
@@ -47,9 +56,9 @@ def command(
         with progress() as tell:
             loaded = priced_again(loaded, plan, tell)
     if script:
-        if steps is not None or verify or trace or as_json:
+        if steps is not None or verify or trace or as_json or save or every or resume:
             raise click.UsageError(
-                "--steps, --verify, --trace and --json belong to the built-in loop; a script has its own"
+                "--steps, --verify, --trace, --save, --every, --resume and --json belong to the built-in loop; a script has its own"
             )
         if under_torchrun():
             raise click.UsageError("torchrun runs already: start the script itself, with --plan")
@@ -57,6 +66,7 @@ def command(
         raise SystemExit(_start(arguments))
     own = [str(plan), f"--steps={5 if steps is None else steps}"]
     own += ["--verify"] * verify + ([f"--trace={trace}"] if trace else [])
+    own += kept(save, every, resume)
     if under_torchrun():
         check_world(loaded)
         raise SystemExit(_be_rank(loaded, own))
@@ -65,6 +75,14 @@ def command(
         note_run(loaded, result)
         _present(loaded, result, as_json)
     raise SystemExit(status)
+
+
+def kept(save: Path | None, every: int | None, resume: Path | None) -> list[str]:
+    """The ranks' arguments of where checkpoints are saved and found."""
+    if every is not None and save is None:
+        raise click.UsageError("--every N needs --save FOLDER")
+    given = {"save": save, "every": every, "resume": resume}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def run_ranks(plan: Any, own: list[str], nodes: Any) -> tuple[int, dict[str, Any] | None]:
