@@ -35,18 +35,27 @@ if TYPE_CHECKING:
 )
 @click.option("--elastic", is_flag=True, help="Plan again where another number of ranks runs than the plan has.")
 @click.option("--timeout", type=ABOVE_ZERO, metavar="SECONDS", help="When a rank counts as lost [default: 600].")
+@click.option(
+    "--save", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Where to keep checkpoints."
+)
+@click.option("--every", type=click.IntRange(min=1), metavar="N", help="Steps between them [default: one at the end].")
+@click.option(
+    "--resume", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Go on from the newest in it."
+)
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
 @json_option
 def command(
     plan: Path, steps: int | None, verify: bool, trace: Path | None, nnodes: tuple[int, int], node_rank: int,
     rdzv_endpoint: str | None, nproc_per_node: int | None, max_restarts: int, elastic: bool, timeout: float | None,
-    script: tuple[str, ...], as_json: bool,
+    save: Path | None, every: int | None, resume: Path | None, script: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Run a plan on its ranks: rebuild the model from the plan, train some steps, measure.
 
     After `--` comes a script of your own with its arguments; it is started on every rank with `--plan PLAN` appended.
     What timed steps took goes into the ledger beside the prediction (`profile --from-ledger`, `report`).
     With --nnodes MIN:MAX machines may leave and come: the ranks that are left start again, under a plan made for them.
+    With --resume it goes on from the newest checkpoint in FOLDER, which another plan may have written; a folder that is also given
+    to --save may be empty, so that one command both starts and goes on.
     Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
     from ..planner.capability import check_plan
@@ -65,9 +74,10 @@ def command(
         with progress() as tell:
             loaded = priced_again(loaded, plan, tell)
     if script:
-        if steps is not None or verify or trace or elastic or timeout or as_json:
+        if steps is not None or verify or trace or elastic or timeout or as_json or save or every or resume:
             raise click.UsageError(
-                "--steps, --verify, --trace, --elastic, --timeout and --json belong to the built-in loop; a script has its own"
+                "--steps, --verify, --trace, --save, --every, --resume, --elastic, --timeout and --json belong to the built-in "
+                "loop; a script has its own"
             )
         if under_torchrun():
             raise click.UsageError("torchrun runs already: start the script itself, with --plan")
@@ -75,6 +85,7 @@ def command(
     own = [str(plan), f"--steps={5 if steps is None else steps}"]
     own += ["--verify"] * verify + ([f"--trace={trace}"] if trace else [])
     own += ["--elastic"] * (elastic or nodes.elastic) + ([f"--timeout={timeout:g}"] if timeout else [])
+    own += kept(save, every, resume)
     if under_torchrun():
         if not elastic:
             check_world(loaded)
@@ -93,6 +104,14 @@ def planned_again(result: dict[str, Any]) -> Plan | None:
 
     made = result.get("planned_again")
     return parse_plan(json.dumps(made), "the plan made for the ranks that ran") if made else None
+
+
+def kept(save: Path | None, every: int | None, resume: Path | None) -> list[str]:
+    """The ranks' arguments of where checkpoints are saved and found."""
+    if every is not None and save is None:
+        raise click.UsageError("--every N needs --save FOLDER")
+    given = {"save": save, "every": every, "resume": resume}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def run_ranks(plan: Any, own: list[str], nodes: Any) -> tuple[int, dict[str, Any] | None]:

@@ -27,6 +27,7 @@ from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
 from .elastic import plan_for_world, ranks_of
+from .keeping import Keeping
 from .losses import loss_of
 from .mesh import check_world, ensure_process_group, leave_process_group, rank, world_size
 from .module import ParallelModule
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", type=Path, help="Chrome trace of one step of rank 0")
     parser.add_argument("--elastic", action="store_true", help="plan again where another number of ranks runs")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a rank counts as lost")
+    parser.add_argument("--save", type=Path, help="folder for checkpoints")
+    parser.add_argument("--every", type=int, default=0, help="steps between checkpoints (default: one at the end)")
+    parser.add_argument("--resume", type=Path, help="folder of checkpoints to go on from")
     parser.add_argument("--result", type=Path, help="where rank 0 writes the result (default: stdout)")
     return parser
 
@@ -152,6 +156,8 @@ def _train(
     pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
+    keeping = Keeping(pm, optimizer, options.save, options.every, options.resume)
+    keeping.restore(data)
     losses: list[float] = []
     phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
@@ -169,6 +175,7 @@ def _train(
         optimizer.step()
         phases.end(OPTIMIZER)
         losses.append(float(loss.detach()))
+        keeping.steps += 1
 
     seconds, waited = [], []
     for _ in range(options.steps + WARMUP):
@@ -180,12 +187,14 @@ def _train(
         seconds.append(span.seconds)
         waited.append(span.waited)
         steps.append(phases.seconds())
+        keeping.between_steps()
     peak = measure_step(step, pm, optimizer, device=pm.device_of_run)
     ledger = CommLedger(pm.axis_names)
     with ledger:
         step()
     if options.trace is not None:
         _trace(step, options.trace)
+    keeping.at_end()
     mine = {
         "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
         "collectives": _traffic(ledger), "phases": steps[WARMUP:],
@@ -198,6 +207,7 @@ def _train(
         ranks = [mine]
     return {
         "losses": losses,
+        "checkpoints": {"resumed_from": keeping.resumed, "saved_step": keeping.saved},
         "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(options.steps)),
         "phase_seconds": slowest([r.pop("phases") for r in ranks]),
         "peak_bytes": [r["peak_bytes"] for r in ranks],

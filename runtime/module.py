@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -161,10 +161,8 @@ class ParallelModule(Tree):
             name: parameters.like(own[name], value) if name in own else value for name, value in state_dict.items()
         }
         result = nn.Module.load_state_dict(self, converted, strict=strict)
-        if unfilled := self._core.unfilled:
-            tensors = self.state_dict(keep_vars=True)
-            loaded = {id(value) for name, value in tensors.items() if name in converted}
-            unfilled -= {name for name in unfilled if id(tensors[name]) in loaded}
+        tensors = self.state_dict(keep_vars=True)
+        self._core.loaded(tensors, [value for name, value in tensors.items() if name in converted])
         return result
 
 
@@ -194,6 +192,11 @@ class _Core:
     def set_random_state(self, seed: int, calls: int) -> None:
         """Go on where `random_state` was taken."""
         self._seed, self._calls = seed, calls
+
+    def loaded(self, tensors: Mapping[str, Tensor], values: Iterable[Tensor]) -> None:
+        """Some of the module's `tensors` were written to from outside of training."""
+        written = {id(value) for value in values}
+        self.unfilled -= {name for name in self.unfilled if id(tensors[name]) in written}
 
     def check_filled(self) -> None:
         """Parameters of a model that was built on the meta device have memory here, and no values until they are loaded."""

@@ -228,7 +228,8 @@ def _restore(
     if optimizer is not None and heading.optimizer is not None:
         states.restore_options(optimizer, heading.optimizer)
     if isinstance(pm, ParallelModule):
-        pm._core.unfilled.clear()
+        tensors = pm.state_dict(keep_vars=True)
+        pm._core.loaded(tensors, tensors.values())
         if heading.random is not None:
             pm._core.set_random_state(heading.random.seed, heading.random.calls)
     for key, state in drawn.items():

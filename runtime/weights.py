@@ -10,6 +10,7 @@ any rank: nothing whole is ever held.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,23 +19,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..planner.planfile import write_whole
 from . import parameters
+from .apply import default_device
 from .checkpoint import buffers, names
 from .checkpoint.blocks import Held
 from .checkpoint.names import Named
-from .checkpoint.safe_files import Entry, Slices, lay_out, read_header, write
+from .checkpoint.safe_files import Entry, Layout, Slices, lay_out, read_header, write
 from .mesh import rank
 from .module import ParallelModule
-from .ranks import everywhere
+from .ranks import everywhere, gathered
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Bytes of a file, at most, unless one tensor is larger (the libraries' own default)."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor to write: what this rank has of it, and the rank that sends it to those without."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    value: Tensor | None = None
+    sender: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -55,12 +72,12 @@ def export_safetensors(pm: nn.Module, folder: str | Path, *, max_shard_bytes: in
     target = Path(folder)
     named = names.named(pm)
     names.check_filled(named, pm._core.unfilled if isinstance(pm, ParallelModule) else (), "export the weights")
-    tensors = _under_file_names(pm, named)
+    tensors = _everyones(_under_file_names(pm, named))
     files = _divided(tensors, max_shard_bytes)
     everywhere(lambda: _begin(target) if rank() == 0 else None, "write the weights")
     failure = None
     for file, members in files.items():
-        values = _wholes(tensors, members)
+        values = _wholes({name: tensors[name] for name in members})
         if rank() == 0 and failure is None:
             try:
                 _write_file(target / file, {name: tensors[name] for name in members}, values)
@@ -83,7 +100,7 @@ def load_safetensors(pm: nn.Module, folder: str | Path, *, strict: bool = True) 
         buffers.fill_meta(pm, torch.device("cpu"))
     named = names.named(pm)
     sources, missing = _sources(named, found)
-    unused = sorted(set(found) - {name for n in named.tensors for name in named.names_of(n)})
+    unused = sorted(set(found).difference(*gathered({name for n in named.tensors for name in named.names_of(n)})))
     if strict and (missing or unused):
         what = f"no {missing[0]}, which the module has" if missing else f"{unused[0]}, which the module has not"
         raise CheckpointError(f"{folder}: holds {what} (strict=False goes on without)")
@@ -95,7 +112,7 @@ def load_safetensors(pm: nn.Module, folder: str | Path, *, strict: bool = True) 
 
     everywhere(read, "read the weights")
     if isinstance(pm, ParallelModule):
-        pm._core.unfilled -= set(sources)
+        pm._core.loaded(pm.state_dict(keep_vars=True), [named.tensors[name] for name in sources])
     return Loaded(slices.bytes_read, tuple(unused), tuple(missing))
 
 
@@ -175,34 +192,54 @@ def _under_file_names(pm: nn.Module, named: Named) -> dict[str, Tensor]:
     return chosen
 
 
-def _divided(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+def _everyones(own: Mapping[str, Tensor]) -> dict[str, _Source]:
+    """The tensors of all ranks, in one order; those of a pipeline have different ones."""
+    known = gathered({name: (value.dtype, tuple(value.shape)) for name, value in own.items()})
+    found = {}
+    for name in dict.fromkeys(name for each in known for name in each):
+        holders = [r for r, each in enumerate(known) if name in each]
+        sender = holders[0] if len(holders) < len(known) else None
+        found[name] = _Source(*known[holders[0]][name], own.get(name), sender)
+    return found
+
+
+def _divided(tensors: Mapping[str, _Source], limit: int) -> dict[str, list[str]]:
     """Names by file, in order, each file within the limit."""
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, value in tensors.items():
-        size = value.numel() * value.element_size()
-        if groups[-1] and filled + size > limit:
+    for name, source in tensors.items():
+        if groups[-1] and filled + source.bytes > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
+        filled += source.bytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": members for i, members in enumerate(groups, 1)}
 
 
-def _wholes(tensors: Mapping[str, Tensor], members: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _wholes(tensors: Mapping[str, _Source]) -> Iterator[tuple[str, Tensor]]:
     """The whole tensors of a file, in its order; each is gathered when it is asked for."""
-    layout = lay_out({name: (tensors[name].dtype, tensors[name].shape) for name in members}, {})
-    for name in layout.entries:
-        yield name, parameters.full(tensors[name])
+    for name in _layout(tensors).entries:
+        source = tensors[name]
+        value = None if source.value is None else parameters.full(source.value)
+        if source.sender is not None:
+            if value is None:
+                value = torch.empty(source.shape, dtype=source.dtype, device=default_device())
+            value = value.contiguous()
+            dist.broadcast(value, source.sender)
+        assert value is not None
+        yield name, value
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor], values: Iterator[tuple[str, Tensor]]) -> None:
-    layout = lay_out({name: (value.dtype, value.shape) for name, value in tensors.items()}, {"format": "pt"})
+def _layout(tensors: Mapping[str, _Source]) -> Layout:
+    return lay_out({name: (source.dtype, source.shape) for name, source in tensors.items()}, {"format": "pt"})
+
+
+def _write_file(path: Path, tensors: Mapping[str, _Source], values: Iterator[tuple[str, Tensor]]) -> None:
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
-    write(part, layout, values)
+    write(part, _layout(tensors), values)
     os.replace(part, path)
 
 
@@ -230,7 +267,7 @@ def _finish(
     if callable(save_config):
         save_config(target)
     if len(files) > 1:
-        total = sum(value.numel() * value.element_size() for value in tensors.values())
+        total = sum(source.bytes for source in tensors.values())
         where = {name: file for file, members in files.items() for name in members}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2)
         write_whole(target / INDEX, text + "\n")

@@ -133,6 +133,8 @@ def _merged(spans: Spans) -> Spans:
 
 def _boxes(spans: Sequence[Spans]) -> list[Block]:
     located = []
+    if not all(spans):
+        return []  # nothing of some dim is here
     for dim in spans:
         starts = itertools.accumulate([size for _, size in dim[:-1]], initial=0)
         located.append([(first, size, at) for (first, size), at in zip(dim, starts, strict=True)])
