@@ -127,7 +127,7 @@ def machines(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
             [
                 sys.executable, "-m", "shardwright.cli.main", "run", str(file), "--nnodes", "1:2", "--node-rank", str(node),
                 "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-endpoint", f"127.0.0.1:{port}", "--steps",
-                "3000", "--timeout", "20", "--json",
+                "8000", "--timeout", "20", "--json",
             ],
             env=own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )
@@ -144,12 +144,14 @@ def machines(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
 def test_a_machine_that_goes_is_planned_around(machines: list[subprocess.Popen[str]]) -> None:
     """The second machine is cut off in the middle of a run; the first one starts again with its rank alone."""
     stay, leave = machines
-    time.sleep(40)
+    while not _descendants(leave.pid):
+        time.sleep(0.2)
+    time.sleep(8)  # they start, or train already: either may be cut off
     assert stay.poll() is None
     os.killpg(leave.pid, signal.SIGKILL)
     for child in _descendants(leave.pid):
         os.kill(child, signal.SIGKILL)
-    out, said = stay.communicate(timeout=240)
+    out, said = stay.communicate(timeout=400)
     assert stay.returncode == 0, said
     assert "2 ranks were planned, 1 run: planning again" in said
     assert json.loads(out)["world_size"] == 1

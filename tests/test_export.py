@@ -46,7 +46,9 @@ def shell_reads(path: Path, shell: str) -> None:
 
 def test_slurm(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "job.sh"
-    done = export(str(file), "--to", "slurm", "-o", str(out), "--name", "llama-8b", "--memory", "500GiB", "--steps", "7")
+    done = export(
+        str(file), "--to", "slurm", "-o", str(out), "--name", "llama-8b", "--memory", "500GiB", "--steps", "7"
+    )
     assert done.exit_code == 0, done.stderr
     assert done.stdout == ""
     text = out.read_text()
