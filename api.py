@@ -142,25 +142,28 @@ def apply_plan(
 def auto_parallelize(
     model: nn.Module, example_inputs: Any, *, cluster: Cluster | str | None = None, loss_fn: Callable[..., Any] | None = None,
     plan: Plan | str | Path | None = None, optimizer: str = "adamw", memory_limit: int | str | None = None,
-    pins: Sequence[str] = (), compile: bool = False, data: str = "global",
+    pins: Sequence[str] = (), compile: bool = False, data: str = "global", elastic: bool = False, timeout: float = 600.0,
 ) -> ParallelModule:  # fmt: skip
     """Plan and apply in one call: `model = auto_parallelize(model, batch)`; the training loop stays as it is.
 
     Started by torchrun it uses all ranks, alone one device. Rank 0 plans (or loads `plan`) and broadcasts. Without `cluster`
-    the plan is for this machine's devices, as many as there are ranks.
+    the plan is for this machine's devices, as many as there are ranks. With `elastic` a `plan` for another number of ranks is made
+    again for those that run. A rank that is lost for `timeout` seconds is named by RankFailure (docs/running.md).
     """
     from .runtime.apply import agree, default_device
     from .runtime.mesh import ensure_process_group, world_size
 
-    ensure_process_group(default_device())
+    ensure_process_group(default_device(), timeout)
 
     def decide() -> Plan:
         from .planner.planfile import load_plan
+        from .runtime.elastic import plan_for_world, ranks_of
 
-        if isinstance(plan, Plan):
-            return plan
         if plan is not None:
-            return load_plan(Path(plan))
+            given = plan if isinstance(plan, Plan) else load_plan(Path(plan))
+            if not elastic or ranks_of(given) == world_size():
+                return given
+            return plan_for_world(given, world_size(), model, *split_inputs(example_inputs), loss_fn)
         where = cluster if cluster is not None else f"local:{world_size()}"
         return make_plan(
             model, example_inputs, where, optimizer=optimizer, memory_limit=memory_limit, pins=pins, loss_fn=loss_fn

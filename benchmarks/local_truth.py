@@ -194,16 +194,14 @@ def executed(plans: Sequence[Plan], ranks: int, folder: Path, steps: int) -> lis
 def run_ranks(folder: Path, count: int, steps: int) -> None:
     """What each rank does: every plan as `shardwright run` does it."""
     import torch
-    from shardwright.runtime.execute import run_plan
+    from shardwright.runtime.execute import parsed, run_plan
     from shardwright.runtime.mesh import ensure_process_group, leave_process_group, rank
 
     device = torch.device("cpu")
     torch.set_num_threads(1)
     made = ensure_process_group(device)
     for i in range(count):
-        options = argparse.Namespace(
-            plan=folder / f"plan{i}.json", steps=steps, verify=False, compile=False, data=None, trace=None
-        )
+        options = parsed([str(folder / f"plan{i}.json"), f"--steps={steps}"])
         result = run_plan(options, device)
         if rank() == 0:
             (folder / f"result{i}.json").write_text(json.dumps({**result, "load": os.getloadavg()[0]}))

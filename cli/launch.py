@@ -22,8 +22,6 @@ from ..planner.plan import Plan
 from .places import interface_of, local_address, split_endpoint
 
 EXECUTE = "shardwright.runtime.execute"
-SHUTDOWN_SECONDS = 5
-"""How long ranks may take to end once one has failed: a stopped one ends only when it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +117,6 @@ def launch(arguments: Sequence[str]) -> int:
     interface = interface_of(options.local_addr) if options.local_addr else None
     if interface is not None:  # else gloo takes the address of the machine's name, which often is one of loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if getattr(options, "shutdown_timeout", 0) is None:  # torch 2.13 has it
-        options.shutdown_timeout = SHUTDOWN_SECONDS
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(options)

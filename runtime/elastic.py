@@ -26,8 +26,9 @@ from ..profiles.devices import parse_cluster
 from ..profiles.local import is_local_cpu
 from ..profiles.store import default_path
 
-PARTS = (("dp",), ("dp", "micro_batch"), ("dp", "micro_batch", "tp", "cp", "ep", "pp", "vpp", "schedule"))
-"""Pins that are given up, one set after the other."""
+DEGREES = ("dp", "micro_batch", "tp", "cp", "ep", "pp", "vpp", "schedule")
+GIVEN_UP = (("dp",), ("dp", "micro_batch"), DEGREES, (*DEGREES, "zero", "sequence_parallel"))
+"""Pins that are given up, one set after the other: what one rank alone cannot do goes last."""
 
 
 def ranks_of(plan: Plan) -> int:
@@ -97,7 +98,7 @@ def _resized(cluster: Cluster, world: int) -> Cluster:
 def _fewer_pins(pins: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """All pins, then ever fewer; nothing is tried twice."""
     before = None
-    for given_up in ((), *PARTS):
+    for given_up in ((), *GIVEN_UP):
         kept = tuple(pin for pin in pins if re.split("!?=", pin)[0] not in given_up)
         if kept != before:
             yield kept

@@ -43,7 +43,7 @@ WARMUP = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of one rank; returns the exit status."""
-    options = _parser().parse_args(argv)
+    options = parsed(argv)
     device = default_device()
     made = False
     try:
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave_process_group()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a rank, as `run_plan` takes them."""
     parser = argparse.ArgumentParser(prog="shardwright run")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--steps", type=int, default=5)
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=0, help="steps between checkpoints (default: one at the end)")
     parser.add_argument("--resume", type=Path, help="folder of checkpoints to go on from")
     parser.add_argument("--result", type=Path, help="where rank 0 writes the result (default: stdout)")
-    return parser
+    return parser.parse_args(argv)
 
 
 def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from ..planner.dispatch import AXIS as EXPERTS
 from ..planner.plan import MeshAxis, Pipeline
 from .watch import active_watch, unwatch, watch_ranks
 
+START_SECONDS = 120.0
+"""Ranks may take so long to start, whatever the timeout: they import torch, on a machine that is busy with all of them."""
+
 
 def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0, *, ends: bool = False) -> bool:
     """Join the process group that torchrun describes in the environment; returns whether this call created it.
@@ -35,7 +38,13 @@ def ensure_process_group(device: torch.device, timeout_seconds: float = 600.0, *
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    start = max(timeout_seconds, START_SECONDS)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=start))
+    except dist.DistError as error:
+        raise LaunchError(
+            f"not all {os.environ['WORLD_SIZE']} ranks have come within {start:g} s: {str(error).splitlines()[0]}"
+        ) from error
     watch_ranks(timeout_seconds, ends=ends)
     return True
 

@@ -27,6 +27,7 @@ from ..planner.plan import Plan
 from ..planner.ring import zigzag_axes
 from . import parameters
 from .again import with_recipes
+from .batches import LocalBatches
 from .emit import RankEmit
 from .mesh import Mesh
 from .offload.engine import Offloader
@@ -101,6 +102,10 @@ class Programs:
     stages: Stages | None = None
     offload: Offloader | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
+    _batches: LocalBatches | None = None
+
+    def __post_init__(self) -> None:
+        self._batches = LocalBatches() if self.local_batch else None
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
         """The parameter as the plan stores it, in its dtype; one the graph does not use stays whole on every rank."""
@@ -131,6 +136,8 @@ class Programs:
     def get(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Program:
         """The program for this call, lowered on first demand."""
         key = (outputs, *signature(args, kwargs, train=train, grad=grad))
+        if self._batches is not None:
+            self._batches.check(key, args, kwargs)
         if key not in self._known:
             self._known[key] = self._make(args, kwargs, train=train, grad=grad, outputs=outputs)
         return self._known[key]
@@ -212,10 +219,13 @@ class Programs:
         if plan.pipeline.microbatches == 1:
             return 1
         if outline.batch % unit:
-            low = max(outline.batch // unit, 1) * unit
+            near = (
+                max((2 * outline.batch + unit - 1) // (2 * unit), 1) * unit
+            )  # the nearest multiple, the smaller of two
+            part = f" ({near // data} on each of them)" if self.local_batch else ""
             raise UsageError(
                 f"a batch of {outline.batch} does not divide into microbatches of {plan.pipeline.micro_batch} "
-                f"on {data} data-parallel ranks; nearest legal batch: {low}"
+                f"on {data} data-parallel ranks; nearest legal batch: {near}{part}"
             )
         return outline.batch // unit
 

@@ -30,7 +30,9 @@ SURFACE = {
     "plan": {"MODEL", "--cluster", "--batch", "--seq", "--memory-limit", "--objective", "--phase", "--target-seconds",
              "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--seed", "--output", "--report",
              "--json"},
-    "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint", "--json"},
+    "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
+            "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--json"},
+    "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},
     "check": {"MODEL", "--batch", "--seq", "--json"},
     "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},
     "report": {"PLAN", "--output", "--measured", "--json"},
@@ -333,13 +335,18 @@ def test_run_names_the_torchrun_command(
     assert done.exit_code == 0, done.stderr
     command = f"torchrun --standalone --nproc-per-node=4 -m shardwright.runtime.execute {plan_file} --steps=2 --verify"
     assert command in done.stderr
-    nodes = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "h:1")
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "127.0.0.1:1")
     done = shardwright("run", str(plan_file), *nodes, "--", "t.py", "--lr", "1")
     assert done.exit_code == 0, done.stderr
+    where = ["--node-rank=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0"]
     assert started[-1] == [
-        "--nnodes=2", "--node-rank=1", "--rdzv-backend=c10d", "--rdzv-endpoint=h:1", "--nproc-per-node=2",
-        "t.py", "--lr", "1", "--plan", str(plan_file),
+        "--nnodes=2", *where, "--nproc-per-node=2", "t.py", "--lr", "1", "--plan", str(plan_file)
     ]  # fmt: skip
+    elastic = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--timeout", "90")
+    done = shardwright("run", str(plan_file), *nodes, *elastic)
+    assert done.exit_code == 0, done.stderr
+    own = ["-m", "shardwright.runtime.execute", str(plan_file), "--steps=5", "--elastic", "--timeout=90"]
+    assert started[-1][:-1] == ["--nnodes=1:2", *where, "--max-restarts=3", "--nproc-per-node=1", *own]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +354,11 @@ def test_run_names_the_torchrun_command(
     [
         (["--nnodes", "3", "--rdzv-endpoint", "h:1"], "3 nodes cannot share equally"),
         (["--nnodes", "2"], "needs --rdzv-endpoint"),
+        (["--nnodes", "2", "--rdzv-endpoint", "h"], "expected HOST:PORT"),
+        (["--nnodes", "2:1"], "expected a number of machines of at least 1, or MIN:MAX"),
+        (["--nproc-per-node", "3"], "starts 3 ranks, the plan needs 4 (dp=2 x tp=2); choose numbers whose product is 4"),
+        (["--nproc-per-node", "2"], "starts 2 ranks, the plan needs 4 (dp=2 x tp=2); pass --nnodes 2"),
+        (["--timeout", "0"], "expected a number above zero"),
         (["--node-rank", "1"], "--node-rank 1: expected 0 to 0"),
         (["--verify", "--", "train.py"], "belong to the built-in loop"),
     ],
