@@ -59,8 +59,10 @@ def with_regions(**changes: object) -> plans.p.Plan:
         (with_regions(offload=("optimizer@disk",)), "offload.*on disk"),
         (with_regions(offload=("optimizer/3",)), "offload.*updates on the device"),
         (with_regions(offload=("activations",), recompute=("gelu",)), "offload.*run again"),
-        (msgspec.structs.replace(with_regions(offload=("optimizer",)), pipeline=with_(ranks=2, stages=2).pipeline),
-         "offload.*in a pipeline"),
+        (
+            msgspec.structs.replace(with_regions(offload=("optimizer",)), pipeline=with_(ranks=2, stages=2).pipeline),
+            "offload.*in a pipeline",
+        ),
         (msgspec.structs.replace(plans.plan(), phase="decode"), "phase of inference"),
     ],
 )
