@@ -192,7 +192,7 @@ def test_each_data_rank_may_pass_its_own_part(ranks4: Pool) -> None:
 def uneven_rounds(plan: Plan) -> None:
     case, pm = parallel("llama-deep", plan)
     ten = {k: torch.cat([v, v])[:10] for k, v in case.kwargs.items()}
-    with pytest.raises(UsageError, match="batch of 10 makes 5 microbatches: .* take 4 or 6 microbatches"):
+    with pytest.raises(UsageError, match=r"batch of 10 makes 5 microbatches: .* take 4 or 6 microbatches"):
         pm(**ten)
     loss_of(pm(**case.kwargs)).backward()
 
