@@ -187,3 +187,15 @@ def local_data(plan: Plan) -> None:
 
 def test_each_data_rank_may_pass_its_own_part(ranks4: Pool) -> None:
     ranks4.run(local_data, staged_plan("tied", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=1", 4))
+
+
+def uneven_rounds(plan: Plan) -> None:
+    case, pm = parallel("llama-deep", plan)
+    ten = {k: torch.cat([v, v])[:10] for k, v in case.kwargs.items()}
+    with pytest.raises(UsageError, match=r"batch of 10 makes 5 microbatches: .* take 4 or 6 microbatches"):
+        pm(**ten)
+    loss_of(pm(**case.kwargs)).backward()
+
+
+def test_a_batch_that_the_schedule_cannot_take_is_refused(ranks2: Pool) -> None:
+    ranks2.run(uneven_rounds, staged_plan("llama-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=2", 2))
