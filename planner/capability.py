@@ -15,21 +15,25 @@ from .plan import Plan
 class Executed:
     """A key of which the runtime executes only `values`. `of` reads a plan's value; `name` is what other values are.
 
-    Without `of`, a plan does not say. Where `runs` is set, plans with any value are executed; only planning for this machine
-    keeps to `values`.
+    Without `of`, a plan does not say. A plan that was made for a named cluster may have the values `named` besides, or any where
+    that is None.
     """
 
     key: str
     values: tuple[Value, ...]
     name: str
     of: Callable[[Plan], Value] | None = None
-    runs: bool = False
+    named: tuple[Value, ...] | None = ()
+
+    def executes(self, value: Value) -> bool:
+        """Whether a plan with this value is executed."""
+        return value in self.values or self.named is None or value in self.named
 
 
 MASK = (
     Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks),
     Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), True),
-    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, True),
+    Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, None),
     Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
     Executed("recompute", ("none",), "recompute", lambda plan: _said(any(r.recompute for r in plan.regions))),
@@ -49,15 +53,15 @@ def check_pins(pins: Pins) -> None:
         if wanted is not None and wanted not in one.values:
             raise PinError(
                 f"{one.key}={spelled(wanted)} is not supported yet where a plan is to run here; "
-                f"{one.key}={spelled(one.values[0])} is the only value {'planned' if one.runs else 'executed'} here (plan for a "
-                f"named cluster, such as h100-sxm:8x1, to price it{', and run that plan' if one.runs else ''})"
+                f"{one.key}={spelled(one.values[0])} is the only value planned for this machine (plan for a named cluster, such "
+                "as h100-sxm:8x1, for others)"
             )
 
 
 def check_plan(plan: Plan) -> None:
     """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
     for one in MASK:
-        if one.of is not None and not one.runs and one.of(plan) not in one.values:
+        if one.of is not None and not one.executes(one.of(plan)):
             raise PlanError(
                 f"the plan uses {one.name}, which is not supported yet where a plan is run; plan with --cluster local[:N] "
                 "for a plan that runs here"
