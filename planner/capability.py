@@ -32,7 +32,7 @@ class Executed:
 
 MASK = (
     Executed("pp", (1,), "pipeline stages", lambda plan: plan.pipeline.ranks),
-    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), True),
+    Executed("cp", (1,), "context parallelism", lambda plan: math.prod(a.size for a in plan.mesh if a.role == "context"), None),
     Executed("ep", (1,), "expert parallelism", lambda plan: plan.pipeline.experts, None),
     Executed("vpp", (1,), "chunks of stages", lambda plan: plan.pipeline.chunks),
     Executed("schedule", ("none", "gpipe", "1f1b"), "a pipeline schedule", lambda plan: plan.pipeline.schedule),
