@@ -352,7 +352,8 @@ class _Graph:
     def _chosen(self, op: Op) -> tuple[str, ...]:
         """The op's choice on every axis, the microbatch axis last where it applies."""
         own = tuple(self.shop.assignment.choices[op.name])
-        return (*own, self.shop.summary.batch_cut.choice[op.name]) if self.microbatched and self.shop.m > 1 else own
+        cut = self.microbatched and self.shop.m > 1
+        return (*own, self.shop.summary.batch_cut.choice[op.name]) if cut else own
 
     def _splits(self, op: Op) -> list[tuple[int, int]]:
         """(axis, factor index) of every split of this op, the microbatch axis included where it applies."""

@@ -54,11 +54,10 @@ def check_pins(pins: Pins) -> None:
     for one in MASK:
         wanted = getattr(pins, one.key, None)  # what is no pin cannot be pinned
         if wanted is not None and wanted not in one.values:
-            runs = one.named is None
             raise PinError(
                 f"{one.key}={spelled(wanted)} is not supported yet where a plan is to run here; "
-                f"{one.key}={spelled(one.values[0])} is the only value {'planned' if runs else 'executed'} here (plan for a named "
-                f"cluster, such as h100-sxm:8x1, to price it{', and run that plan' if runs else ''})"
+                f"{one.key}={spelled(one.values[0])} is the only value planned for this machine (plan for a named cluster, such "
+                "as h100-sxm:8x1, for others)"
             )
 
 
