@@ -18,7 +18,7 @@ import torch
 from models import build, llama
 from offloading import cluster, offloaded
 from pool import Pool
-from running import parallel
+from running import differences, parallel
 from shardwright.api import apply_plan, make_plan
 from shardwright.errors import PlanError, UsageError
 from shardwright.passes.prepare import prepare
@@ -188,6 +188,13 @@ def test_what_is_not_executed_is_refused_by_name() -> None:
             check_plan(saying(plan, words))
     with pytest.raises(UsageError, match="compile=True"):
         parallel("llama", plan, compile=True)
+
+
+def test_every_class_at_once_equals_the_original() -> None:
+    """Loss, gradients and parameters after three steps against the user's own module, in float64."""
+    plan = offloaded("bert", "offload=activations micro_batch=4", 1)
+    assert {"optimizer", "gradients", "params", "activations"} <= {w for r in plan.regions for w in r.offload}
+    assert all(d["ok"] for d in differences("bert", plan))
 
 
 def test_loading_weights_and_evaluating_use_what_was_loaded() -> None:
