@@ -126,17 +126,21 @@ def data_ranks(pins: Pins, cluster: Cluster) -> int:
 
 def apply_plan(
     model: nn.Module, example_inputs: Any, plan: Plan, *, compile: bool = False, loss_fn: Callable[..., Any] | None = None,
-    device: torch.device | str | None = None, data: str = "global",
+    device: torch.device | str | None = None, data: str = "global", offload_folder: Path | None = None,
 ) -> ParallelModule:  # fmt: skip
     """Rewrite `model` to `plan` on this rank; every rank calls it with the same model and plan.
 
     `data`: "global" when every rank passes the whole batch, "local" when each data-parallel rank passes its own part.
+    `offload_folder`: where states go that the plan keeps on disk (default: the system's temporary folder).
     Raises PlanMismatch when plan and model differ, LaunchError when the world size does.
     """
     from .runtime.apply import apply
 
     args, kwargs = split_inputs(example_inputs)
-    return apply(model, args, kwargs, plan, compile=compile, loss_fn=loss_fn, device=device, data=data)
+    return apply(
+        model, args, kwargs, plan, compile=compile, loss_fn=loss_fn, device=device, data=data,
+        offload_folder=offload_folder,
+    )  # fmt: skip
 
 
 def auto_parallelize(

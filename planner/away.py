@@ -74,6 +74,20 @@ HERE = Away()
 """All on the device."""
 
 
+def updated_on_device(sizes: Sequence[float], strides: Sequence[float], subgroup: float = SUBGROUP) -> list[bool]:
+    """Which parameters of an optimizer, in its order, the device updates: those of every k-th subgroup of `subgroup` elements.
+
+    A subgroup holds whole parameters; a larger one is a subgroup by itself.
+    """
+    found, number, filled = list[bool](), 0, 0.0
+    for size, stride in zip(sizes, strides, strict=True):
+        if filled and filled + size > subgroup:
+            number, filled = number + 1, 0.0
+        filled += size
+        found.append(math.isfinite(stride) and number % stride == stride - 1)
+    return found
+
+
 def offload_classes(label: str) -> frozenset[str]:
     """The classes (optimizer, params, activations) in the label of an option."""
     words = {word.partition("@")[0].partition("/")[0] for word in label.split("+")}

@@ -92,6 +92,8 @@ def unexecuted_offload(plan: Plan) -> str:
             return f"region {entry.name}: whole parameters off the device over several data ranks and microbatches (zero=3 is)"
         if away.parameters and trained and not away.optimizer:
             return f"region {entry.name}: parameters off the device whose optimizer states are on it (params with optimizer is)"
+        if away.activations and entry.recompute:
+            return f"region {entry.name}: activations of a unit that runs part of itself again (either alone is)"
     return ""
 
 

@@ -13,7 +13,6 @@ A visit runs the same `step` of the same class over that one parameter, which is
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...errors import UsageError
-from ...planner.away import SUBGROUP
+from ...planner.away import updated_on_device
 from ...planner.offload import Traffic
 from ..allocations import ON_DEVICE
 from ..torch_compat import like_dtensor
@@ -66,7 +65,10 @@ class HostStep:
         ]  # fmt: skip
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        mine = [] if self._visiting else self._mine(optimizer)
+        if self._visiting:
+            return
+        self._hidden.clear()
+        mine = self._mine(optimizer)
         visits = self._visits([place for _, _, place in mine])
         if all(on_device is None for on_device in visits):
             return
@@ -96,16 +98,11 @@ class HostStep:
 
     def _visits(self, places: list[Place]) -> list[bool | None]:
         """Of every parameter: None where the user's optimizer updates it, else whether it is updated on the device."""
-        found: list[bool | None] = []
-        subgroup, filled = 0, 0
-        for place in places:
-            size = place.host.numel()
-            if filled and filled + size > SUBGROUP:
-                subgroup, filled = subgroup + 1, 0
-            filled += size
-            on_device = math.isfinite(place.stride) and subgroup % place.stride == place.stride - 1
-            found.append(True if on_device else False if place.away.optimizer == "disk" else None)
-        return found
+        on_device = updated_on_device([p.host.numel() for p in places], [p.stride for p in places])
+        return [
+            here or (False if place.away.optimizer == "disk" else None)
+            for place, here in zip(places, on_device, strict=True)
+        ]  # fmt: skip
 
     def _visit(
         self, optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, place: Place, *, on_device: bool
