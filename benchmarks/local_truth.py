@@ -86,7 +86,7 @@ CASES = (
     Case("llama", LLAMA, 8, 128, 2, "dp=2 recompute=selective"),
     Case("gpt2", GPT2, 8, 128, 1, "offload=optimizer"),
 )
-"""The last ones are refused by the runtime's capability mask until it executes them; they are listed, without a figure."""
+"""What the runtime's capability mask refuses is listed, without a figure."""
 
 TARGETS = {"median": 0.12, "worst": 0.25, "memory": 0.08, "rank": 0.9}
 RUN_SECONDS = 240.0

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 
 def step(name: str, plan: Plan, compile: bool) -> tuple[Tensor, dict[str, Tensor], Counter[str]]:
-    """Loss, whole gradients and the collectives seen by the profiler, of a second step."""
+    """Loss, whole gradients, and the collectives and products of matrices seen by the profiler, of a second step."""
     torch.manual_seed(3)
     case, pm = parallel(name, plan, compile=compile)
     loss_of(pm(*case.args, **case.kwargs)).backward()
@@ -25,7 +25,9 @@ def step(name: str, plan: Plan, compile: bool) -> tuple[Tensor, dict[str, Tensor
     with torch.profiler.profile() as profile:
         loss = loss_of(pm(*case.args, **case.kwargs))
         loss.backward()
-    seen = Counter(e.name.partition("::")[2] for e in profile.events() if e.name.startswith("_c10d_functional::"))
+    names = [e.name for e in profile.events()]
+    seen = Counter(name.partition("::")[2] for name in names if name.startswith("_c10d_functional::"))
+    seen["products"] = sum(name in ("aten::mm", "aten::addmm", "aten::bmm") for name in names)
     return loss.detach(), {n: parameters.full(p.grad) for n, p in pm.named_parameters()}, seen
 
 
@@ -54,25 +56,14 @@ def test_one_process() -> None:
     compared("llama-1", plan_of("llama-1", "dtype=fp32", 1))
 
 
-def products(name: str, plan: Plan) -> int:
-    """Products of matrices in a compiled step."""
-    torch._dynamo.reset()
-    case, pm = parallel(name, plan, compile=True)
-    loss_of(pm(*case.args, **case.kwargs)).backward()
-    with torch.profiler.profile() as profile:
-        loss_of(pm(*case.args, **case.kwargs)).backward()
-    return sum(e.name in ("aten::mm", "aten::addmm", "aten::bmm") for e in profile.events())
-
-
+@pytest.mark.nightly
 def test_recompute_by_tags() -> None:
-    """A compiled step runs again what the plan says, also where the same graph was compiled without."""
+    """A compiled step runs again what the plan says, also where the same graph was compiled without before."""
     plan = plan_of("llama-1", "recompute=full dtype=fp32", 1)
-    kept = msgspec.structs.replace(
-        plan, regions=tuple(msgspec.structs.replace(region, recompute=()) for region in plan.regions)
-    )
-    fewer = products("llama-1", kept)
-    compared("llama-1", plan)
-    assert products("llama-1", plan) >= fewer + 3
+    regions = tuple(msgspec.structs.replace(region, recompute=()) for region in plan.regions)
+    kept, _ = compared("llama-1", msgspec.structs.replace(plan, regions=regions))
+    found, _ = compared("llama-1", plan)
+    assert found["products"] >= kept["products"] + 3
 
 
 @pytest.mark.parametrize(("name", "pins"), [("gpt2-dropout", "dp=2 micro_batch=2"), ("llama-1", "dp=2 zero=3")])
