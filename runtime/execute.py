@@ -34,6 +34,7 @@ from .module import ParallelModule
 from .monitor import measure_step
 from .optimizers import make_optimizer
 from .phases import BACKWARD, BOTH, FORWARD, OPTIMIZER, Phases, slowest
+from .ranks import gathered
 from .verify import verify
 from .watch import RankFailure, waiting, watched
 
@@ -157,8 +158,7 @@ def _train(
     pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
-    keeping = Keeping(pm, optimizer, options.save, options.every, options.resume)
-    keeping.restore(data)
+    keeping = Keeping.begin(pm, optimizer, options, data)
     losses: list[float] = []
     phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
@@ -200,12 +200,8 @@ def _train(
         "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
         "collectives": _traffic(ledger), "phases": steps[WARMUP:],
     }  # fmt: skip
-    ranks: list[Any] = [None] * world_size()
-    if world_size() > 1:
-        with waiting("gathering of what was measured"):
-            dist.all_gather_object(ranks, mine)
-    else:
-        ranks = [mine]
+    with waiting("gathering of what was measured"):
+        ranks = gathered(mine)
     return {
         "losses": losses,
         "checkpoints": {"resumed_from": keeping.resumed, "saved_step": keeping.saved},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,16 @@ class Keeping:
     saved: int | None = None
     resumed: str | None = None
 
-    def restore(self, data: Iterator[Any]) -> None:
+    @classmethod
+    def begin(
+        cls, pm: ParallelModule, optimizer: torch.optim.Optimizer, options: Namespace, data: Iterator[Any]
+    ) -> Keeping:
+        """For a loop that takes its batches from `data`, after going on from a checkpoint where the options ask for it."""
+        made = cls(pm, optimizer, options.save, options.every, options.resume)
+        made._restore(data)
+        return made
+
+    def _restore(self, data: Iterator[Any]) -> None:
         """Load the newest checkpoint and take the batches off `data` that were trained on before it."""
         if self.resume is None or (self.resume == self.save and not from_first(latest(self.resume) is not None)):
             return

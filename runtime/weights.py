@@ -257,7 +257,7 @@ def _finish(
     target: Path,
     pm: nn.Module,
     files: Mapping[str, Sequence[str]],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, _Source],
     failure: Exception | None,
 ) -> None:
     """The model's config and, for several files, the index: written last, it makes them one model."""

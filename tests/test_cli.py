@@ -31,7 +31,7 @@ SURFACE = {
              "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--seed", "--output", "--report",
              "--json"},
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
-            "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--json"},
+            "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--save", "--every", "--resume", "--json"},
     "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},
     "check": {"MODEL", "--batch", "--seq", "--json"},
     "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -169,7 +170,7 @@ class Reader(dcp.StorageReader):
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         """The manifest in DCP's words."""
-        found = {}
+        found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for key, record in self.found.tensors.items():
             properties = TensorProperties(dtype=safe_files.DTYPES[record.dtype])
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in record.chunks]
