@@ -356,7 +356,10 @@ def test_run_names_the_torchrun_command(
         (["--nnodes", "2"], "needs --rdzv-endpoint"),
         (["--nnodes", "2", "--rdzv-endpoint", "h"], "expected HOST:PORT"),
         (["--nnodes", "2:1"], "expected a number of machines of at least 1, or MIN:MAX"),
-        (["--nproc-per-node", "3"], "starts 3 ranks, the plan needs 4 (dp=2 x tp=2); choose numbers whose product is 4"),
+        (
+            ["--nproc-per-node", "3"],
+            "starts 3 ranks, the plan needs 4 (dp=2 x tp=2); choose numbers whose product is 4",
+        ),
         (["--nproc-per-node", "2"], "starts 2 ranks, the plan needs 4 (dp=2 x tp=2); pass --nnodes 2"),
         (["--timeout", "0"], "expected a number above zero"),
         (["--node-rank", "1"], "--node-rank 1: expected 0 to 0"),
