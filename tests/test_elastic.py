@@ -103,6 +103,22 @@ def test_ranks_that_are_left_run_a_plan_of_their_own(ranks2: Pool, tmp_path: Pat
     assert first["fits"]
 
 
+def applied(plan: Plan) -> tuple[int, int]:
+    """Rank function: a script's one call under a plan for other ranks."""
+    import shardwright
+
+    model, inputs = toy.build(8)
+    with pytest.raises(LaunchError, match="the plan is for 4 ranks"):
+        shardwright.auto_parallelize(model, inputs, plan=plan)
+    pm = shardwright.auto_parallelize(model, inputs, plan=plan, elastic=True)
+    pm(**inputs).backward()
+    return ranks_of(pm.plan), pm.data_size
+
+
+def test_a_script_goes_on_with_what_is_left(ranks2: Pool) -> None:
+    assert ranks2.run(applied, planned("cpu:4", "dp=4")) in ([(2, 2)] * 2, [(2, 1)] * 2)
+
+
 def plan_file(folder: Path, cluster: str, *pins: str) -> Path:
     """A plan file of the toy model, made by its file."""
     from shardwright.api import plan_model

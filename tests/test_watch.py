@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-from pool import PRELOADED
+from pool import PRELOADED, Pool
 from shardwright.errors import LaunchError
 from shardwright.runtime.watch import Beat, RankFailure, RankWatch, is_lost, waiting, watch_ranks
 
@@ -144,6 +144,33 @@ def test_a_rank_told_to_end_while_it_waits_does_so_and_says_where() -> None:
         two.send(0, signal.SIGTERM)
         two.started[0].join(SLACK)
         assert two.started[0].exitcode == 128 + signal.SIGTERM
+
+
+def limits() -> list[float]:
+    """Rank function: seconds that collectives of a mesh's groups wait under a watch of 100 s."""
+    import torch
+    from shardwright.planner.plan import MeshAxis
+    from shardwright.runtime.mesh import Mesh
+    from shardwright.runtime.watch import active_watch, unwatch
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    made = watch_ranks(100.0)
+    assert made is not None
+    axes = [MeshAxis("dp", 2, "data", "x"), MeshAxis("cp", 1, "model", "x"), MeshAxis("tp", 2, "model", "x")]
+    mesh = Mesh.create(axes, torch.device("cpu"))
+    names = [mesh.group_name("dp"), mesh.group_name("tp"), mesh.group_name("dp", "tp")]
+    assert [made.axes[name] for name in names] == ["dp", "tp", "dp+tp"]
+    found = [_resolve_process_group(name)._get_backend(torch.device("cpu")).options._timeout for name in names]
+    made.enter("all_reduce", names[1])
+    assert made.collective() == "all_reduce over tp"
+    unwatch()
+    assert active_watch() is None
+    assert not made._thread.is_alive()
+    return [each.total_seconds() for each in found]
+
+
+def test_every_group_of_a_mesh_gets_the_limit(ranks4: Pool) -> None:
+    assert ranks4.run(limits) == [[70.0, 70.0, 70.0]] * 4
 
 
 class Board:
