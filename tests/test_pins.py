@@ -56,7 +56,7 @@ def with_regions(**changes: object) -> plans.p.Plan:
         (with_(chunks=2), "chunks of stages"),
         (with_(ranks=2, stages=4, chunks=2, schedule="zbv"), "splits the backward pass.* pin schedule to .*1f1b"),
         (plans.plan(pools=(plans.p.PoolPlan("a", "x", 1, 1), plans.p.PoolPlan("b", "y", 1, 1))), "kinds of devices"),
-        (with_regions(offload=("params",)), "offload.*optimizer states are on it"),
+        (with_regions(offload=("params",)), "offload.*parameters off the device"),
         (with_regions(offload=("activations",), recompute=("gelu",)), "offload.*run again"),
         (
             msgspec.structs.replace(with_regions(offload=("optimizer",)), pipeline=with_(ranks=2, stages=2).pipeline),
