@@ -185,6 +185,9 @@ class Mesh:
         if members not in self._between:
             rows = self.ranks[list(members)].reshape(len(members), -1).T.tolist()
             own, _ = dist.new_subgroups_by_enumeration(rows)
+            watch = active_watch()
+            if watch is not None and own is not None:
+                watch.hold(own, "pp")
             self._between[members] = own.group_name if own is not None else ""
         return self._between[members]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..passes.stages import Border
 from . import collectives
 from .mesh import Mesh
+from .watch import waiting
 
 IN_FLIGHT = 8
 """Sends that may be under way; their tensors live as long."""
@@ -28,11 +29,13 @@ class Arriving:
 
     tensors: tuple[Tensor, ...]
     works: tuple[dist.Work, ...]
+    group: str = ""
 
     def wait(self) -> tuple[Tensor, ...]:
         """The tensors, once they are here."""
-        for work in self.works:
-            work.wait()
+        with waiting("receive", self.group):
+            for work in self.works:
+                work.wait()
         return self.tensors
 
 
@@ -51,8 +54,7 @@ class Link:
         for x in tensors:
             if x.numel() == 0:
                 continue
-            while len(self._sending) >= IN_FLIGHT:
-                self._sending.popleft()[0].wait()
+            self._sent(IN_FLIGHT - 1)
             x = x.detach().contiguous()
             collectives.record("send", x.numel() * x.element_size(), self.group.group_name)
             work = dist.isend(x, self.peers[to], group=self.group)
@@ -63,15 +65,21 @@ class Link:
         """Start receiving tensors like `borders` from pipeline rank `source`."""
         tensors = tuple(torch.empty(b.shape, dtype=b.dtype, device=self.device) for b in borders)
         works = [dist.irecv(x, self.peers[source], group=self.group) for x in tensors if x.numel()]
-        return Arriving(tensors, tuple(w for w in works if w is not None))
+        return Arriving(tensors, tuple(w for w in works if w is not None), self.group.group_name)
 
     def finish(self) -> None:
         """Wait for everything that is still being sent."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self._sent(0)
+
+    def _sent(self, left: int) -> None:
+        """Wait until at most so many sends are under way."""
+        with waiting("send", self.group.group_name):
+            while len(self._sending) > left:
+                self._sending.popleft()[0].wait()
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """x of pipeline rank `source`, on all of them (in place)."""
         collectives.record("broadcast", x.numel() * x.element_size(), self.group.group_name)
-        dist.broadcast(x, self.peers[source], group=self.group)
+        with waiting("broadcast", self.group.group_name):
+            dist.broadcast(x, self.peers[source], group=self.group)
         return x
