@@ -157,12 +157,15 @@ def _renamed(tensor: str, names: Mapping[str, str]) -> str:
 def standing(
     outline: Outline, choices: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, tuple[Placement, ...]], dict[str, Placement]]:
-    """Wanted placements of operands by op, and produced ones by tensor."""
+    """Wanted placements of operands by op, and produced ones by tensor; raises PlanError naming an op without such a choice."""
     tensors = dict(outline.tensors)
     wanted: dict[str, tuple[Placement, ...]] = {}
     produced: dict[str, Placement] = {}
     for op in outline.ops:
-        sides = [states(op, tensors, c) for c in choices[op.name]]
+        try:
+            sides = [states(op, tensors, c) for c in choices[op.name]]
+        except ValueError as error:
+            raise PlanError(f"op {op.name}: {error}") from None
         wanted[op.name] = tuple(tuple(s[0][i] for s in sides) for i in range(len(op.operands)))
         produced |= {use.tensor: tuple(s[1][i] for s in sides) for i, use in enumerate(op.results)}
     return wanted, produced

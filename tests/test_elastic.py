@@ -83,9 +83,9 @@ def test_parts_of_nodes_are_refused() -> None:
 def ran(file: str, elastic: bool) -> dict[str, Any] | str:
     """Rank function: what a run of the plan file gives, or its error."""
     import torch
-    from shardwright.runtime.execute import _parser, run_plan
+    from shardwright.runtime.execute import parsed, run_plan
 
-    options = _parser().parse_args([file, "--steps=1", *["--elastic"] * elastic])
+    options = parsed([file, "--steps=1", *["--elastic"] * elastic])
     try:
         return run_plan(options, torch.device("cpu"))
     except LaunchError as error:
