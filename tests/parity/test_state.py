@@ -111,8 +111,8 @@ def loaded_under(name: str, plan: Plan, folder: str, kind: str) -> tuple[dict[st
     ("name", "pins", "others", "kind"),
     [
         ("gpt2", "dp=2 tp=2 zero=3", ["dp=2 zero=1", "tp=2"], "adamw"),
-        ("llama", "tp=4", ["dp=2 zero=3 micro_batch=2"], "sgd"),
-        ("gpt2", "dp=4 zero=3", ["tp=2"], "adamw"),
+        pytest.param("llama", "tp=4", ["dp=2 zero=3 micro_batch=2"], "sgd", marks=pytest.mark.nightly),
+        pytest.param("gpt2", "dp=4 zero=3", ["tp=2"], "adamw", marks=pytest.mark.nightly),
     ],
 )
 def test_a_checkpoint_is_loaded_under_another_plan_and_under_none(
