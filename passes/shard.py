@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..errors import UsageError
 from ..planner.assign import Assignment
-from ..planner.choices import implementation, states
+from ..planner.choices import implementation, placed, states
 from ..planner.outline import Op
 from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
 from ..planner.ring import split_by
@@ -142,10 +142,8 @@ class _Shop:
 
     def placed(self, op: Op) -> tuple[list[Placement], list[Placement]]:
         """Wanted operand placements and produced result placements, microbatch axis last."""
-        per_axis = [states(op, self.tensors, c) for c in self.assignment.choices[op.name]]
-        per_axis.append(self.micro_states(op))
-        operands = [tuple(axis[0][i] for axis in per_axis) for i in range(len(op.operands))]
-        results = [tuple(axis[1][i] for axis in per_axis) for i in range(len(op.results))]
+        sides = zip(placed(op, self.tensors, self.assignment.choices[op.name]), self.micro_states(op), strict=True)
+        operands, results = ([(*p, s) for p, s in zip(*side, strict=True)] for side in sides)
         return operands, results
 
     def reductions(self, pairs: Sequence[tuple[Placement, Placement]]) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import PlanError, PlanMismatch
-from .choices import states
+from .choices import placed
 from .outline import Op, Outline, Region
 from .placement import Placement, parse_state
 from .plan import ParameterPlan, Plan, RegionPlan
@@ -209,11 +209,9 @@ def parameter_groups(outline: Outline, storage: Mapping[str, Storage]) -> tuple[
 
 def placements(outline: Outline, choices: Mapping[str, tuple[str, ...]]) -> dict[str, Placement]:
     """The placement each op's result is produced in; inputs, buffers and constants are whole on every rank."""
-    axes = len(next(iter(choices.values()))) if choices else 0
     tensors = dict(outline.tensors)
     found: dict[str, Placement] = {}
     for op in outline.ops:
-        per_axis = [states(op, tensors, choice)[1] for choice in choices[op.name]]
-        for i, use in enumerate(op.results):
-            found[use.tensor] = tuple(per_axis[a][i] for a in range(axes))
+        made = placed(op, tensors, choices[op.name])[1]
+        found |= {use.tensor: placement for use, placement in zip(op.results, made, strict=True)}
     return found

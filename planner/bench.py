@@ -15,7 +15,7 @@ from types import MappingProxyType
 from . import rule_experts
 from .assign import Assignment
 from .attention import MATH
-from .choices import states
+from .choices import placed
 from .costs import Call, Chain, Costs
 from .experts import expert_ops
 from .front import Design
@@ -87,9 +87,7 @@ class Bench:
             run = self.costs.run(op, self.tensors, full)
             if run is None:
                 return None
-            sides = [states(op, self.tensors, c) for c in full]
-            wanted = tuple(tuple(s[0][i] for s in sides) for i in range(len(op.operands)))
-            made = tuple(tuple(s[1][i] for s in sides) for i in range(len(op.results)))
+            wanted, made = placed(op, self.tensors, full)
             share = weight_share(op, self.tensors)
             self._steps[key] = _Step(
                 run.forward,

@@ -8,9 +8,11 @@ both split, tokens sent between ranks (planner/dispatch.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .dispatch import DISPATCH, dispatched, factor_at
 from .outline import Op, Tensor, Use
-from .placement import P, R, State, V, split
+from .placement import P, Placement, R, State, V, split
 from .ring import RING, ring_of
 
 Tensors = dict[str, Tensor]
@@ -50,6 +52,13 @@ def states(op: Op, tensors: Tensors, choice: str) -> tuple[tuple[State, ...], tu
     # An implementation closes its own sums (vocabulary-parallel loss): a result lacking the factor is whole.
     missing = R if lacking in CLOSED else P
     return operands, tuple(_side(tensors, use, index, missing) for use in op.results)
+
+
+def placed(op: Op, tensors: Tensors, chosen: Iterable[str]) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
+    """Wanted operand placements and produced result placements of `op` under one choice per mesh axis."""
+    sides = [states(op, tensors, choice) for choice in chosen]
+    operands = tuple(tuple(side[0][i] for side in sides) for i in range(len(op.operands)))
+    return operands, tuple(tuple(side[1][i] for side in sides) for i in range(len(op.results)))
 
 
 def _ring(op: Op, tensors: Tensors) -> tuple[tuple[State, ...], tuple[State, ...]]:

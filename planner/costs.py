@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from .choices import states
+from .choices import placed
 from .outline import DTYPE_BYTES, Op, Tensor
 from .overlap import NONE, Overlap
 from .placement import COLLECTIVES, Dims, Placement, State, Step, local_dims, local_elements, row, steps
@@ -184,10 +184,7 @@ class Costs:
         self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]
     ) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
         """Wanted operand placements and produced result placements of `op`."""
-        per_axis = [states(op, dict(tensors) if not isinstance(tensors, dict) else tensors, c) for c in choice]
-        operands = tuple(tuple(side[0][i] for side in per_axis) for i in range(len(op.operands)))
-        results = tuple(tuple(side[1][i] for side in per_axis) for i in range(len(op.results)))
-        return operands, results
+        return placed(op, dict(tensors) if not isinstance(tensors, dict) else tensors, choice)
 
     def run(self, op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str]) -> Run | None:
         """What one run of `op` under `choice` (one per axis) takes; None where sizes do not divide."""

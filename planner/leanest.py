@@ -98,10 +98,7 @@ def _within(
         return None
     if found.best is None:
         return None
-    return plan_of(
-        bench, found, found.best, source=request.source, objective=request.objective, fingerprint=outline.fingerprint,
-        limit_bytes=limit, pins=request.pins.texts, notes=outline.notes,
-    )  # fmt: skip
+    return plan_of(bench, found, found.best, request, outline, limit)
 
 
 def least_bytes(bench: Workbench, shapes: Sequence[Arrangement]) -> dict[Key, float] | None:

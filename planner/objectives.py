@@ -55,10 +55,8 @@ def least_memory(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     )  # fmt: skip
     solution = StageSolution(held, figures.step_seconds, 0.0, options)
     record = ShapeRecord(shape.mesh(), shape.microbatches, "solved", None, figures.step_seconds, figures.peak_bytes)
-    return plan_of(
-        bench, Found(None, [record], 0.0), Solved(shape, solution), source=request.source, objective="memory",
-        fingerprint=outline.fingerprint, limit_bytes=request.memory_limit_bytes, pins=request.pins.texts, notes=outline.notes,
-    )  # fmt: skip
+    alone = Found(None, [record], 0.0)
+    return plan_of(bench, alone, Solved(shape, solution), replace(request, objective="memory"), outline)
 
 
 def fits(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> bool:

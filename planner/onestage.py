@@ -110,10 +110,7 @@ def _within(
     found = JointSearch(limited(bench, limit), shapes, request.progress).run()
     if found.best is None:
         return None
-    return plan_of(
-        bench, found, found.best, source=request.source, objective=request.objective, fingerprint=outline.fingerprint,
-        limit_bytes=limit, pins=request.pins.texts, notes=outline.notes,
-    )  # fmt: skip
+    return plan_of(bench, found, found.best, request, outline, limit)
 
 
 def _limited(plan: Plan, limit: int, bound: float) -> Plan:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
-from .choices import states
+from .choices import placed
 from .memory import Buffer, Facts, buffer, facts, local_bytes, new_bytes
 from .outline import Op, Outline, Region
 from .part import part_of
@@ -123,11 +123,10 @@ def _copies(
     met: set[str] = set()
     for name in region.instances[k]:
         op = by_name[name]
-        sides = [states(op, tensors, c)[0] for c in choices[name]]
-        for i, use in enumerate(op.operands):
+        operands, _ = placed(op, tensors, choices[name])
+        for use, placement in zip(op.operands, operands, strict=True):
             if tensors[use.tensor].role == "parameter" or model is None:
                 continue
-            placement = tuple(side[i] for side in sides)
             root, stands = buffer(part.facts, use.tensor, placement)
             text = f"{_renamed(root, told)} -> {stands[model]}"
             if text in wanted:
@@ -163,11 +162,10 @@ def standing(
     produced: dict[str, Placement] = {}
     for op in outline.ops:
         try:
-            sides = [states(op, tensors, c) for c in choices[op.name]]
+            wanted[op.name], made = placed(op, tensors, choices[op.name])
         except ValueError as error:
             raise PlanError(f"op {op.name}: {error}") from None
-        wanted[op.name] = tuple(tuple(s[0][i] for s in sides) for i in range(len(op.operands)))
-        produced |= {use.tensor: tuple(s[1][i] for s in sides) for i, use in enumerate(op.results)}
+        produced |= {use.tensor: placement for use, placement in zip(op.results, made, strict=True)}
     return wanted, produced
 
 

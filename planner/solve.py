@@ -128,10 +128,7 @@ def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     bench, found = search(made, shapes, request.progress, tiers_of(cluster, request.pins))
     if found.best is None:
         return None
-    return plan_of(
-        bench, found, found.best, source=request.source, objective=request.objective, fingerprint=outline.fingerprint,
-        limit_bytes=request.memory_limit_bytes, pins=request.pins.texts, notes=outline.notes,
-    )  # fmt: skip
+    return plan_of(bench, found, found.best, request, outline)
 
 
 def make_bench(

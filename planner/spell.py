@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import PlanError
 from .appraise import Appraisal, appraise, predict
@@ -14,6 +15,7 @@ from .cluster import Cluster, pool_names
 from .front import Design
 from .joint import Found, Solved
 from .options import Option
+from .outline import Outline
 from .placement import R, State
 from .placing import axis_levels
 from .plan import (
@@ -28,13 +30,15 @@ from .plan import (
     RunPlan,
     Search,
     ShapeRecord,
-    Source,
     StagePlan,
 )  # fmt: skip
 from .precision import semantics_of
 from .schedules import fault
 from .shapes import Arrangement
 from .workbench import Workbench
+
+if TYPE_CHECKING:
+    from .solve import Request
 
 GIVEN_UP = (
     "options: the sharding of each style, with what is kept at a few budgets and the named policies",
@@ -53,11 +57,11 @@ MOST_RECORDS = 60
 
 
 def plan_of(
-    bench: Workbench, found: Found, best: Solved, *, source: Source, objective: str, fingerprint: str, limit_bytes: int,
-    pins: tuple[str, ...], notes: tuple[str, ...],
-) -> Plan:  # fmt: skip
-    """The plan of a search's best shape."""
+    bench: Workbench, found: Found, best: Solved, request: Request, outline: Outline, limit_bytes: int | None = None
+) -> Plan:
+    """The plan of a search's best shape, within the request's limit if no other is given."""
     shape, task = best.shape, bench.task
+    limit = request.memory_limit_bytes if limit_bytes is None else limit_bytes
     assert best.solution.stages is not None
     options = [best.solution.flat[k] for held in best.solution.stages for k in held.picks]
     cuts = [held.start for held in best.solution.stages] + [len(bench.chain)]
@@ -68,15 +72,15 @@ def plan_of(
     given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()))
     solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
     return Plan(
-        version=VERSION, source=source, graph=fingerprint, cluster=task.cluster.to_dict(),
-        cluster_fingerprint=task.cluster.fingerprint(), objective=objective, optimizer=task.setting.optimizer,
+        version=VERSION, source=request.source, graph=outline.fingerprint, cluster=task.cluster.to_dict(),
+        cluster_fingerprint=task.cluster.fingerprint(), objective=request.objective, optimizer=task.setting.optimizer,
         precision=task.setting.precision, semantics=semantics_of(task.setting.precision),
         mesh=mesh_of(bench, shape), pipeline=_pipeline(shape),
-        regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit_bytes,
+        regions=entries, memory_limit_bytes=figures.limit_bytes if shape.pools else limit,
         predicted=predict(bench, shape, figures),
-        search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, given_up), pins=pins,
+        search=Search(bound, max(gap, 0.0), _listed(found.records), found.interrupted, solver, given_up), pins=request.pins.texts,
         runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
-        notes=(*notes, *_unpriced(bench, shape)),
+        notes=(*outline.notes, *_unpriced(bench, shape)),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import LaunchError
 from .progress import Row, Tail
 
-TIMEOUT_SECONDS = 150.0
+TIMEOUT_SECONDS = 600.0
 """Far more than a measurement takes on an idle machine: starting Python on a crowded one is slow."""
 
 

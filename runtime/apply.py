@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
@@ -31,6 +31,7 @@ from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
 from .offload.engine import offloader
 from .programs import Programs, signature
+from .ranks import everywhere, from_first
 from .staged import Stages, stages_of
 from .watch import waiting
 
@@ -65,7 +66,7 @@ def apply(
         spread = spread_experts(plan, expert_stacks(summary.outline))
         return summary, agreed(spread, summary), spread, stages_of(plan, summary.outline)
 
-    summary, own, plan, stages = together(matched)
+    summary, own, plan, stages = everywhere(matched, "apply the plan", PlanMismatch)
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device(), plan.pipeline)
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
@@ -79,7 +80,6 @@ def apply(
     return ParallelModule.of(model, programs, mesh, seed=shared_seed(plan.source.seed))
 
 
-T = TypeVar("T")
 FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 
@@ -155,28 +155,6 @@ def agree(decide: Callable[[], Plan]) -> Plan:
     return parse_plan(box[0], "the plan rank 0 sent")
 
 
-def together(action: Callable[[], T]) -> T:
-    """Do something on every rank; where it fails on one, all raise, instead of waiting for that one."""
-    try:
-        result, failure = action(), None
-    except Exception as error:
-        failure = error
-    if world_size() > 1:
-        failures: list[Any] = [None] * world_size()
-        with waiting("agreement on the plan"):
-            dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
-        first = next((r for r, text in enumerate(failures) if text is not None), None)
-        if failure is None and first is not None:
-            raise PlanMismatch(f"rank {first} could not apply the plan, though rank {rank()} could: {failures[first]}")
-    if failure is not None:
-        raise failure
-    return result
-
-
 def shared_seed(seed: int) -> int:
     """A seed for random ops, equal on all ranks: rank 0's torch seed and the plan's."""
-    box = [torch.initial_seed() % (1 << 31) + seed]
-    if dist.is_initialized():
-        with waiting("broadcast of the seed"):
-            dist.broadcast_object_list(box, 0)
-    return int(box[0])
+    return from_first(torch.initial_seed() % (1 << 31) + seed)

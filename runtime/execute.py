@@ -200,8 +200,7 @@ def _train(
         "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
         "collectives": _traffic(ledger), "phases": steps[WARMUP:],
     }  # fmt: skip
-    with waiting("gathering of what was measured"):
-        ranks = gathered(mine)
+    ranks = gathered(mine)
     return {
         "losses": losses,
         "checkpoints": {"resumed_from": keeping.resumed, "saved_step": keeping.saved},

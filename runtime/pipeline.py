@@ -23,7 +23,7 @@ from . import collectives
 from .mesh import Mesh
 from .p2p import Arriving, Link
 from .staged import Staged
-from .step import Body, Buckets, Values, _Held, _Loop, _loss_gradient
+from .step import Body, Buckets, Held, Loop, Values, loss_gradient
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -43,7 +43,7 @@ def train(
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     inner = Values(leaves, values.whole, values.seed)
     with torch.enable_grad(), contextlib.ExitStack() as stack:
-        loops = {s: _Loop(lowered, inner, microbatches, buckets) for s, lowered in staged.own.items()}
+        loops = {s: Loop(lowered, inner, microbatches, buckets) for s, lowered in staged.own.items()}
         for loop in loops.values():
             stack.enter_context(loop)
         run = _Run(staged, bodies, Link(mesh), regather, lambda s, i, taken: loops[s].feeds(i, taken), mesh.sizes)
@@ -60,7 +60,7 @@ def train(
         (), device=mesh.device, requires_grad=True
     )  # stages without trained parameters call backward(), too
     held = [*(leaves[n].grad for n in names), None]
-    result: Tensor = _Held.apply(total.detach(), held, *[values.parameters[n] for n in names], anchor)
+    result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names], anchor)
     return result
 
 
@@ -180,7 +180,7 @@ class _Run:
                     gradients[border.tensor] = grad if known is None else known + grad
         roots = [(passed.gives[name], grad) for name, grad in gradients.items() if passed.gives[name].requires_grad]
         if passed.loss is not None and passed.loss.requires_grad:
-            scale = _loss_gradient(self.staged.own[stage], self.sizes)
+            scale = loss_gradient(self.staged.own[stage], self.sizes)
             roots.append((passed.loss, torch.full_like(passed.loss, scale)))
         if roots:
             torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])

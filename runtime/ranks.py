@@ -7,25 +7,25 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ShardwrightError
 from .mesh import rank, world_size
+from .watch import waiting
 
 T = TypeVar("T")
 
 
-def everywhere(action: Callable[[], T], doing: str) -> T:
-    """The result of `action` on this rank; raises its error here, and CheckpointError naming the rank everywhere else."""
+def everywhere(action: Callable[[], T], doing: str, kind: type[ShardwrightError] = CheckpointError) -> T:
+    """The result of `action` on this rank; raises its error here, and one of `kind` naming the rank everywhere else."""
     result, failure = None, None
     try:
         result = action()
     except Exception as error:
         failure = error
     if world_size() > 1:
-        failures: list[Any] = [None] * world_size()
-        dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+        failures = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
         first = next((r for r, text in enumerate(failures) if text is not None), None)
         if failure is None and first is not None:
-            raise CheckpointError(f"rank {first} could not {doing}, though rank {rank()} could: {failures[first]}")
+            raise kind(f"rank {first} could not {doing}, though rank {rank()} could: {failures[first]}")
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
@@ -36,7 +36,8 @@ def gathered(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    with waiting("gathering of what every rank has"):
+        dist.all_gather_object(found, value)
     return found
 
 
@@ -45,5 +46,6 @@ def from_first(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    with waiting("broadcast of what rank 0 has"):
+        dist.broadcast_object_list(box, 0)
     return box[0]

@@ -67,8 +67,8 @@ def run_microbatches(
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     with torch.enable_grad():
-        loop = _Loop(lowered, Values(leaves, values.whole, values.seed), microbatches, buckets)
-        seed = _loss_gradient(lowered, axis_sizes)
+        loop = Loop(lowered, Values(leaves, values.whole, values.seed), microbatches, buckets)
+        seed = loss_gradient(lowered, axis_sizes)
         total = None
         with loop:
             for i in range(microbatches):
@@ -81,11 +81,11 @@ def run_microbatches(
     for target, rest in lowered.loss_steps:
         total = target(total, *rest)
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
-    result: Tensor = _Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
+    result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
     return result
 
 
-def _loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
+def loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
     """Gradient of the partial loss when that of the whole loss is one: V -> R scales it, P -> R does not."""
     scale = 1.0
     for state, n in zip(lowered.loss_placement, axis_sizes, strict=True):
@@ -93,7 +93,7 @@ def _loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
     return scale
 
 
-class _Loop:
+class Loop:
     """The step's tensors outside the loop: what entry makes of the parameters, what prologue makes of the inputs."""
 
     def __init__(self, lowered: Lowered, values: Values, microbatches: int, buckets: Buckets) -> None:
@@ -186,7 +186,7 @@ def _cut(tensor: Tensor, feed: Feed, parts: int, index: int) -> Tensor:
     return opened.flatten(dim, dim + 1)
 
 
-class _Held(torch.autograd.Function):
+class Held(torch.autograd.Function):
     """The loss of a finished schedule: backward hands out the held gradients times the incoming one."""
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,3 +95,18 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert (found[name] is None) == (value is None), name
         if value is not None:
             torch.testing.assert_close(found[name], value, **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def local_data(plan: Plan, gradients: Callable[[ParallelModule], dict[str, Tensor | None]] = whole_gradients) -> None:
+    """Rank function: with data="local" each data rank passes its part, and loss and `gradients` are those of the whole batch."""
+    model, _, batch = eager("tied")
+    _, pm = parallel("tied", plan, data="local")
+    own = 8 // pm.data_size
+    mine = {k: v[pm.data_rank * own : (pm.data_rank + 1) * own] for k, v in batch.items()}
+    loss = pm(**mine)["loss"]
+    torch.testing.assert_close(loss, model(**batch)["loss"], **TIGHT)
+    loss.backward()
+    model(**batch)["loss"].backward()
+    same(gradients(pm), {n: p.grad for n, p in model.named_parameters()})
+    with torch.no_grad():
+        torch.testing.assert_close(pm(**mine)["loss"], model(**batch)["loss"], **TIGHT)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from running import TIGHT, eager, parallel, plan_of, same, whole_gradients
+from running import TIGHT, eager, local_data, parallel, plan_of, same, whole_gradients
 from shardwright.errors import UsageError
 from shardwright.planner.plan import Plan
 from shardwright.runtime import parameters
@@ -299,20 +299,6 @@ def test_parameters_get_a_gradient_where_eager_gives_one(pins: str, ranks2: Pool
 
 
 # -- data
-
-
-def local_data(plan: Plan) -> None:
-    model, _, batch = eager("tied")
-    _, pm = parallel("tied", plan, data="local")
-    own = 8 // pm.data_size
-    mine = {k: v[pm.data_rank * own : (pm.data_rank + 1) * own] for k, v in batch.items()}
-    loss = pm(**mine)["loss"]
-    torch.testing.assert_close(loss, model(**batch)["loss"], **TIGHT)
-    loss.backward()
-    model(**batch)["loss"].backward()
-    same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
-    with torch.no_grad():
-        torch.testing.assert_close(pm(**mine)["loss"], model(**batch)["loss"], **TIGHT)
 
 
 @pytest.mark.parametrize("pins", ["dp=2 tp=2", "dp=2 tp=2 micro_batch=1"])

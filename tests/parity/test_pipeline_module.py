@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool
-from running import TIGHT, eager, parallel, plan_of, same
+from running import TIGHT, eager, local_data, parallel, plan_of, same
 from shardwright.errors import UsageError
 from shardwright.planner.plan import Plan
 from shardwright.runtime.collectives import CommLedger
@@ -171,22 +171,8 @@ def test_dropout_draws_what_one_stage_draws(ranks2: Pool) -> None:
         same(held, grads)
 
 
-def local_data(plan: Plan) -> None:
-    model, _, batch = eager("tied")
-    _, pm = parallel("tied", plan, data="local")
-    own = 8 // pm.data_size
-    mine = {k: v[pm.data_rank * own : (pm.data_rank + 1) * own] for k, v in batch.items()}
-    loss = pm(**mine)["loss"]
-    torch.testing.assert_close(loss, model(**batch)["loss"], **TIGHT)
-    loss.backward()
-    model(**batch)["loss"].backward()
-    same(gradients(pm), originals(model))
-    with torch.no_grad():
-        torch.testing.assert_close(pm(**mine)["loss"], model(**batch)["loss"], **TIGHT)
-
-
 def test_each_data_rank_may_pass_its_own_part(ranks4: Pool) -> None:
-    ranks4.run(local_data, staged_plan("tied", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=1", 4))
+    ranks4.run(local_data, staged_plan("tied", "pp=2 dp=2 zero=2 schedule=1f1b micro_batch=1", 4), gradients)
 
 
 def uneven_rounds(plan: Plan) -> None:
