@@ -115,6 +115,17 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     experts: int = 1
 
 
+class OverlapPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Collectives of parameters beside computing, as far as memory was found for them.
+
+    `prefetch` groups are gathered ahead of the one in use. `reductions` of gradients in packed copies may be under way while the
+    backward pass goes on; with 0 every reduction is waited for at once.
+    """
+
+    prefetch: int = 1
+    reductions: int = 1
+
+
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dtypes of computation, stored parameter, gradient and optimizer moments; `recipe` is their name."""
 
@@ -228,5 +239,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     goal: Goal | None = None
     frontier: tuple[Point, ...] = ()
     pools: tuple[PoolPlan, ...] = ()
+    overlap: OverlapPlan = OverlapPlan()
     edited: bool = False
     digest: str = ""

@@ -1,8 +1,10 @@
 """Functional collectives as the runtime calls them, and the ledger that counts them.
 
-Every collective is launched through `torch.ops._c10d_functional` and waited for at once: the ops return new tensors, are
-visible to compilers, and run on gloo and NCCL alike. A `CommLedger` records the calls made while it is active. The code of
-a compiled graph runs without these functions, so a ledger counts eager execution only (tracing is not recorded).
+Every collective is launched through `torch.ops._c10d_functional`: the ops return new tensors, are visible to compilers, and run
+on gloo and NCCL alike. `start_x` launches and returns a `Pending`, whose `wait()` has the results; `x` waits at once. Collectives
+of one group complete in any order, but are launched in the same order on all its ranks. A `CommLedger` records the launches made
+while it is active. The code of a compiled graph runs without these functions, so a ledger counts eager execution only (tracing
+is not recorded).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -93,16 +96,18 @@ def backward_phase(ledger: CommLedger | None) -> Iterator[None]:
         _phase.reset(phase)
 
 
-def record(collective: str, full: int, group: str) -> None:
-    """Note one call with `full` bytes of full tensor in the active ledger, if any, and that this rank begins it."""
+def record(collective: str, full: int, group: str) -> int:
+    """Note one call with `full` bytes of full tensor in the active ledger, if any, and that this rank begins it.
+
+    Returns its number, which is the same on all ranks that make the same calls (0 where nobody watches).
+    """
     if is_tracing():
-        return
-    watch = active_watch()
-    if watch is not None:
-        watch.enter(collective, group)
-    ledger = active_ledger()
+        return 0
+    watch, ledger = active_watch(), active_ledger()
+    number = watch.enter(collective, group) if watch is not None else 0
     if ledger is not None:
         ledger.records.append(Record(collective, ledger.axes.get(group, group), full, _phase.get()))
+    return number
 
 
 def release(x: Tensor) -> None:
@@ -119,77 +124,145 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def finished(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
-    """Results of one collective, when nobody but the caller holds them or the operands.
+Launch = Callable[[list[Tensor]], Sequence[Tensor]]
+"""Operands -> results that are to be waited for (`_c10d_functional` ops)."""
+
+
+class Pending:
+    """A collective that was launched; nobody reads its results before `wait()`.
 
     gloo's worker threads wake the waiting thread first and let go of operands and results after. An operand whose Python
     object has died by then needs the interpreter lock to be freed, and under load the worker then holds it and everything
-    else the collective had for many ops. So the operands live until the workers have let go of them.
+    else the collective had for many ops. So the operands live until the workers have let go of them. What a launch copied and
+    nobody else holds is let go of at once.
     """
-    watched = [] if is_tracing() else [x for x in operands if x.device.type == "cpu"]
-    before = [uses(x) for x in watched]
-    results = _waited(launch, operands)
-    for x, count in zip(watched, before, strict=True):
-        for _ in range(_PATIENCE):
-            if uses(x) <= count:
-                break
-            time.sleep(1e-5)
-    return results
 
+    def __init__(self, collective: str, full: int, group: str, launch: Launch, operands: list[Tensor]) -> None:
+        """Launch it; raises RankFailure where that fails for want of a rank."""
+        self.collective, self.bytes, self.group = collective, full, group
+        self._number = record(collective, full, group)
+        traced = is_tracing()
+        self._watch = None if traced else active_watch()
+        self._observer = None if traced else _observer.get()
+        held = [] if traced else [(x, uses(x)) for x in operands if x.device.type == "cpu"]
+        with self._observer.launching(self) if self._observer is not None else _NOTHING:
+            try:
+                self._results = list(launch(operands))
+            except RuntimeError as error:
+                self._failed(error)
+        self._held = [(x, count) for x, count in held if uses(x) > count]
+        self._elsewhere = [x for x in operands if x.device.type != "cpu"]
+        if self._watch is not None:
+            self._watch.leave()
 
-def _waited(launch: Callable[[list[Tensor]], Sequence[Tensor]], operands: list[Tensor]) -> list[Tensor]:
-    """Launch a collective and wait for it; raises RankFailure where it fails for want of a rank."""
-    watch = None if is_tracing() else active_watch()
-    try:
-        results = [c10d.wait_tensor(x) for x in launch(operands)]
-    except RuntimeError as error:
-        if watch is not None and is_lost(error):
-            raise watch.failure(error) from error
-        raise
-    if watch is not None:
-        watch.leave()
-    return results
+    def wait(self) -> list[Tensor]:
+        """The results, complete (on CUDA: in stream order); raises RankFailure where they do not come for want of a rank."""
+        if self._watch is not None:
+            self._watch.resume(self._number, self.collective, self.group)
+        with self._observer.waiting(self) if self._observer is not None else _NOTHING:
+            try:
+                results = [c10d.wait_tensor(x) for x in self._results]
+            except RuntimeError as error:
+                self._failed(error)
+        if self._watch is not None:
+            self._watch.leave()
+        for x, count in self._held:
+            for _ in range(_PATIENCE):
+                if uses(x) <= count:
+                    break
+                time.sleep(1e-5)
+        self._held, self._elsewhere, self._results = [], [], []
+        return results
+
+    def _failed(self, error: RuntimeError) -> NoReturn:
+        if self._watch is not None and is_lost(error):
+            raise self._watch.failure(error) from error
+        raise error
 
 
 _PATIENCE = 1000
 """Looks at an operand that a worker thread still holds, some 60 us each."""
 
 
-def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
-    """Reduction of x over the group, on every rank; a bool sum is "any"."""
-    record("all_reduce", _bytes(x), group)
-    return _numeric(lambda t: [c10d.all_reduce(t[0], op, group)], x)
+class Observer(Protocol):
+    """Sees the collectives that are launched while it is the observer (`observed`)."""
+
+    def launching(self, pending: Pending) -> contextlib.AbstractContextManager[Any]:
+        """Around the launch."""
+
+    def waiting(self, pending: Pending) -> contextlib.AbstractContextManager[Any]:
+        """Around the wait for its results."""
+
+
+_NOTHING = contextlib.nullcontext()
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("shardwright_observer", default=None)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, `observer` sees every collective."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def all_reduce(x: Tensor, group: str, op: str = "sum", *, own: bool = False) -> Tensor:
+    """Reduction of x over the group, on every rank; a bool sum is "any". `own`: the result may take the place of x."""
+    if x.dtype == torch.bool:
+        return start_all_reduce(x.to(torch.int32), _bytes(x), group, op, own=True).wait()[0].to(torch.bool)
+    return start_all_reduce(x.contiguous(), _bytes(x), group, op, own=own).wait()[0]
+
+
+def start_all_reduce(x: Tensor, full: int, group: str, op: str = "sum", *, own: bool = False) -> Pending:
+    """`all_reduce` of a contiguous tensor, recorded with `full` bytes."""
+    call = c10d.all_reduce_ if own and not is_tracing() else c10d.all_reduce
+    return Pending("all_reduce", full, group, lambda t: [call(t[0], op, group)], [x])
 
 
 def all_gather(x: Tensor, n: int, group: str) -> Tensor:
     """(n, *x.shape): x of every rank of the group, by rank."""
-    record("all_gather", n * _bytes(x), group)
+    return start_all_gather(x, n, group).wait()[0]
+
+
+def start_all_gather(x: Tensor, n: int, group: str) -> Pending:
+    """`all_gather`."""
     flat = x.contiguous().reshape(1, *x.shape)
-    return finished(lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])[0]
+    full = n * _bytes(x)
+    return Pending("all_gather", full, group, lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])
 
 
-def all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> list[Tensor]:
+def start_all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> Pending:
     """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
-    record("all_gather", n * sum(_bytes(s) for s in shards), group)
-    operands = [s.contiguous() for s in shards]
-    return finished(lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
+    full, operands = n * sum(_bytes(s) for s in shards), [s.contiguous() for s in shards]
+    return Pending(
+        "all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands
+    )
 
 
 def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
     """Sum over the group of x[i] on rank i, for x of shape (n, ...); a bool sum is "any"."""
-    record("reduce_scatter", _bytes(x), group)
-    return _numeric(lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], x)[0]
-
-
-def _numeric(launch: Callable[[list[Tensor]], Sequence[Tensor]], x: Tensor) -> Tensor:
-    """A reduction, of a bool tensor by way of counts."""
     if x.dtype == torch.bool:
-        return finished(launch, [x.to(torch.int32)])[0].to(torch.bool)
-    return finished(launch, [x.contiguous()])[0]
+        return start_reduce_scatter(x.to(torch.int32), _bytes(x), n, group).wait()[0].to(torch.bool)[0]
+    return start_reduce_scatter(x.contiguous(), _bytes(x), n, group).wait()[0][0]
+
+
+def start_reduce_scatter(x: Tensor, full: int, n: int, group: str) -> Pending:
+    """`reduce_scatter` of a contiguous tensor, recorded with `full` bytes; its result has a first dim of one."""
+    return Pending(
+        "reduce_scatter", full, group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], [x]
+    )
 
 
 def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
     """(n, ...): piece `own index` of x from every rank, by rank, for x of shape (n, ...)."""
-    record("all_to_all", n * _bytes(x), group)
-    ones = [1] * n
-    return finished(lambda t: [c10d.all_to_all_single(t[0], ones, ones, group)], [x.contiguous()])[0]
+    return start_all_to_all(x, n * _bytes(x), [1] * n, [1] * n, group).wait()[0]
+
+
+def start_all_to_all(x: Tensor, full: int, sent: Sequence[int], received: Sequence[int], group: str) -> Pending:
+    """Rows of x to the ranks of the group, `sent[r]` to rank r, for `received[r]` rows of every rank r, by rank."""
+    there, here = list(received), list(sent)
+    return Pending(
+        "all_to_all", full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], [x.contiguous()]
+    )

@@ -11,7 +11,8 @@ from torch import fx
 
 from ..errors import UnsupportedOp
 from ..passes.experts.op import split_experts, split_width
-from ..passes.lowered import CallForm, Emitted
+from ..passes.lowered import CallForm, Emitted, Lowered
+from ..passes.overlap import Early, Ends, overlap
 from ..passes.random import drawn, seeded_call
 from ..passes.summarize import target_name
 from ..planner.dispatch import DISPATCH
@@ -19,6 +20,7 @@ from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
 from ..planner.ring import RING
 from . import groups, transitions
+from .early import Begin, Window
 from .kernels import dispatch, ring, vocab
 from .mesh import Mesh
 from .offload.engine import OffloadEmit
@@ -42,6 +44,7 @@ class RankEmit:
             self.compute = getattr(torch, precision.compute)
             self.sum = getattr(torch, precision.gradient)
         self.offload: OffloadEmit | None = None
+        self.prefetch, self.reductions = plan.overlap.prefetch, plan.overlap.reductions
 
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement."""
@@ -111,11 +114,26 @@ class RankEmit:
         """This rank's index among the shards made by `axes`."""
         return self.mesh.position(*[self.mesh.names[a] for a in axes]) if axes else 0
 
+    def overlap(self, lowered: Lowered) -> None:
+        """Let the collectives of parameters run beside the ops of graphs that run eagerly, as far as the plan says."""
+        if not self.prefetch and not self.reductions:
+            return
+        for module in (lowered.entry, lowered.body):
+            if module is not None:
+                early = Early(Begin(Window(self.reductions)), ENDS, torch.ops.aten.to.dtype)
+                overlap(module, early, self.prefetch)
+
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """A fresh regathering context for one forward pass."""
-        return Regather(leaving=self.offload.leaving() if self.offload is not None else None)
+        leaving = self.offload.leaving() if self.offload is not None else None
+        return Regather(groups=1 + max(self.prefetch, 1), leaving=leaving, prefetch=self.prefetch)
 
 
+ENDS = {
+    groups.gather: Ends(groups.end_gather, groups.launch_gather, group=2, dtype=3),
+    groups.reduce: Ends(groups.end_reduce, None, group=0, dtype=1),
+}
+"""How the collectives of parameter groups are written with a beginning and an end."""
 DROPOUT = {
     **dict.fromkeys(
         ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")

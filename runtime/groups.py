@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from . import collectives
+from .early import Begun, Flight, Wait, owed
 from .regather import Recipe, active_regather
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -73,14 +75,23 @@ class Bucket:
 
 def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> list[Tensor]:
     """The wholes, gathered from every rank's shards by one collective, each in memory of its own (no autograd)."""
+    return start_gather(shards, bucket, group, dtype)()
+
+
+def start_gather(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Wait:
+    """`gather_wholes`, launched."""
     longest = [b - a for a, b in bucket.spans(0)]
     mine = [_padded(s.reshape(-1).to(dtype), n) for s, n in zip(shards, longest, strict=True)]
-    everyone = collectives.all_gather_each(mine, bucket.ranks, group)
-    spans = [bucket.spans(p) for p in bucket.positions]
-    return [
-        _joined(x, shape, [s[i] for s in spans])
-        for i, (x, shape) in enumerate(zip(everyone, bucket.shapes, strict=True))
-    ]
+    pending = collectives.start_all_gather_each(mine, bucket.ranks, group)
+
+    def wait() -> list[Tensor]:
+        spans = [bucket.spans(p) for p in bucket.positions]
+        return [
+            _joined(x, shape, [s[i] for s in spans])
+            for i, (x, shape) in enumerate(zip(pending.wait(), bucket.shapes, strict=True))
+        ]
+
+    return wait
 
 
 def _joined(received: Tensor, shape: torch.Size, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -108,6 +119,13 @@ def views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def scatter_gradients(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Tensor:
     """Flat sum over the group of the wholes' gradients, each rank its chunk (one reduce_scatter in `dtype`; no autograd)."""
+    return start_scatter(grads, bucket, group, dtype).wait()[0][0]
+
+
+def start_scatter(
+    grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype
+) -> collectives.Pending:
+    """`scatter_gradients`, launched; its result has a first dim of one."""
     flat = [g.reshape(-1) for g in grads]
     parts: list[Tensor] = []
     for position in bucket.positions:
@@ -115,16 +133,15 @@ def scatter_gradients(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype
         missing = bucket.longest - sum(o.numel() for o in own)
         parts += [*own, own[0].new_zeros(missing)] if missing else own
     packed = torch.cat(parts).view(bucket.ranks, bucket.longest)
-    summed = collectives.reduce_scatter(packed, bucket.ranks, group)
-    collectives.release(packed)
-    return summed
+    return collectives.start_reduce_scatter(packed, packed.numel() * packed.element_size(), bucket.ranks, group)
 
 
 class _Gather(torch.autograd.Function):
-    """Forward all_gather (or the given wholes), backward reduce_scatter."""
+    """Forward all_gather (or the given wholes), backward reduce_scatter; with a flight, what its nodes have launched."""
 
     @staticmethod
-    def forward(ctx, wholes, bucket, group, dtype, sum_dtype, regather, *shards):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, flight, wholes, bucket, group, dtype, sum_dtype, regather, *shards):  # type: ignore[no-untyped-def,override]
+        ctx.flight, ctx.owed = flight, owed(shards) if flight is not None else []
         ctx.shapes = [s.shape for s in shards]
         ctx.home = bucket, group, sum_dtype, shards[0].dtype
         ctx.ledger = collectives.active_ledger()
@@ -132,11 +149,13 @@ class _Gather(torch.autograd.Function):
         if wholes is not None:
             return tuple(w.view_as(w) for w in wholes)
         dtype = dtype or shards[0].dtype
-        found = gather_wholes(shards, bucket, group, dtype)
+        found = flight.arrived() if flight is not None else None
+        if found is None:
+            found = gather_wholes(shards, bucket, group, dtype)
         manager = active_regather() if regather else None
         if manager is not None:
             again = [s.detach() for s in shards]
-            ctx.recipe = Recipe(lambda: gather_wholes(again, bucket, group, dtype), again, ctx.ledger)
+            ctx.recipe = Recipe(lambda: start_gather(again, bucket, group, dtype), again, ctx.ledger)
             ctx.manager = manager
             manager.register(found, ctx.recipe)
         return tuple(found)
@@ -144,19 +163,29 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]
         bucket, group, sum_dtype, own = ctx.home
+        shapes, flight = ctx.shapes, ctx.flight
         if ctx.recipe is not None:
             ctx.manager.release(ctx.recipe)
+        if flight is not None:
+            flight.window.room()
         with collectives.backward_phase(ctx.ledger):
-            mine = scatter_gradients(grads, bucket, group, sum_dtype or grads[0].dtype).to(own)
-        used = sum(s.numel() for s in ctx.shapes)
-        return (None, None, None, None, None, None, *views(mine[:used], ctx.shapes))
+            pending = start_scatter(grads, bucket, group, sum_dtype or grads[0].dtype)
+
+        def wait() -> list[Tensor]:
+            return views(pending.wait()[0][0].to(own)[: sum(s.numel() for s in shapes)], shapes)
+
+        if flight is None:
+            return (None, None, None, None, None, None, None, *wait())
+        flight.returning(wait, packed=True)
+        return (None, None, None, None, None, None, None, *ctx.owed)
 
 
 class _Reduce(torch.autograd.Function):
-    """Forward identity, backward one flat all_reduce."""
+    """Forward identity, backward one flat all_reduce; with a flight, waited for where that began."""
 
     @staticmethod
-    def forward(ctx, group, dtype, sum_dtype, *tensors):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, flight, group, dtype, sum_dtype, *tensors):  # type: ignore[no-untyped-def,override]
+        ctx.flight, ctx.owed = flight, owed(tensors) if flight is not None else []
         ctx.home = group, sum_dtype, tensors[0].dtype
         ctx.ledger = collectives.active_ledger()
         return tuple(t.view_as(t) if dtype in (None, t.dtype) else t.to(dtype) for t in tensors)
@@ -164,12 +193,21 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]
         group, sum_dtype, own = ctx.home
-        if group:
-            flat = torch.cat([g.reshape(-1).to(sum_dtype or g.dtype) for g in grads])
-            with collectives.backward_phase(ctx.ledger):
-                grads = views(collectives.all_reduce(flat, group), [g.shape for g in grads])
-            collectives.release(flat)
-        return (None, None, None, *(g.to(own) for g in grads))
+        if not group:
+            return (None, None, None, None, *(g.to(own) for g in grads))
+        shapes = [g.shape for g in grads]
+        flat = torch.cat([g.reshape(-1).to(sum_dtype or g.dtype) for g in grads])
+        with collectives.backward_phase(ctx.ledger):
+            full = flat.numel() * flat.element_size()
+            pending = collectives.start_all_reduce(flat, full, group, own=True)
+
+        def wait() -> list[Tensor]:
+            return [g.to(own) for g in views(pending.wait()[0], shapes)]
+
+        if ctx.flight is None:
+            return (None, None, None, None, *wait())
+        ctx.flight.returning(wait, packed=False)
+        return (None, None, None, None, *ctx.owed)
 
 
 def _one_dtype(tensors: Sequence[Tensor]) -> None:
@@ -179,7 +217,7 @@ def _one_dtype(tensors: Sequence[Tensor]) -> None:
 
 
 def _gather(
-    shards: list[Tensor],
+    shards: Sequence[Tensor],
     rows: list[int],
     positions: list[int],
     group: str,
@@ -187,13 +225,18 @@ def _gather(
     sum_dtype: torch.dtype | None = None,
     regather: bool = False,
     sizes: list[int] | None = None,
+    flight: Flight | None = None,
 ) -> list[Tensor]:
     _one_dtype(shards)
     if not group:
-        return _reduce(shards, group, dtype, sum_dtype)
+        return _reduce(shards, group, dtype, sum_dtype, flight)
+    bucket = _bucket(shards, rows, positions, sizes)
+    return list(_Gather.apply(flight, None, bucket, group, dtype, sum_dtype, regather, *shards))
+
+
+def _bucket(shards: Sequence[Tensor], rows: list[int], positions: list[int], sizes: list[int] | None) -> Bucket:
     shapes = tuple(torch.Size((r, *s.shape[1:]) if s.dim() else ()) for r, s in zip(rows, shards, strict=True))
-    bucket = Bucket(shapes, tuple(sizes or [len(positions)]), tuple(positions))
-    return list(_Gather.apply(None, bucket, group, dtype, sum_dtype, regather, *shards))
+    return Bucket(shapes, tuple(sizes or [len(positions)]), tuple(positions))
 
 
 def _attach(
@@ -206,14 +249,34 @@ def _attach(
 ) -> list[Tensor]:
     _one_dtype(shards)
     bucket = Bucket(tuple(w.shape for w in wholes), tuple(sizes or [len(positions)]), tuple(positions))
-    return list(_Gather.apply([w.detach() for w in wholes], bucket, group, None, sum_dtype, False, *shards))
+    return list(_Gather.apply(None, [w.detach() for w in wholes], bucket, group, None, sum_dtype, False, *shards))
 
 
 def _reduce(
-    tensors: list[Tensor], group: str, dtype: torch.dtype | None = None, sum_dtype: torch.dtype | None = None
-) -> list[Tensor]:
+    tensors: Sequence[Tensor], group: str, dtype: torch.dtype | None = None, sum_dtype: torch.dtype | None = None,
+    flight: Flight | None = None,
+) -> list[Tensor]:  # fmt: skip
     _one_dtype(tensors)
-    return list(_Reduce.apply(group, dtype, sum_dtype, *tensors))
+    return list(_Reduce.apply(flight, group, dtype, sum_dtype, *tensors))
+
+
+def launch_gather(begun: Begun, rows: list[int], positions: list[int], group: str, *rest: Any) -> Begun:
+    """Launch the `gather` of tensors that have begun (runtime/early.py); takes the arguments of `gather`."""
+    shards = [t.detach() for t in begun.tensors]
+    _one_dtype(shards)
+    dtype, sizes = (*rest, None)[0] or shards[0].dtype, rest[3] if len(rest) > 3 else None
+    begun.flight.coming = start_gather(shards, _bucket(shards, rows, positions, sizes), group, dtype)
+    return begun
+
+
+def end_gather(begun: Begun, *rest: Any) -> list[Tensor]:
+    """`gather` of tensors that have begun: what was launched ahead, and gradients that are waited for where it began."""
+    return _gather(begun.tensors, *rest, flight=begun.flight)
+
+
+def end_reduce(begun: Begun, *rest: Any) -> list[Tensor]:
+    """`reduce` of tensors that have begun: their gradients are waited for where it began."""
+    return _reduce(begun.tensors, *rest, flight=begun.flight)
 
 
 _LIBRARY.define(

@@ -36,10 +36,5 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str
 
     Recorded as one all-to-all of the rows that this rank sends, times the ranks.
     """
-    width = math.prod(x.shape[1:])
-    collectives.record("all_to_all", len(sent) * sum(sent) * width * x.element_size(), group)
-    operand = x.contiguous()
-    (found,) = collectives.finished(
-        lambda t: [collectives.c10d.all_to_all_single(t[0], list(received), list(sent), group)], [operand]
-    )
-    return found
+    full = len(sent) * sum(sent) * math.prod(x.shape[1:]) * x.element_size()
+    return collectives.start_all_to_all(x, full, sent, received, group).wait()[0]

@@ -171,6 +171,8 @@ class Programs:
         )  # fmt: skip
         if emit.offload is not None and training:
             emit.offload.mark(lowered)
+        if not self.compile:
+            emit.overlap(lowered)
         body: Callable[..., Any] = lowered.body
         if training and not self.compile:
             body = with_recipes(lowered.body)
@@ -192,6 +194,8 @@ class Programs:
             self.stages, summary, assignment, self.mesh, emit,
             microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
         )  # fmt: skip
+        for one in staged.own.values():
+            emit.overlap(one)
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}

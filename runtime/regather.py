@@ -9,7 +9,8 @@ plan recomputes (runtime/again.py).
 Inside the block autograd saves, instead of a tensor whose storage a *recipe* can make again, a handle (recipe, slot, offset,
 size, stride). Backward resolves it by following the recipe and keeps what that made in a small cache. A slot of it goes when its
 last handle has been resolved; gathered groups also when their gradients are scattered or when others need the room; everything
-when the backward pass ends.
+when the backward pass ends. While one group is used, the gather of the one that was used before it in the forward pass is under
+way (`prefetch`), and counts as one that is there.
 """
 
 from __future__ import annotations
@@ -33,30 +34,42 @@ CHANGED = "a parameter was modified between the forward pass and its backward; s
 
 
 class Recipe:
-    """How to gather one group again: `make()` returns its wholes, from shards that must not have changed.
+    """How to gather one group again: `start()` launches, and returns what waits for its wholes; the shards must not have changed.
 
-    `handles` counts the handles of each slot, `resolved` those that the running backward pass has resolved.
+    `handles` counts the handles of each slot, `resolved` those that the running backward pass has resolved. `ahead`: it may be
+    launched before it is asked for.
     """
 
     crowded = True
     """Whether what it makes goes when others of its kind need the room."""
 
     def __init__(
-        self, make: Callable[[], Sequence[Tensor]], shards: Sequence[Tensor], ledger: collectives.CommLedger | None
-    ) -> None:
-        self._make = make
+        self, start: Callable[[], Callable[[], Sequence[Tensor]]], shards: Sequence[Tensor],
+        ledger: collectives.CommLedger | None, *, ahead: bool = True,
+    ) -> None:  # fmt: skip
+        self._start, self.ahead = start, ahead
+        self._coming: Callable[[], Sequence[Tensor]] | None = None
         self._shards = tuple(shards)
         self._versions = tuple(s._version for s in shards)
         self._ledger = ledger
         self.handles: Counter[int] = Counter()
         self.resolved: Counter[int] = Counter()
 
-    def follow(self, regather: Regather) -> Sequence[Tensor]:
-        """The group's wholes again; raises UsageError where a parameter was written to since the forward pass."""
+    def launch(self) -> None:
+        """Start gathering; raises UsageError where a parameter was written to since the forward pass."""
         if self._versions != tuple(s._version for s in self._shards):
             raise UsageError(CHANGED)
         with torch.no_grad(), collectives.backward_phase(self._ledger):
-            return self._make()
+            self._coming = self._start()
+
+    def follow(self, regather: Regather) -> Sequence[Tensor]:
+        """The group's wholes again, launched before or now."""
+        if self._coming is None:
+            self.launch()
+        assert self._coming is not None
+        coming, self._coming = self._coming, None
+        with torch.no_grad(), collectives.backward_phase(self._ledger):
+            return coming()
 
 
 @dataclass(frozen=True)
@@ -73,15 +86,21 @@ class Handle:
 class Regather:
     """Saved-tensor hooks of one forward pass and the cache of its backward; holds at most `groups` gathered groups.
 
-    `leaving` takes what lies in no gathered group (torch calls one pair of hooks only).
+    `prefetch` groups are gathered ahead, as far as there is room for them. `leaving` takes what lies in no gathered group (torch
+    calls one pair of hooks only).
     """
 
-    def __init__(self, groups: int = 2, leaving: Leaving | None = None) -> None:
-        self.groups, self.leaving = groups, leaving
+    def __init__(self, groups: int = 2, leaving: Leaving | None = None, prefetch: int = 0) -> None:
+        self.groups, self.leaving, self.prefetch = groups, leaving, prefetch
         self.running: Any = None
         """The recipe of the op that runs now, if it is one that runs again (runtime/again.py)."""
         self._buffers: dict[int, tuple[StorageRef, Recipe, int]] = {}
         self._cache: OrderedDict[Recipe, list[Tensor | None]] = OrderedDict()
+        self._order: list[Recipe] = []
+        self._index: dict[Recipe, int] = {}
+        self._followed: set[Recipe] = set()
+        self._coming: list[Recipe] = []
+        self._at = 0
         self._hooks: list[tuple[torch.autograd.graph.saved_tensors_hooks, contextvars.Token[Regather | None]]] = []
         self._ending = False
 
@@ -102,6 +121,8 @@ class Regather:
     def register(self, wholes: Sequence[Tensor], recipe: Recipe) -> None:
         """Tensors that lie in one of `wholes`, the recipe's slots in order, are saved as handles from now on."""
         self._buffers = {key: entry for key, entry in self._buffers.items() if not entry[0].expired()}
+        self._index[recipe] = len(self._order)
+        self._order.append(recipe)
         for i, whole in enumerate(wholes):
             self.know(whole, recipe, i)
 
@@ -137,12 +158,33 @@ class Regather:
     def _follow(self, recipe: Recipe) -> list[Tensor | None]:
         self._end_with_backward()
         if recipe.crowded:
-            while sum(other.crowded for other in self._cache) >= self.groups:
+            self._followed.add(recipe)
+            self._at = self._index.get(recipe, 0)
+            self._coming = [other for other in self._coming if other is not recipe]
+            while self._cache_crowd() >= max(self.groups - len(self._coming), 1):
                 self._cache.pop(next(other for other in self._cache if other.crowded))
         made: list[Tensor | None] = list(recipe.follow(self))
         wanted = {slot % len(made) for slot in recipe.handles}
         self._cache[recipe] = [x if slot in wanted else None for slot, x in enumerate(made)]
-        return self._cache[recipe]
+        found = self._cache[recipe]
+        self._launch_ahead()
+        return found
+
+    def _cache_crowd(self) -> int:
+        return sum(other.crowded for other in self._cache)
+
+    def _launch_ahead(self) -> None:
+        """Launch the groups that the backward pass comes to next, as far as `prefetch` and the room go."""
+        at = self._at
+        while self._ending and at and len(self._coming) < self.prefetch:
+            at -= 1
+            recipe = self._order[at]
+            if not recipe.handles or recipe in self._followed or recipe in self._coming:
+                continue
+            if not recipe.ahead or self._cache_crowd() + len(self._coming) >= self.groups:
+                return
+            recipe.launch()
+            self._coming.append(recipe)
 
     def _drop(self, recipe: Recipe, slot: int) -> None:
         made = self._cache.get(recipe)
@@ -151,16 +193,22 @@ class Regather:
         made[slot] = None
         if all(x is None for x in made):
             del self._cache[recipe]
+            self._launch_ahead()
 
     def release(self, recipe: Recipe) -> None:
         """Forget the gathered buffer of a group (its gradients are complete)."""
-        self._cache.pop(recipe, None)
+        if self._cache.pop(recipe, None) is not None:
+            self._launch_ahead()
 
     def clear(self) -> None:
         """Forget everything that was made again."""
         for recipe in self._cache:
             recipe.resolved.clear()  # a backward pass over a part of the graph leaves handles unresolved
+        for recipe in self._coming:
+            recipe.follow(self)  # launched, and asked for by nobody
+        self._coming.clear()
         self._cache.clear()
+        self._followed.clear()
         self._ending = False
 
     def _pack(self, x: Tensor) -> Any:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UsageError
 from ..passes.lowered import Feed, Lowered
 from ..planner.placement import V
+from .early import Late
 from .offload.engine import OffloadEmit
 from .offload.memory import is_host
 
@@ -102,7 +103,9 @@ class Loop:
         self.lowered, self.values, self.m = lowered, values, microbatches
         with torch.no_grad():
             cuts = lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds])
-        self.outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
+        self.late = Late()
+        with self.late:
+            self.outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
         self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in self.outputs]
         cut_feeds = [f for f in lowered.body_feeds if f.kind == "cut"]
         self.cut_values = dict(zip([f.node for f in cut_feeds], cuts, strict=True))
@@ -154,6 +157,7 @@ class Loop:
         """Reduce what is reduced once per step, in one backward pass through entry; the inputs have gone by then."""
         self.cut_values.clear()
         self._reduce([i for i, leaf in enumerate(self.leaves) if leaf.requires_grad])
+        self.late.settle()
 
 
 def _when_all(state: _Count, then: Callable[[Sequence[int]], None]) -> Callable[[Tensor], None]:

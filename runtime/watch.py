@@ -79,6 +79,7 @@ class RankWatch:
         self.beat = min(LONGEST_BEAT, BEAT_SHARE * timeout)
         self.limit = timedelta(seconds=WAIT_SHARE * timeout)
         self.now: tuple[int, str, str, bool] = (0, "", "", False)
+        self._begun = 0
         self.axes: dict[str, str] = {}
         self._store = store
         self._main = threading.get_ident()
@@ -115,12 +116,18 @@ class RankWatch:
         group.set_timeout(self.limit)
         self.axes[group.group_name] = axis
 
-    def enter(self, collective: str, group: str) -> None:
-        """A collective begins."""
-        self.now = (self.now[0] + 1, collective, group, True)
+    def enter(self, collective: str, group: str) -> int:
+        """A collective begins; returns its number."""
+        self._begun += 1
+        self.now = (self._begun, collective, group, True)
+        return self._begun
+
+    def resume(self, number: int, collective: str, group: str) -> None:
+        """This rank waits in one that it began earlier, maybe before others."""
+        self.now = (number, collective, group, True)
 
     def leave(self) -> None:
-        """It has ended."""
+        """The one that this rank was in has ended, or is under way beside what the rank does."""
         count, collective, group, _ = self.now
         self.now = (count, collective, group, False)
 

@@ -193,7 +193,7 @@ class Group:
         manager = active_regather()
         if manager is not None:
             self.recipe = ctx.recipe = Recipe(
-                make, [p.parameter for p in self.places if p.parameter is not None], ledger
+                lambda: make, [p.parameter for p in self.places if p.parameter is not None], ledger, ahead=False
             )
             ctx.manager = manager
             manager.register(wholes, self.recipe)
