@@ -10,6 +10,9 @@ A training step is followed backward, where its peak is. At the backward of op v
     temporaries             gradients of activations made up to v and used after it, and those v makes for its operands
     reserve                 copies of a parameter group while its collective runs, and the device's own context
 
+Collectives that run beside computing hold memory for longer: a group that is gathered ahead is there while the one before it is
+used, and the packed gradients of a group until the next one's are reduced.
+
 Other time points: the gathering of each ZeRO-3 group in backward, the reduction of each parameter group, and the optimizer
 step. An inference graph is followed forward.
 """
@@ -40,13 +43,18 @@ Point = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does)."""
+    """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does).
+
+    `prefetch` groups are gathered ahead, `reductions` are under way beside the backward pass (planner/plan.py, OverlapPlan).
+    """
 
     precision: Precision
     optimizer: str
     reserve: int = 0
     foreach: bool = False
     staged: bool = False
+    prefetch: int = 0
+    reductions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +296,6 @@ def held(
         arrival=stored * DTYPE_BYTES[tensor.dtype] + staged if zero == 3 else 0,
         whole=full if trains else 0,
         final=final,
-        bucket=((full + final + staged if zero else 0) + reduced * (full + (0 if zero else final))) if trains else 0,
+        bucket=((full + final + staged if zero else 0) + reduced * (full if zero else final)) if trains else 0,
         step=temporaries * stored * bytes_.parameter if trains else 0,
     )

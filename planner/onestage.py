@@ -16,15 +16,17 @@ import msgspec
 
 from ..errors import Infeasible, PlanError
 from .assign import assign
+from .beside import most_overlap
 from .capability import MASK
 from .cluster import Cluster
 from .costs import PriceBook
+from .evaluate import Evaluation
 from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
 from .outline import Outline
 from .pins import Pins, Value
-from .plan import Plan
+from .plan import OverlapPlan, Plan
 from .shapes import Arrangement
 from .spell import plan_of
 from .trim import trimmed
@@ -141,18 +143,29 @@ def explain_here(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     )  # fmt: skip
 
 
-def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """A plan with bytes and collectives counted over all its ops, where it is one graph; else as it is."""
+def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, *, edited: bool = False) -> Plan:
+    """A plan with bytes and collectives counted over all its ops, where it is one graph; else as it is.
+
+    What runs beside computing is what an edited plan says, else the most that fits.
+    """
     from .solve import evaluated
 
     if not one_graph(plan):
         return plan
-    found = evaluated(plan, outline, cluster, prices, assign(plan, outline))
+    assignment = assign(plan, outline)
+
+    def evaluate(way: OverlapPlan) -> Evaluation:
+        return evaluated(msgspec.structs.replace(plan, overlap=way), outline, cluster, prices, assignment)
+
+    if edited:
+        overlap, found = plan.overlap, evaluate(plan.overlap)
+    else:
+        overlap, found = most_overlap(plan.memory_limit_bytes, plan.objective, evaluate)
     predicted = msgspec.structs.replace(
         plan.predicted, peak_bytes_per_device=found.peak_bytes, memory=dict(found.memory), traffic=found.traffic
     )
     stages = tuple(msgspec.structs.replace(stage, peak_bytes=found.peak_bytes) for stage in plan.stages)
-    return msgspec.structs.replace(plan, predicted=predicted, stages=stages)
+    return msgspec.structs.replace(plan, predicted=predicted, stages=stages, overlap=overlap)
 
 
 def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
@@ -161,7 +174,7 @@ def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook)
         raise PlanError(
             "search.given_up: bytes are counted op by op, which needs one stage, and no offload or split experts"
         )
-    plan = counted(plan, outline, cluster, prices)
+    plan = counted(plan, outline, cluster, prices, edited=True)
     peak, memory = plan.predicted.peak_bytes_per_device, plan.predicted.memory
     if peak > plan.memory_limit_bytes:
         cause = max(memory, key=lambda c: memory[c])

@@ -33,6 +33,9 @@ def problems(plan: Plan) -> Iterator[str]:
     yield from _regions(plan)
     if plan.memory_limit_bytes < 1:
         yield f"memory_limit_bytes: {plan.memory_limit_bytes}; expected a positive number of bytes"
+    for field in ("prefetch", "reductions"):
+        if getattr(plan.overlap, field) < 0:
+            yield f"overlap.{field}: {getattr(plan.overlap, field)}; expected 0 or more"
     yield from _numbers(plan)
 
 

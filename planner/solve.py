@@ -13,6 +13,7 @@ from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import GENERATIONS, byte_masks, fused_attention, math_attention
+from .beside import as_found, beside
 from .capability import check_pins
 from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
@@ -313,7 +314,7 @@ def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook,
     """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
     costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
-    setting = _setting(cluster, plan.precision, plan.optimizer)
+    setting = beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap)
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
         return evaluator.evaluate(assignment)
@@ -346,7 +347,8 @@ def predict(
 
 def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, best: Candidate) -> Plan:
     assert best.evaluation is not None
-    evaluation, costs = best.evaluation, best.space.costs
+    overlap, evaluation = as_found(best, request.memory_limit_bytes, request.objective)
+    costs = best.space.costs
     sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
     errors = [e for known in costs.sources.values() for e in known.values()]
     predicted = predict(
@@ -364,7 +366,7 @@ def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, be
         pipeline=Pipeline(microbatches=best.m, micro_batch=local // best.m), regions=_regions(outline, best),
         memory_limit_bytes=request.memory_limit_bytes, predicted=predicted,
         search=Search(bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS"),
-        pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes,
+        pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes, overlap=overlap,
     )  # fmt: skip
 
 

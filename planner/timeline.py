@@ -33,6 +33,11 @@ class Uses:
     fresh: Mapping[str, list[Placement]]
 
 
+LANES = ("gradients", "saved", "gathered", "temporaries")
+BESIDE = {"ahead": "gathered", "flying": "gradients"}
+"""What collectives hold that run beside ops, and the cause it counts under: groups gathered ahead, gradients being reduced."""
+
+
 class Timeline:
     """One assignment's memory over its time points."""
 
@@ -51,7 +56,7 @@ class Timeline:
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
         self.training = self.outline.training
         self.count = len(self.ops)
-        self.lanes = {cause: [0.0] * (self.count + 1) for cause in ("gradients", "saved", "gathered", "temporaries")}
+        self.lanes = {cause: [0.0] * (self.count + 1) for cause in (*LANES, *BESIDE)}
         self.moment = [0.0] * self.count
         self.making = [0.0] * self.count
 
@@ -64,7 +69,8 @@ class Timeline:
     def points(self) -> tuple[dict[Point, float], Callable[[Point], dict[str, int]]]:
         """(bytes by point, function giving the causes at a point)."""
         (self._training if self.training else self._inference)()
-        lanes = {cause: _accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
+        known = {cause: _accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
+        lanes = {cause: known[cause] for cause in LANES}
         base = {
             "parameters": sum(h.stored for h in self.held.values()),
             "optimizer": sum(h.moments for h in self.held.values()),
@@ -75,6 +81,8 @@ class Timeline:
         for v in range(self.count):
             points["op", v] = {c: lanes[c][v] for c in lanes}
             points["op", v]["temporaries"] += max(self.moment[v], self.making[v])
+            for lane, cause in BESIDE.items():
+                points["op", v][cause] += known[lane][v]
         if self.training:
             self._reductions(points, lanes)
             self._steps(points)
@@ -164,8 +172,40 @@ class Timeline:
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
             self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
+        if self.setting.reductions:
+            self._flying()
+
+    def _flying(self) -> None:
+        """Packed gradients, from the reduction of their group to that of the next; those of the last into the next microbatch."""
+        groups = [g for g in self.groups if self.assignment.storage[g[0]].zero >= (2 if self.m > 1 else 1)]
+        when = sorted({self.facts.low[g[0]] for g in groups if any(self.held[t].whole for t in g)})
+        for group in groups:
+            amount, low = sum(self.held[t].whole for t in group), self.facts.low[group[0]]
+            self._over("flying", max((v for v in when if v < low), default=0), low - 1, amount)
+            if self.m > 1 and amount and low == when[0]:
+                self._over("flying", when[-1], self.count - 1, amount)
+
+    def _ahead(self) -> None:
+        """Groups of ZeRO-3 that are gathered while those before them are used: in the backward pass the ones after them."""
+        found, ahead = self.facts, self.setting.prefetch
+        names = [n for n, s in self.assignment.storage.items() if s.zero == 3 and self.held[n].gathered]
+        if self.training:
+            names = [n for n in names if n in self.regathered]
+        spans: dict[tuple[int, int], list[int]] = {}
+        for v, key in enumerate(found.instance):
+            spans.setdefault(key, [v, v])[1] = v
+        home = {n: found.instance[found.high[n] if self.training else found.low[n]] for n in names}
+        order = sorted(set(home.values()), key=lambda key: spans[key])
+        for name, key in home.items():
+            at, amount = order.index(key), self.held[name].gathered + self.held[name].arrival
+            if self.training and at + 1 < len(order):
+                self._over("ahead", spans[key][1] + 1, spans[order[min(at + ahead, len(order) - 1)]][1], amount)
+            elif not self.training and at:
+                self._over("ahead", spans[order[max(at - ahead, 0)]][0], spans[key][0] - 1, amount)
 
     def _gathered(self) -> None:
+        if self.setting.prefetch:
+            self._ahead()
         found, last = self.facts, self.count - 1
         span = {}
         for r, region in enumerate(self.outline.regions):

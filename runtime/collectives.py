@@ -83,6 +83,11 @@ def active_ledger() -> CommLedger | None:
     return None if is_tracing() else _ledger.get()
 
 
+def phase() -> str:
+    """What collectives are recorded as now: "forward" or "backward"."""
+    return _phase.get()
+
+
 @contextlib.contextmanager
 def backward_phase(ledger: CommLedger | None) -> Iterator[None]:
     """Inside, collectives are recorded as backward, in `ledger` or else in the active one."""
@@ -236,9 +241,7 @@ def start_all_gather(x: Tensor, n: int, group: str) -> Pending:
 def start_all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> Pending:
     """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
     full, operands = n * sum(_bytes(s) for s in shards), [s.contiguous() for s in shards]
-    return Pending(
-        "all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands
-    )
+    return Pending("all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
 
 
 def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
@@ -250,9 +253,7 @@ def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
 
 def start_reduce_scatter(x: Tensor, full: int, n: int, group: str) -> Pending:
     """`reduce_scatter` of a contiguous tensor, recorded with `full` bytes; its result has a first dim of one."""
-    return Pending(
-        "reduce_scatter", full, group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], [x]
-    )
+    return Pending("reduce_scatter", full, group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], [x])
 
 
 def all_to_all(x: Tensor, n: int, group: str) -> Tensor:

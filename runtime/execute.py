@@ -35,6 +35,7 @@ from .monitor import measure_step
 from .optimizers import make_optimizer
 from .phases import BACKWARD, BOTH, FORWARD, OPTIMIZER, Phases, slowest
 from .ranks import gathered
+from .tracing import trace_step
 from .verify import verify
 from .watch import RankFailure, waiting, watched
 
@@ -194,7 +195,9 @@ def _train(
     with ledger:
         step()
     if options.trace is not None:
-        _trace(step, options.trace)
+        found = trace_step(step, pm.axis_names)
+        if rank() == 0:
+            write_whole(options.trace, json.dumps(found))
     keeping.at_end()
     mine = {
         "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
@@ -221,13 +224,6 @@ def _traffic(ledger: CommLedger) -> list[dict[str, Any]]:
         entry[0] += 1
         entry[1] += record.bytes
     return [{"collective": c, "axis": a, "count": n, "bytes": b} for (c, a), (n, b) in sorted(found.items())]
-
-
-def _trace(step: Any, path: Path) -> None:
-    with torch.profiler.profile() as profile:
-        step()
-    if rank() == 0:
-        profile.export_chrome_trace(str(path))
 
 
 def _deliver(result: dict[str, Any], path: Path | None) -> None:

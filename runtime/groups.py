@@ -122,9 +122,7 @@ def scatter_gradients(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype
     return start_scatter(grads, bucket, group, dtype).wait()[0][0]
 
 
-def start_scatter(
-    grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype
-) -> collectives.Pending:
+def start_scatter(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> collectives.Pending:
     """`scatter_gradients`, launched; its result has a first dim of one."""
     flat = [g.reshape(-1) for g in grads]
     parts: list[Tensor] = []

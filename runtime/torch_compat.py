@@ -29,6 +29,7 @@ __all__ = [
     "is_strided",
     "like_dtensor",
     "make_dtensor",
+    "profile_of_threads",
     "store_of_group",
     "strided_split",
     "uses",
@@ -51,6 +52,11 @@ class Event:
     name: str
     microseconds: float
     bytes: int
+
+
+def profile_of_threads() -> torch.profiler.profile:
+    """A profile of all threads: copies behind the device run on one that began before it, which no public option includes."""
+    return torch.profiler.profile(experimental_config=_ExperimentalConfig(profile_all_threads=True))
 
 
 def uses(x: Tensor) -> int:

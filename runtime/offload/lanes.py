@@ -101,7 +101,7 @@ class Lanes:
         source, target = source.detach(), target.detach()
         ends = [source, target]
         if self.device.type != "cuda":
-            return Copy(target, ends, self.run(lane, lambda: _copy(ends)))
+            return Copy(target, ends, self.run(lane, lambda: _copy(lane, ends)))
         stream = self._streams.setdefault(lane, torch.cuda.Stream(self.device))
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -112,8 +112,9 @@ class Lanes:
         return Copy(target, ends, event)
 
 
-def _copy(ends: list[Tensor]) -> None:
-    ends[1].copy_(ends[0])
+def _copy(lane: str, ends: list[Tensor]) -> None:
+    with torch.profiler.record_function(f"offload {lane}"):
+        ends[1].copy_(ends[0])
 
 
 def _bytes(x: Tensor) -> int:

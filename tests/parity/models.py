@@ -401,6 +401,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "llama-1": lambda batch: llama(batch, num_hidden_layers=1),
     "llama-2": lambda batch: llama(batch, num_hidden_layers=2),
     "llama-3": lambda batch: llama(batch, num_hidden_layers=3),
+    "llama-wide": lambda batch: llama(batch, hidden_size=512, intermediate_size=2048, num_hidden_layers=4),
     "llama-deep": lambda batch: llama(batch, num_hidden_layers=8, vocab_size=128),
     "gpt2-dropout": lambda batch: gpt2(batch, n_layer=1, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2),
     "gpt2-deep": lambda batch: gpt2(batch, n_layer=8),
