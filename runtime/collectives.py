@@ -213,57 +213,84 @@ def observed(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
-def all_reduce(x: Tensor, group: str, op: str = "sum", *, own: bool = False) -> Tensor:
-    """Reduction of x over the group, on every rank; a bool sum is "any". `own`: the result may take the place of x."""
-    if x.dtype == torch.bool:
-        return start_all_reduce(x.to(torch.int32), _bytes(x), group, op, own=True).wait()[0].to(torch.bool)
-    return start_all_reduce(x.contiguous(), _bytes(x), group, op, own=own).wait()[0]
+Arriving = Callable[[], Tensor]
+"""Waits for a collective that was launched; returns its result."""
 
 
-def start_all_reduce(x: Tensor, full: int, group: str, op: str = "sum", *, own: bool = False) -> Pending:
-    """`all_reduce` of a contiguous tensor, recorded with `full` bytes."""
-    call = c10d.all_reduce_ if own and not is_tracing() else c10d.all_reduce
-    return Pending("all_reduce", full, group, lambda t: [call(t[0], op, group)], [x])
+def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """Reduction of x over the group, on every rank; a bool sum is "any"."""
+    return start_all_reduce(x, group, op)()
+
+
+def start_all_reduce(x: Tensor, group: str, op: str = "sum", *, own: bool = False) -> Arriving:
+    """`all_reduce`, launched. `own`: nobody else reads x, and the result may take its place."""
+    operand = _counted(x)
+    own = (own or operand is not x) and not is_tracing()
+    call = c10d.all_reduce_ if own else c10d.all_reduce
+    pending = Pending("all_reduce", _bytes(x), group, lambda t: [call(t[0], op, group)], [operand])
+    return _as(x.dtype, lambda: pending.wait()[0])
 
 
 def all_gather(x: Tensor, n: int, group: str) -> Tensor:
     """(n, *x.shape): x of every rank of the group, by rank."""
-    return start_all_gather(x, n, group).wait()[0]
+    return start_all_gather(x, n, group)()
 
 
-def start_all_gather(x: Tensor, n: int, group: str) -> Pending:
-    """`all_gather`."""
-    flat = x.contiguous().reshape(1, *x.shape)
-    full = n * _bytes(x)
-    return Pending("all_gather", full, group, lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], [flat])
+def start_all_gather(x: Tensor, n: int, group: str) -> Arriving:
+    """`all_gather`, launched."""
+    operands = [x.contiguous().reshape(1, *x.shape)]
+    pending = Pending(
+        "all_gather", n * _bytes(x), group, lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], operands
+    )
+    return lambda: pending.wait()[0]
 
 
-def start_all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> Pending:
+def start_all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> Callable[[], list[Tensor]]:
     """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
     full, operands = n * sum(_bytes(s) for s in shards), [s.contiguous() for s in shards]
-    return Pending("all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands)
+    return Pending(
+        "all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands
+    ).wait
 
 
 def reduce_scatter(x: Tensor, n: int, group: str) -> Tensor:
     """Sum over the group of x[i] on rank i, for x of shape (n, ...); a bool sum is "any"."""
-    if x.dtype == torch.bool:
-        return start_reduce_scatter(x.to(torch.int32), _bytes(x), n, group).wait()[0].to(torch.bool)[0]
-    return start_reduce_scatter(x.contiguous(), _bytes(x), n, group).wait()[0][0]
+    return start_reduce_scatter(x, n, group)()
 
 
-def start_reduce_scatter(x: Tensor, full: int, n: int, group: str) -> Pending:
-    """`reduce_scatter` of a contiguous tensor, recorded with `full` bytes; its result has a first dim of one."""
-    return Pending("reduce_scatter", full, group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], [x])
+def start_reduce_scatter(x: Tensor, n: int, group: str) -> Arriving:
+    """`reduce_scatter`, launched."""
+    operands = [_counted(x)]
+    pending = Pending(
+        "reduce_scatter", _bytes(x), group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], operands
+    )
+    return _as(x.dtype, lambda: pending.wait()[0][0])
 
 
 def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
     """(n, ...): piece `own index` of x from every rank, by rank, for x of shape (n, ...)."""
-    return start_all_to_all(x, n * _bytes(x), [1] * n, [1] * n, group).wait()[0]
+    return start_all_to_all(x, n, group)()
 
 
-def start_all_to_all(x: Tensor, full: int, sent: Sequence[int], received: Sequence[int], group: str) -> Pending:
-    """Rows of x to the ranks of the group, `sent[r]` to rank r, for `received[r]` rows of every rank r, by rank."""
-    there, here = list(received), list(sent)
-    return Pending(
-        "all_to_all", full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], [x.contiguous()]
-    )
+def start_all_to_all(x: Tensor, n: int, group: str) -> Arriving:
+    """`all_to_all`, launched."""
+    return start_exchange(x, [1] * n, [1] * n, n * _bytes(x), group)
+
+
+def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], full: int, group: str) -> Arriving:
+    """Rows of x to the ranks of the group, `sent[r]` to rank r, for `received[r]` rows of every rank r, by rank: launched.
+
+    Recorded as an all-to-all of `full` bytes.
+    """
+    there, here, operands = list(received), list(sent), [x.contiguous()]
+    pending = Pending("all_to_all", full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], operands)
+    return lambda: pending.wait()[0]
+
+
+def _counted(x: Tensor) -> Tensor:
+    """What a reduction sums: a bool tensor by way of counts."""
+    return x.to(torch.int32) if x.dtype == torch.bool else x.contiguous()
+
+
+def _as(dtype: torch.dtype, arriving: Arriving) -> Arriving:
+    return (lambda: arriving().to(torch.bool)) if dtype == torch.bool else arriving

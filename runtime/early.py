@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Wait = Callable[[], list[Tensor]]
-"""Waits for a collective; returns what it made."""
+Wait = Callable[[], Sequence[Tensor | None]]
+"""Waits for a collective, or computes what was put off; returns what that made."""
 
 
 class Landing:
@@ -33,9 +33,9 @@ class Landing:
 
     def __init__(self, wait: Wait) -> None:
         self._wait: Wait | None = wait
-        self._found: list[Tensor] = []
+        self._found: Sequence[Tensor | None] = ()
 
-    def wait(self) -> list[Tensor]:
+    def wait(self) -> Sequence[Tensor | None]:
         """The gradients, complete."""
         if self._wait is not None:
             self._found, self._wait = self._wait(), None
@@ -66,7 +66,7 @@ class Flight:
     """What the nodes of one collective share: `coming` forward, `back` backward."""
 
     window: Window
-    coming: Wait | None = None
+    coming: Callable[[], list[Tensor]] | None = None
     back: Landing | None = None
     late: Late | None = None
     leaves: tuple[Tensor, ...] = field(default=(), repr=False)
@@ -84,11 +84,10 @@ class Flight:
         elif packed:
             self.window.add(self.back)
 
-    def landed(self) -> list[Tensor]:
-        """The gradients."""
-        assert self.back is not None
+    def landed(self, came: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients; those that `came` where none were left under way."""
         back, self.back = self.back, None
-        return back.wait()
+        return came if back is None else back.wait()
 
 
 class Begun(NamedTuple):
@@ -124,12 +123,12 @@ class _Begin(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx, *owed):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, *came):  # type: ignore[no-untyped-def,override]
         flight = ctx.flight
-        if flight.late is not None:
+        if flight.late is not None and flight.back is not None:
             flight.late.add(flight)
-            return (None, *[None for _ in owed])
-        return (None, *flight.landed())
+            return (None, *[None for _ in came])
+        return (None, *flight.landed(came))
 
 
 def owed(like: Sequence[Tensor]) -> list[Tensor]:
@@ -169,7 +168,8 @@ class Late:
         while len(self._waiting) > left:
             landing, leaves = self._waiting.popleft()
             for leaf, gradient in zip(leaves, landing.wait(), strict=True):
-                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
 
 
 _late: contextvars.ContextVar[Late | None] = contextvars.ContextVar("shardwright_late", default=None)

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..errors import UnsupportedOp
 from ..passes.experts.op import split_experts, split_width
+from ..passes.late_weights import LateOps, late_weights
 from ..passes.lowered import CallForm, Emitted, Lowered
 from ..passes.overlap import Early, Ends, overlap
 from ..passes.random import drawn, seeded_call
@@ -19,13 +20,15 @@ from ..planner.dispatch import DISPATCH
 from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
 from ..planner.ring import RING
-from . import groups, transitions
+from . import groups, products, transitions
 from .early import Begin, Window
 from .kernels import dispatch, ring, vocab
 from .mesh import Mesh
 from .offload.engine import OffloadEmit
 from .regather import Regather
 from .zigzag import orders, zigzag_transition
+
+aten = torch.ops.aten
 
 
 class RankEmit:
@@ -118,10 +121,15 @@ class RankEmit:
         """Let the collectives of parameters run beside the ops of graphs that run eagerly, as far as the plan says."""
         if not self.prefetch and not self.reductions:
             return
+        begin = Begin(Window(self.reductions))
         for module in (lowered.entry, lowered.body):
             if module is not None:
-                early = Early(Begin(Window(self.reductions)), ENDS, torch.ops.aten.to.dtype)
-                overlap(module, early, self.prefetch)
+                overlap(module, Early(begin, ENDS, aten.to.dtype), self.prefetch)
+        if self.training and self.reductions:
+            ops = LateOps(
+                begin, transitions.transition, transitions.end_transition, transitions.returns, PRODUCTS, VIEWS
+            )
+            late_weights(lowered.body, ops)
 
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """A fresh regathering context for one forward pass."""
@@ -134,6 +142,11 @@ ENDS = {
     groups.reduce: Ends(groups.end_reduce, None, group=0, dtype=1),
 }
 """How the collectives of parameter groups are written with a beginning and an end."""
+PRODUCTS = {
+    aten.linear.default: (0, products.end_linear, (1, 2)),
+    aten.addmm.default: (1, products.end_addmm, (2, 0)), aten.mm.default: (0, products.end_addmm, (1,)),
+}  # fmt: skip
+VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 DROPOUT = {
     **dict.fromkeys(
         ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")

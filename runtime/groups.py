@@ -16,7 +16,7 @@ All three are library ops, composite over autograd functions as in transitions.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from . import collectives
-from .early import Begun, Flight, Wait, owed
+from .early import Begun, Flight, owed
 from .regather import Recipe, active_regather
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -78,17 +78,19 @@ def gather_wholes(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: t
     return start_gather(shards, bucket, group, dtype)()
 
 
-def start_gather(shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Wait:
+def start_gather(
+    shards: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype
+) -> Callable[[], list[Tensor]]:
     """`gather_wholes`, launched."""
     longest = [b - a for a, b in bucket.spans(0)]
     mine = [_padded(s.reshape(-1).to(dtype), n) for s, n in zip(shards, longest, strict=True)]
-    pending = collectives.start_all_gather_each(mine, bucket.ranks, group)
+    arriving = collectives.start_all_gather_each(mine, bucket.ranks, group)
 
     def wait() -> list[Tensor]:
         spans = [bucket.spans(p) for p in bucket.positions]
         return [
             _joined(x, shape, [s[i] for s in spans])
-            for i, (x, shape) in enumerate(zip(pending.wait(), bucket.shapes, strict=True))
+            for i, (x, shape) in enumerate(zip(arriving(), bucket.shapes, strict=True))
         ]
 
     return wait
@@ -119,11 +121,11 @@ def views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def scatter_gradients(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> Tensor:
     """Flat sum over the group of the wholes' gradients, each rank its chunk (one reduce_scatter in `dtype`; no autograd)."""
-    return start_scatter(grads, bucket, group, dtype).wait()[0][0]
+    return start_scatter(grads, bucket, group, dtype)()
 
 
-def start_scatter(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> collectives.Pending:
-    """`scatter_gradients`, launched; its result has a first dim of one."""
+def start_scatter(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: torch.dtype) -> collectives.Arriving:
+    """`scatter_gradients`, launched."""
     flat = [g.reshape(-1) for g in grads]
     parts: list[Tensor] = []
     for position in bucket.positions:
@@ -131,7 +133,7 @@ def start_scatter(grads: Sequence[Tensor], bucket: Bucket, group: str, dtype: to
         missing = bucket.longest - sum(o.numel() for o in own)
         parts += [*own, own[0].new_zeros(missing)] if missing else own
     packed = torch.cat(parts).view(bucket.ranks, bucket.longest)
-    return collectives.start_reduce_scatter(packed, packed.numel() * packed.element_size(), bucket.ranks, group)
+    return collectives.start_reduce_scatter(packed, bucket.ranks, group)
 
 
 class _Gather(torch.autograd.Function):
@@ -167,10 +169,10 @@ class _Gather(torch.autograd.Function):
         if flight is not None:
             flight.window.room()
         with collectives.backward_phase(ctx.ledger):
-            pending = start_scatter(grads, bucket, group, sum_dtype or grads[0].dtype)
+            arriving = start_scatter(grads, bucket, group, sum_dtype or grads[0].dtype)
 
         def wait() -> list[Tensor]:
-            return views(pending.wait()[0][0].to(own)[: sum(s.numel() for s in shapes)], shapes)
+            return views(arriving().to(own)[: sum(s.numel() for s in shapes)], shapes)
 
         if flight is None:
             return (None, None, None, None, None, None, None, *wait())
@@ -196,11 +198,10 @@ class _Reduce(torch.autograd.Function):
         shapes = [g.shape for g in grads]
         flat = torch.cat([g.reshape(-1).to(sum_dtype or g.dtype) for g in grads])
         with collectives.backward_phase(ctx.ledger):
-            full = flat.numel() * flat.element_size()
-            pending = collectives.start_all_reduce(flat, full, group, own=True)
+            arriving = collectives.start_all_reduce(flat, group, own=True)
 
         def wait() -> list[Tensor]:
-            return [g.to(own) for g in views(pending.wait()[0], shapes)]
+            return [g.to(own) for g in views(arriving(), shapes)]
 
         if ctx.flight is None:
             return (None, None, None, None, *wait())

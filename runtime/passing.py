@@ -37,4 +37,4 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str
     Recorded as one all-to-all of the rows that this rank sends, times the ranks.
     """
     full = len(sent) * sum(sent) * math.prod(x.shape[1:]) * x.element_size()
-    return collectives.start_all_to_all(x, full, sent, received, group).wait()[0]
+    return collectives.start_exchange(x, sent, received, full, group)()

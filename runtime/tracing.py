@@ -144,7 +144,9 @@ def lanes(events: Sequence[Event], noted: Sequence[Noted]) -> list[Event]:
     axes = list(dict.fromkeys(c.noted.axis for c in found))
     order = [COMPUTE, *axes, WAITING, COPIES]
     made: list[Event] = [{"ph": "M", "name": "process_name", "pid": LANES, "tid": 0, "args": {"name": LANES}}]
-    made += [{"ph": "M", "name": "thread_name", "pid": LANES, "tid": i, "args": {"name": x}} for i, x in enumerate(order)]
+    made += [
+        {"ph": "M", "name": "thread_name", "pid": LANES, "tid": i, "args": {"name": x}} for i, x in enumerate(order)
+    ]
 
     def add(lane: str, name: str, span: Span, **args: Any) -> None:
         made.append({

@@ -14,7 +14,8 @@ joint graph of a compiler, where the backward is ours (`torch._c10d_functional`'
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..passes.torch_compat import is_tracing
 from ..planner.placement import Dims, State, Step, dual, local_dims, parse_state, row
 from ..planner.placement import R as WHOLE
 from . import collectives
+from .early import Begun, Flight, owed
 
 SCHEMA = "transition(Tensor x, str source, str target, int[] outer, int size, int index, str group) -> Tensor"
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -66,25 +68,29 @@ def zero_pad(x: Tensor, dim: int, outer: int, n: int, index: int) -> Tensor:
 
 def change(x: Tensor, source: State, target: State, outer: Sequence[int], size: int, index: int, group: str) -> Tensor:
     """The forward half of one transition on local values, gradients included (through `dual`)."""
-    if size == 1 or source == target:
-        return x.view_as(x)
-    name = row(source, target).forward
-    if name == "none":
-        return x.view_as(x)
-    if name == "scale":
-        return _scaled(x, size, index)
-    if name == "slice":
-        return own_slice(x, target.dim, outer[1], size, index)
-    if name == "pad":
-        return zero_pad(x, source.dim, outer[0], size, index)
+    return start_change(x, source, target, outer, size, index, group)()
+
+
+def start_change(
+    x: Tensor, source: State, target: State, outer: Sequence[int], size: int, index: int, group: str
+) -> Callable[[], Tensor]:
+    """`change` with its collective, if it has one, launched: the call that is returned waits for the result."""
+    name = "none" if size == 1 or source == target else row(source, target).forward
+    if name in LOCAL:
+        result = LOCAL[name](x, source, target, outer, size, index)
+        return lambda: result
     if name == "all_reduce":
-        return collectives.all_reduce(x, group)
+        return collectives.start_all_reduce(x, group)
     if name == "all_gather":
-        stack = collectives.all_gather(x, size, group)
-        return _without(stack, joined(stack, source.dim, outer[0]), x)
+        arriving = collectives.start_all_gather(x, size, group)
+
+        def gathered() -> Tensor:
+            stack = arriving()
+            return _without(stack, joined(stack, source.dim, outer[0]), x)
+
+        return gathered
     if name == "reduce_scatter":
-        packed = pieces(x, target.dim, outer[1], size).contiguous()
-        return _without(packed, collectives.reduce_scatter(packed, size, group), x)
+        return collectives.start_reduce_scatter(pieces(x, target.dim, outer[1], size).contiguous(), size, group)
     return _exchange(x, source, target, outer, size, group)
 
 
@@ -95,7 +101,19 @@ def _scaled(x: Tensor, size: int, index: int) -> Tensor:
     return x.clone() if index == 0 else torch.zeros_like(x)
 
 
-def _exchange(x: Tensor, source: State, target: State, outer: Sequence[int], n: int, group: str) -> Tensor:
+Local = Callable[[Tensor, State, State, Sequence[int], int, int], Tensor]
+LOCAL: dict[str, Local] = {
+    "none": lambda x, source, target, outer, size, index: x.view_as(x),
+    "scale": lambda x, source, target, outer, size, index: _scaled(x, size, index),
+    "slice": lambda x, source, target, outer, size, index: own_slice(x, target.dim, outer[1], size, index),
+    "pad": lambda x, source, target, outer, size, index: zero_pad(x, source.dim, outer[0], size, index),
+}
+"""Changes without communication, by their name in the table."""
+
+
+def _exchange(
+    x: Tensor, source: State, target: State, outer: Sequence[int], n: int, group: str
+) -> Callable[[], Tensor]:
     """all_to_all from one split factor to another, of the same dim or not.
 
     `outer` counts in the tensor whole along the axis; where both factors share the dim, the minor one's count shrinks by n
@@ -104,10 +122,13 @@ def _exchange(x: Tensor, source: State, target: State, outer: Sequence[int], n: 
     before, after = outer[1], outer[0]
     if source.dim == target.dim:
         before, after = (before // n, after) if source.factor < target.factor else (before, after // n)
-    packed = pieces(x, target.dim, before, n).contiguous()
-    received = collectives.all_to_all(packed, n, group)
-    result = _without(received, joined(received, source.dim, after), x)
-    return _without(packed, result, x)
+    arriving = collectives.start_all_to_all(pieces(x, target.dim, before, n).contiguous(), n, group)
+
+    def exchanged() -> Tensor:
+        received = arriving()
+        return _without(received, joined(received, source.dim, after), x)
+
+    return exchanged
 
 
 def _without(buffer: Tensor, result: Tensor, operand: Tensor) -> Tensor:
@@ -119,11 +140,12 @@ def _without(buffer: Tensor, result: Tensor, operand: Tensor) -> Tensor:
 
 
 class _Transition(torch.autograd.Function):
-    """Forward `source -> target`; backward `dual(target) -> dual(source)`."""
+    """Forward `source -> target`; backward `dual(target) -> dual(source)`, with a flight waited for where that began."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: torch.autograd.function.FunctionCtx,
+        flight: Flight | None,
         x: Tensor,
         source: str,
         target: str,
@@ -133,6 +155,7 @@ class _Transition(torch.autograd.Function):
         group: str,
     ) -> Tensor:
         ctx.args = source, target, outer, size, index, group  # type: ignore[attr-defined]
+        ctx.flight, ctx.owed = flight, owed([x]) if flight is not None else []  # type: ignore[attr-defined]
         ctx.ledger = collectives.active_ledger()  # type: ignore[attr-defined]
         return change(x, parse_state(source), parse_state(target), outer, size, index, group)
 
@@ -141,12 +164,25 @@ class _Transition(torch.autograd.Function):
         source, target, outer, size, index, group = ctx.args
         back, front = dual(parse_state(target)), dual(parse_state(source))
         with collectives.backward_phase(ctx.ledger):
-            result = change(grad, back, front, outer[::-1], size, index, group)
-        return result, None, None, None, None, None, None
+            arriving = start_change(grad, back, front, outer[::-1], size, index, group)
+        if ctx.flight is None:
+            return None, arriving(), None, None, None, None, None, None
+        ctx.flight.returning(lambda: [arriving()], packed=False)
+        return None, *ctx.owed, None, None, None, None, None, None
 
 
 def _transition(x: Tensor, source: str, target: str, outer: list[int], size: int, index: int, group: str) -> Tensor:
-    return _Transition.apply(x, source, target, outer, size, index, group)
+    return _Transition.apply(None, x, source, target, outer, size, index, group)
+
+
+def end_transition(begun: Begun, *args: Any) -> Tensor:
+    """`transition` of a tensor that has begun (runtime/early.py); takes its arguments after the tensor."""
+    return _Transition.apply(begun.flight, *begun.tensors, *args)
+
+
+def returns(source: str, target: str) -> bool:
+    """Whether the backward pass of a change communicates."""
+    return row(parse_state(source), parse_state(target)).backward not in LOCAL
 
 
 _LIBRARY.define(SCHEMA)

@@ -16,7 +16,10 @@ from shardwright.runtime.collectives import Pending
 
 @dataclass
 class SlowLink:
-    """An observer of collectives: each takes `alpha` seconds, and its bytes over `bandwidth` a second. `blocked`: seconds waited."""
+    """An observer of collectives: each takes `alpha` seconds, and its bytes over `bandwidth` a second.
+
+    `blocked` are the seconds that the rank has waited.
+    """
 
     alpha: float
     bandwidth: float

@@ -107,10 +107,23 @@ def test_groups_are_gathered_ahead(ranks2: Pool) -> None:
     assert all(forward[2:]), "the first has no unit before it, and the second's is an embedding"
     assert all(backward[1:])
     scattered = between(one, "reduce_scatter dp backward")
-    assert all(scattered[:-1])
+    assert all(scattered[:-2]), "as with reductions"
     alone = ranks2.run(spoken, "llama", without(plan), 8)[0]
     assert between(alone, "") == [0] * len(launches(alone))
     assert sorted(launches(alone)) == sorted(launches(one)), "the same collectives, launched at other times"
+
+
+def test_weights_wait_beside_the_gradient_of_their_input(ranks2: Pool) -> None:
+    plan = plan_of("llama", "dp=1 tp=2 dtype=fp32", 2)
+    one, other = ranks2.run(spoken, "llama", plan, 8)
+    assert launches(one) == launches(other)
+    found = between(one, "all_reduce tp backward")
+    layers = [n for n in found if n]
+    assert len(layers) >= 4, "two layers, each with three products that take one sum and two that take another"
+    assert set(layers) >= {2, 3}
+    alone = ranks2.run(spoken, "llama", without(plan), 8)[0]
+    assert sorted(launches(alone)) == sorted(launches(one))
+    assert between(alone, "") == [0] * len(launches(alone))
 
 
 @pytest.mark.parametrize("pins", ["zero=2 micro_batch=1", "zero=1", "zero=3 micro_batch=2"])
@@ -162,7 +175,9 @@ def counted(name: str, plan: Plan, batch: int) -> list[tuple[str, str, int, str]
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("pins", ["dp=2 tp=2 zero=3", "dp=4 zero=2 micro_batch=1", "dp=2 tp=2 zero=1 sequence_parallel=on"])
+@pytest.mark.parametrize(
+    "pins", ["dp=2 tp=2 zero=3", "dp=4 zero=2 micro_batch=1", "dp=2 tp=2 zero=1 sequence_parallel=on"]
+)
 def test_the_same_collectives_and_gradients(pins: str, ranks4: Pool) -> None:
     plan = plan_of("llama-deep", pins, 4)
     one = ranks4.run(counted, "llama-deep", plan, 8)[0]
