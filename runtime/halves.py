@@ -4,7 +4,7 @@
     with Halves() as halves:
         made = body(...)                          # F
     torch.autograd.backward(roots, gradients)     # I: what other stages wait for
-    halves.finish()                               # W: gradients of parameters, all at once
+    halves.finish()                               # W: gradients of parameters
 
 A graph has a side that follows from parameters alone (gathers, casts, reductions) and the rest. Where one meets the other the
 tensor is cut: what comes for it in I and W is summed, and W carries the sum on through the parameters' side, once, so that hooks
@@ -14,15 +14,18 @@ An op that multiplies activations by parameters (`Half(..., product=True)`) runs
 In I that graph yields the gradients of the activations and those that arrive where the parameters enter (runtime/meetings.py); W
 goes on from there. Nothing runs twice: autograd computes of each node only the gradients that are asked for. Between the halves
 stay the operands that products multiply with gradients, and those gradients; all else goes with I. Ops without products (norms,
-biases) cost little and do all of it in I, as the planner prices them (planner/bench.py, `weight_share`); an op with no
-differentiable operand but parameters (an embedding) waits for W.
+biases) cost little and do all of it in I, as do those whose operands are made again (keeping them would undo the recompute); so
+the planner prices them (planner/bench.py, `late`). An op with no differentiable operand but parameters (an embedding) waits for W.
+
+In a backward pass that is not to be divided (`halves.whole`), ops of a divided body leave nothing for later.
 """
 
 from __future__ import annotations
 
 import contextvars
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -36,13 +39,17 @@ from ..planner.outline import Outline
 from ..planner.work import FLOPS_KINDS
 from .meetings import Meeting, divisible, edges_of, meetings_of
 from .regather import Handle, Regather, active_regather
+from .step import Buckets
 
 # -- where parameters meet activations
 
 
-def with_halves(body: fx.GraphModule, feeds: Sequence[Feed], outline: Outline) -> fx.GraphModule:
-    """`body` with its parameters' side cut off and the ops that use it marked, in place."""
-    parts = _parts(body.graph, feeds, outline)
+def with_halves(body: fx.GraphModule, feeds: Sequence[Feed], outline: Outline, buckets: Buckets) -> fx.GraphModule:
+    """`body` with its parameters' side cut off and the ops that use it marked, in place.
+
+    Parameters of one of the `buckets` hang together: the gradients of all are carried on at the same time.
+    """
+    parts = _parts(body.graph, feeds, outline, buckets)
     kinds = {op.name: op.kind for op in outline.ops}
     first = next(n for n in body.graph.nodes if n.op != "placeholder")
     for node, part in parts.items():
@@ -52,23 +59,33 @@ def with_halves(body: fx.GraphModule, feeds: Sequence[Feed], outline: Outline) -
         with body.graph.inserting_before(first) if node.op == "placeholder" else body.graph.inserting_after(node):
             cut = body.graph.call_function(Cut(part), (node,))
         for user in users:
+            if user.op == "output":
+                with body.graph.inserting_before(user):
+                    user.replace_input_with(node, body.graph.call_function(Half(_same, False), (cut,)))
+                continue
             user.replace_input_with(node, cut)
-            if user.op == "call_function" and not isinstance(user.target, Half):
+            if not isinstance(user.target, Half):
                 user.target = Half(user.target, kinds.get(user.meta.get("op", "")) in FLOPS_KINDS)
     body.recompile()
     return body
 
 
-def _parts(graph: fx.Graph, feeds: Sequence[Feed], outline: Outline) -> dict[fx.Node, int]:
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _parts(graph: fx.Graph, feeds: Sequence[Feed], outline: Outline, buckets: Buckets) -> dict[fx.Node, int]:
     """The nodes that follow from parameters alone; those that hang together have one number."""
-    parameters = {f.node for f in feeds if f.kind in ("step", "chunk")}
+    bucket = {name: -1 - i for i, group in enumerate(buckets.every_microbatch) for name in group}
+    parameters = {f.node: bucket.get(f.tensor) for f in feeds if f.kind in ("step", "chunk")}
     fixed = {f.node for f in feeds if f.kind == "whole" and outline.tensors[f.tensor].role in ("buffer", "constant")}
     found: dict[fx.Node, int] = {}
     constant: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.target in parameters:
-                found[node] = len(found)
+                known = parameters[node.target]
+                found[node] = len(found) if known is None else known
             elif node.target in fixed:
                 constant.add(node)
             continue
@@ -115,8 +132,13 @@ class Half:
             return self.target(*args, **kwargs)
         flowing = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad}
         activations = [x for x in flowing.values() if x.grad_fn not in halves.sides]
-        if len(activations) == len(flowing) or (activations and not self.product):
+        sides = [halves.sides[x.grad_fn] for x in flowing.values() if x.grad_fn in halves.sides]
+        if not sides or (activations and not self.product):
+            for side in sides:
+                side.expect_all_at_once()
             return self.target(*args, **kwargs)
+        for side in sides:
+            side.part.awaited += 1
         call = _Call(self.target, self.product, halves)
         made = _Halved.apply(call, args, kwargs, halves.anchor, *activations)
         return made if call.listed else made[0]
@@ -125,16 +147,43 @@ class Half:
 # -- one microbatch of one stage
 
 
-@dataclass
+@dataclass(eq=False)
 class _Side:
     """A tensor of the parameters' side: where its gradient goes on, and what has come of it."""
 
     source: GradientEdge
-    part: int
+    part: _Part
     gradient: Tensor | None = None
+    undivided: bool = False
 
-    def add(self, gradient: Tensor) -> None:
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+    def expect_all_at_once(self) -> None:
+        """Ops that are not divided use it: autograd sums up what comes from all of them."""
+        self.part.awaited += not self.undivided
+        self.undivided = True
+
+    def add(self, gradient: Tensor | None) -> None:
+        """One of the gradients that are awaited."""
+        if gradient is not None:
+            self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        self.part.awaited -= 1
+        if not self.part.awaited:
+            self.part.carry_on()
+
+
+@dataclass(eq=False)
+class _Part:
+    """What hangs together of the parameters' side: its tensors, and how many gradients are still to come for them."""
+
+    sides: list[_Side] = field(default_factory=list)
+    awaited: int = 0
+
+    def carry_on(self) -> None:
+        """Take what has come on through the parameters' side."""
+        ready = [s for s in self.sides if s.gradient is not None]
+        if ready:
+            torch.autograd.backward([s.source for s in ready], [s.gradient for s in ready])
+        for side in ready:
+            side.gradient = None
 
 
 class _Enter(torch.autograd.Function):
@@ -155,8 +204,10 @@ class Halves:
     """What W owes for one microbatch of one stage. Inside its block a body made by `with_halves` is divided."""
 
     def __init__(self) -> None:
+        self.whole = False
         self.sides: dict[Node | None, _Side] = {}
-        self.owed: list[_Owed | None] = []
+        self.parts: dict[int, _Part] = defaultdict(_Part)
+        self.owed: deque[tuple[Meeting, ...]] = deque()
         self.anchor = torch.zeros((), requires_grad=True)
         """Has what follows from it recorded by autograd; never gets a gradient."""
         self._tokens: list[contextvars.Token[Halves | None]] = []
@@ -172,51 +223,26 @@ class Halves:
 
     def cut(self, source: Tensor, part: int) -> Tensor:
         """`source`, cut off from the parameters' side."""
-        side = _Side(get_gradient_edge(source), part)
+        side = _Side(get_gradient_edge(source), self.parts[part])
+        side.part.sides.append(side)
         cut: Tensor = _Enter.apply([source], side, self.anchor)
         self.sides[cut.grad_fn] = side
         return cut
 
     def finish(self) -> None:
-        """Gradients of all parameters, those of one part of their side as soon as its last has come."""
-        awaited = {self.sides[n].part: i for i, owed in enumerate(self.owed) if owed for n in owed.nodes}
-        self._deliver({side.part for side in self.sides.values()} - awaited.keys())
-        for i, owed in enumerate(self.owed):
-            self.owed[i] = None
-            for node, gradient in owed.settle() if owed else ():
-                self.sides[node].add(gradient)
-            del owed  # and with it what the op kept
-            self._deliver({part for part, last in awaited.items() if last == i})
-
-    def _deliver(self, parts: set[int]) -> None:
-        for part in sorted(parts):
-            ready = [s for s in self.sides.values() if s.part == part and s.gradient is not None]
-            if ready:
-                torch.autograd.backward([s.source for s in ready], [s.gradient for s in ready])
-            for side in ready:
-                side.gradient = None
+        """What is left to do for parameters: op by op, and the parameters' side as soon as all has come for a part of it."""
+        while self.owed:
+            for meeting in self.owed.popleft():
+                for node, gradient in meeting.settle():
+                    self.sides[node].add(gradient)
+        for part in self.parts.values():  # what nothing has come for was not read
+            part.carry_on()
 
 
 _active: contextvars.ContextVar[Halves | None] = contextvars.ContextVar("shardwright_halves", default=None)
 
 
 # -- one op
-
-
-@dataclass(frozen=True)
-class _Owed:
-    """What is left of one op after I; `done` are gradients that could not wait."""
-
-    meetings: tuple[Meeting, ...] = ()
-    done: tuple[tuple[Node, Tensor], ...] = ()
-
-    @property
-    def nodes(self) -> list[Node]:
-        return [node for m in self.meetings for node in m.beyond] + [node for node, _ in self.done]
-
-    def settle(self) -> list[tuple[Node, Tensor]]:
-        """(node, gradient) of its parameters."""
-        return [*self.done, *(found for m in self.meetings for found in m.settle())]
 
 
 class _Cell:
@@ -226,7 +252,9 @@ class _Cell:
         self.regather = regather
         self.packed: Any = x if regather is None else regather.pack(x)
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.gathered = isinstance(self.packed, Handle) and self.packed.recipe.crowded
+        handle = isinstance(self.packed, Handle)
+        self.gathered = handle and self.packed.recipe.crowded
+        self.again = handle and not self.gathered
 
     def open(self) -> Tensor:
         """The tensor, made again where that is needed."""
@@ -267,40 +295,53 @@ class _Call:
         self.cells.append(_Cell(x, self.regather))
         return self.cells[-1]
 
-    def first_half(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Gradients of the activations; the rest is owed."""
+    def backward(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Gradients of the activations; those of the parameters are owed, or made at once."""
+        again = any(cell.again for cell in self.cells)
         for cell in self.cells:
             cell.open()
         flowing = [(e, g) for e, g in zip(self.made, gradients, strict=True) if e is not None]
-        made, came = tuple(e for e, _ in flowing), tuple(g for _, g in flowing)
-        meetings = meetings_of(made, self.halves.sides)
-        inputs = edges_of(self.activations)
-        if not inputs:
+        meetings = meetings_of([e for e, _ in flowing], self.halves.sides)
+        if self.halves.whole or again or not divisible(meetings):
+            return self._at_once(flowing, meetings)
+        if self.activations:
+            found = self._first(flowing, meetings)
+        else:
+            found = ()
             for meeting in meetings:
                 meeting.arrived = tuple(g for e, g in flowing if e.node is meeting.node)
-            found, owed = (), _Owed(meetings)
-        elif not divisible(meetings):
-            beyond = tuple(dict.fromkeys(n for m in meetings for n in m.beyond))
-            found = torch.autograd.grad(made, [*inputs, *edges_of(beyond)], came, allow_unused=True)
-            done = zip(beyond, found[len(inputs) :], strict=True)
-            owed = _Owed(done=tuple((n, g) for n, g in done if g is not None))
-        else:
-            for meeting in meetings:
-                meeting.want("input")
-            inputs += [edge for m in meetings for edge in m.edges]
-            found = torch.autograd.grad(made, inputs, came, retain_graph=True, allow_unused=True)
-            arrived = iter(found[len(self.activations) :])
-            for meeting in meetings:
-                meeting.arrived = tuple(next(arrived) for _ in meeting.edges)
-            owed = _Owed(meetings)
         for cell in self.cells if self.product else ():
             cell.forget()
-        self.halves.owed.append(owed)
+        self.halves.owed.append(meetings)
+        return found
+
+    def _at_once(
+        self, flowing: Sequence[tuple[GradientEdge, Tensor]], meetings: Sequence[Meeting]
+    ) -> tuple[Tensor | None, ...]:
+        nodes = list(dict.fromkeys(n for m in meetings for n in m.beyond))
+        inputs = edges_of([*self.activations, *nodes])
+        edges, came = zip(*flowing, strict=True)
+        found = torch.autograd.grad(edges, inputs, came, allow_unused=True)
+        for node, gradient in zip(nodes, found[len(self.activations) :], strict=True):
+            self.halves.sides[node].add(gradient)
+        return found[: len(self.activations)]
+
+    def _first(
+        self, flowing: Sequence[tuple[GradientEdge, Tensor]], meetings: Sequence[Meeting]
+    ) -> tuple[Tensor | None, ...]:
+        for meeting in meetings:
+            meeting.want("input")
+        inputs = [*edges_of(self.activations), *(edge for m in meetings for edge in m.edges)]
+        edges, came = zip(*flowing, strict=True)
+        found = torch.autograd.grad(edges, inputs, came, retain_graph=True, allow_unused=True)
+        arrived = iter(found[len(self.activations) :])
+        for meeting in meetings:
+            meeting.arrived = tuple(next(arrived) for _ in meeting.edges)
         return found[: len(self.activations)]
 
 
 class _Halved(torch.autograd.Function):
-    """A call whose backward is its first half."""
+    """A call: forward and backward of `_Call`."""
 
     @staticmethod
     def forward(ctx, call, args, kwargs, anchor, *activations):  # type: ignore[no-untyped-def,override]
@@ -312,4 +353,4 @@ class _Halved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def,override]
         call, ctx.call = ctx.call, None
-        return (None, None, None, None, *call.first_half(gradients))
+        return (None, None, None, None, *call.backward(gradients))

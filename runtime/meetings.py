@@ -25,15 +25,16 @@ class Meeting:
         if hasattr(self.node, "half"):
             self.node.half = half
 
-    def settle(self) -> list[tuple[Node, Tensor]]:
+    def settle(self) -> list[tuple[Node, Tensor | None]]:
         """(node, gradient) of its parameters, from what has arrived."""
         came = [(e, g) for e, g in zip(self.edges, self.arrived, strict=True) if g is not None]
         if not came:
-            return []
+            return [(node, None) for node in self.beyond]
         self.want("weight")
         edges, arrived = zip(*came, strict=True)
-        made = torch.autograd.grad(edges, edges_of(self.beyond), arrived, allow_unused=True)
-        return [(n, g) for n, g in zip(self.beyond, made, strict=True) if g is not None]
+        return list(
+            zip(self.beyond, torch.autograd.grad(edges, edges_of(self.beyond), arrived, allow_unused=True), strict=True)
+        )
 
 
 def edges_of(nodes: Sequence[Node]) -> list[GradientEdge]:

@@ -178,6 +178,7 @@ class _Run:
 
     def backward(self, stage: int, microbatch: int) -> None:
         """The gradients of one microbatch through one stage: to its parameters, and to the stages it read from."""
+        self.passed[stage, microbatch].halves.whole = True
         self.inputs(stage, microbatch)
         self.weights(stage, microbatch)
 

@@ -196,11 +196,13 @@ class Programs:
         )  # fmt: skip
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
+        buckets = _buckets(assignment, emit)
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
         if training and SCHEDULES[self.plan.pipeline.schedule].splits_backward:
-            bodies = {s: with_halves(one.body, one.body_feeds, summary.outline) for s, one in staged.own.items()}
+            own, outline = staged.own, summary.outline
+            bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
-            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment, emit), names,
+            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, buckets, names,
             self.mesh.device, staged=staged, bodies=bodies,
         )  # fmt: skip
 

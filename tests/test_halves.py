@@ -10,7 +10,9 @@ import torch
 from counting import Products
 from shardwright.passes.experts.gates import trace_gate
 from shardwright.passes.experts.op import experts
+from shardwright.runtime.again import Again
 from shardwright.runtime.halves import Cut, Half, Halves
+from shardwright.runtime.regather import Regather
 from torch import Tensor
 from torch.nn.functional import conv2d, embedding, layer_norm, linear, silu
 
@@ -50,7 +52,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], bool, bool]
 """op, shapes of its operands, whether it is a product, whether its products divide between the halves."""
 
 
-def divided(op: Callable[..., Tensor], product: bool, leaves: list[Tensor]) -> list[Products]:
+def divided(op: Callable[..., Tensor], product: bool, divides: bool, leaves: list[Tensor]) -> list[Products]:
     """Two halves over one op whose first operand is an activation; the products of each."""
     x, *weights = leaves
     torch.manual_seed(1)
@@ -59,7 +61,7 @@ def divided(op: Callable[..., Tensor], product: bool, leaves: list[Tensor]) -> l
     with Products() as first:
         y.square().sum().backward()
     assert x.grad is not None
-    assert all(w.grad is None for w in weights)
+    assert [w.grad is None for w in weights] == [divides] * len(weights)
     with Products() as second:
         halves.finish()
     return [first, second]
@@ -73,7 +75,7 @@ def test_gradients_and_products_are_those_of_an_undivided_pass(name: str) -> Non
     y = op(whole[0].sin(), *whole[1:])
     with Products() as wanted:
         y.square().sum().backward()
-    first, second = divided(op, product, parted)
+    first, second = divided(op, product, divides, parted)
     for mine, theirs in zip(parted, whole, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, **CLOSE)
     assert first.seen + second.seen == wanted.seen
@@ -89,8 +91,9 @@ def model(x: Tensor, ids: Tensor, table: Tensor, w: Tensor, v: Tensor, step: Any
     return step(linear, True)(h, table).logsumexp(-1).sum()
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_parameters_used_several_times(frozen: bool) -> None:
+def test_parameters_used_several_times(frozen: bool, whole: bool) -> None:
     ids = torch.tensor([[1, 2, 3], [0, 2, 2]])
     found = []
     for parted in (False, True):
@@ -99,19 +102,36 @@ def test_parameters_used_several_times(frozen: bool) -> None:
         calls: list[int] = []
         table.register_post_accumulate_grad_hook(lambda _, calls=calls: calls.append(1))
         with Halves() as halves, Products() as products:
+            halves.whole = whole
             if parted:
                 model(x, ids, table, w, v, Half, lambda t, part: Cut(part)(t)).backward()
             else:
                 model(x, ids, table, w, v, lambda op, _: op, lambda t, _: t).backward()
-            early = [p.grad for p in (table, w, v)]
+            early = [p.grad is not None for p in (table, w)]
             halves.finish()
-        assert not parted or early == [None, None, None]
+        assert not parted or early == [whole, whole]
         assert calls == [1]
         found.append((products.seen, [x.grad, table.grad, w.grad, v.grad]))
     (wanted_seen, wanted), (seen, grads) = found
     assert seen == wanted_seen
     assert (wanted[3] is None) == frozen
     torch.testing.assert_close(grads, wanted, **CLOSE)
+
+
+def test_what_runs_again_is_not_kept_for_later() -> None:
+    """The gradient of a parameter whose other operand is made again is made with it, and by the same products."""
+    seen = []
+    for parted in (False, True):
+        x, w, v = tensors((3, 4), (4, 4), (5, 4))
+        with Regather(), Halves() as halves:
+            h = Again(torch.tanh)(x @ w)
+            y = Half(linear, True)(h, Cut(0)(v)) if parted else linear(h, v)
+        with Products() as products:
+            y.sum().backward()
+        assert v.grad is not None
+        assert not halves.owed
+        seen.append(products.seen)
+    assert seen[0] == seen[1]
 
 
 def test_without_a_block_ops_run_as_ever() -> None:
