@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..passes.lowered import Lowered
 from ..passes.stages import Border
@@ -160,7 +161,7 @@ class _Run:
             for border, value in zip(self._borders(message), self._came(message), strict=True):
                 taken[border.tensor] = value.requires_grad_(border.differentiable and torch.is_grad_enabled())
         halves = Halves()
-        with self.regather(), halves:
+        with record_function(str(Action("F", stage, microbatch))), self.regather(), halves:
             made = self.bodies[stage](*self.feeds(stage, microbatch, taken))
         names = self.staged.gives[stage]
         gives, rest = dict(zip(names, made[: len(names)], strict=True)), made[len(names) :]
@@ -180,11 +181,12 @@ class _Run:
         """The gradients of one microbatch through one stage: to its parameters, and to the stages it read from."""
         self.passed[stage, microbatch].halves.whole = True
         self.inputs(stage, microbatch)
-        self.weights(stage, microbatch)
+        self.owed.pop((stage, microbatch)).finish()
 
     def weights(self, stage: int, microbatch: int) -> None:
         """What the gradients through a stage left to do for its parameters; nothing where its body is not divided."""
-        self.owed.pop((stage, microbatch)).finish()
+        with record_function(str(Action("W", stage, microbatch))):
+            self.owed.pop((stage, microbatch)).finish()
 
     def inputs(self, stage: int, microbatch: int) -> None:
         """The gradients of one microbatch through one stage; those of its parameters as far as its body is not divided."""
@@ -203,7 +205,8 @@ class _Run:
             scale = loss_gradient(self.staged.own[stage], self.sizes)
             roots.append((passed.loss, torch.full_like(passed.loss, scale)))
         if roots:
-            torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
+            with record_function(str(Action("B" if passed.halves.whole else "I", stage, microbatch))):
+                torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
         for source in self.staged.sources(stage):
             wanted = self.staged.borders.returning(source, stage)
             if wanted:

@@ -6,9 +6,11 @@ import math
 
 import msgspec
 import pytest
+from counting import Products
 from pool import Pool, RankError
-from running import differences, plan_of
+from running import differences, parallel, plan_of
 from shardwright.planner.plan import Plan
+from shardwright.runtime.losses import loss_of
 from shardwright.runtime.mesh import rank_grid
 
 CLUSTER = "a100-sxm-80gb"
@@ -98,6 +100,23 @@ def test_sample(name: str, pins: str, pools: dict[int, Pool]) -> None:
 @pytest.mark.parametrize(("name", "pins"), [*MORE, *SPLIT, *AGAIN])
 def test_more(name: str, pins: str, pools: dict[int, Pool]) -> None:
     check(name, pins, pools)
+
+
+def products(name: str, plan: Plan) -> dict[object, int]:
+    """Rank function: the products of matrices and convolutions of one step."""
+    case, pm = parallel(name, plan)
+    with Products() as seen:
+        loss_of(pm(*case.args, **case.kwargs)).backward()
+    return dict(seen.seen)
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("unet", "mixtral"))])
+def test_a_split_backward_pass_runs_no_product_twice(name: str, ranks2: Pool) -> None:
+    split = staged_plan(name, "pp=2 schedule=zb-h1 micro_batch=2", 2)
+    whole = msgspec.structs.replace(split, pipeline=msgspec.structs.replace(split.pipeline, schedule="1f1b"))
+    found = ranks2.run(products, name, split)
+    assert found == ranks2.run(products, name, whole)
+    assert all(sum(seen.values()) > 50 for seen in found)
 
 
 def test_ranks_are_numbered_in_the_order_of_the_plan(ranks4: Pool) -> None:
