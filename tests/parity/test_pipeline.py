@@ -61,7 +61,7 @@ SPLIT = [
     ("unet-deep", "pp=2 vpp=2 schedule=zbv micro_batch=2"), ("unet-deep", "pp=4 schedule=zb-h1 micro_batch=2"),
     ("gpt2-deep", "pp=2 vpp=2 schedule=zb-h1 micro_batch=2"), ("llama-deep", "pp=4 schedule=zb-h1 micro_batch=1"),
     ("mixtral", "pp=2 tp=2 schedule=zb-h1 micro_batch=4"), ("mixtral", "pp=2 dp=2 ep=2 schedule=zb-h1 micro_batch=1"),
-    ("adapter", "pp=2 schedule=zb-h1 micro_batch=2"), ("teacher", "pp=2 schedule=zb-h1 micro_batch=2"),
+    ("adapter", "pp=2 schedule=zb-h1 micro_batch=2"),
     ("albert", "pp=2 schedule=zb-h1 micro_batch=2"), ("vit", "pp=2 schedule=zb-h1 micro_batch=2"),
     ("bert", "pp=2 dp=2 zero=2 schedule=zb-h1 micro_batch=2 dtype=bf16"),
     ("llama", "pp=2 cp=2 schedule=zb-h1 micro_batch=2"),
