@@ -187,13 +187,32 @@ class _Walk:
         parts = {
             "compute": ahead.busy + back.busy, "activation_communication": ahead.talk + back.talk, "recompute": again,
         }  # fmt: skip
-        weight = sum(s.weight for s in steps)
+        weight = self._late()
         if back.compute:
             weight *= back.busy / back.compute
         return Numbers(
             ahead.seconds, back.seconds, weight, again, ahead.busy, back.busy, kept, peak, work, self.weights(), parts,
             tuple(calls.items()), self._experts(),
         )  # fmt: skip
+
+    def _late(self) -> float:
+        """Seconds of gradients of parameters that may wait for a W action: those whose other operands are kept until then.
+
+        What is made again for the gradients of activations is used at once (runtime/halves.py): to keep it undoes the recompute.
+        """
+        rerun = self.design.again
+        made_again = {
+            buffer(self.part.facts, use.tensor, self.made[use.tensor])
+            for op in self.part.outline.ops if op.name in rerun for use in op.results
+        }  # fmt: skip
+        total = 0.0
+        for op in self.part.outline.ops:
+            step = self.steps[op.name]
+            found = {buffer(self.part.facts, u.tensor, p) for u, p in zip(op.operands, step.wanted, strict=True)}
+            gathered = any((root, str(placement[-1])) in self.design.regather for root, placement in found)
+            if op.name not in rerun and not gathered and found.isdisjoint(made_again):
+                total += step.weight
+        return total
 
     def _again(self) -> float:
         """Seconds of what the backward pass runs and gathers again."""

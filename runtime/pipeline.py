@@ -2,8 +2,9 @@
 
 In grad mode the whole schedule runs inside the call, as with microbatches on one stage (runtime/step.py): every stage has its loop
 (parameters gathered once before, gradients reduced once after, as its ZeRO level says), a forward keeps its graph until the
-backward of its microbatch, and what crosses is a leaf on the reader's side whose gradient travels back. Gradients of parameters
-that several ranks hold are then summed over them, and the loss becomes known everywhere.
+backward of its microbatch, and what crosses is a leaf on the reader's side whose gradient travels back. Where the schedule splits
+the backward pass, I makes what travels back and W the gradients of parameters (runtime/halves.py). Gradients of parameters that
+several ranks hold are then summed over them, and the loss becomes known everywhere.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..passes.lowered import Lowered
 from ..passes.stages import Border
 from ..planner.exchanges import Message, Receive, Send
 from ..planner.schedules import Action
 from . import collectives
+from .halves import Halves
 from .mesh import Mesh
 from .p2p import Arriving, Link
 from .staged import Staged
@@ -111,11 +114,15 @@ class _Passed:
     taken: Mapping[str, Tensor]
     gives: Mapping[str, Tensor]
     loss: Tensor | None
+    halves: Halves
 
 
 @dataclass
 class _Run:
-    """One pass over a rank's steps. `inbox` has what came for a stage, by message, and `outbox` what waits for its send."""
+    """One pass over a rank's steps. `inbox` has what came for a stage, by message, and `outbox` what waits for its send.
+
+    `passed` has forwards by (stage, microbatch), `owed` the gradients of parameters that wait for their W.
+    """
 
     staged: Staged
     bodies: Mapping[int, Body]
@@ -128,12 +135,14 @@ class _Run:
     inbox: dict[Message, tuple[Tensor, ...] | Arriving] = field(default_factory=dict)
     outbox: dict[Message, tuple[Tensor, ...]] = field(default_factory=dict)
     passed: dict[tuple[int, int], _Passed] = field(default_factory=dict)
+    owed: dict[tuple[int, int], Halves] = field(default_factory=dict)
 
     def play(self) -> None:
         """Everything, in order."""
+        act = {"F": self.forward, "B": self.backward, "I": self.inputs, "W": self.weights}
         for step in self.staged.steps:
             if isinstance(step, Action):
-                (self.forward if step.kind == "F" else self.backward)(step.stage, step.microbatch)
+                act[step.kind](step.stage, step.microbatch)
             elif isinstance(step, Send):
                 message = step.message
                 self.link.send(self.outbox.pop(message), self.staged.rank_of[message.target])
@@ -151,7 +160,8 @@ class _Run:
             message = Message(source, stage, microbatch)
             for border, value in zip(self._borders(message), self._came(message), strict=True):
                 taken[border.tensor] = value.requires_grad_(border.differentiable and torch.is_grad_enabled())
-        with self.regather():
+        halves = Halves()
+        with record_function(str(Action("F", stage, microbatch))), self.regather(), halves:
             made = self.bodies[stage](*self.feeds(stage, microbatch, taken))
         names = self.staged.gives[stage]
         gives, rest = dict(zip(names, made[: len(names)], strict=True)), made[len(names) :]
@@ -162,14 +172,26 @@ class _Run:
         else:
             self.results |= zip(self.staged.own[stage].outputs, rest, strict=True)
         if torch.is_grad_enabled():
-            self.passed[stage, microbatch] = _Passed(taken, gives, loss)
+            self.passed[stage, microbatch] = _Passed(taken, gives, loss, halves)
         for target in self.staged.targets(stage):
             message = Message(stage, target, microbatch)
             self._hand(message, tuple(gives[b.tensor].detach() for b in self._borders(message)))
 
     def backward(self, stage: int, microbatch: int) -> None:
         """The gradients of one microbatch through one stage: to its parameters, and to the stages it read from."""
+        self.passed[stage, microbatch].halves.whole = True
+        self.inputs(stage, microbatch)
+        self.owed.pop((stage, microbatch)).finish()
+
+    def weights(self, stage: int, microbatch: int) -> None:
+        """What the gradients through a stage left to do for its parameters; nothing where its body is not divided."""
+        with record_function(str(Action("W", stage, microbatch))):
+            self.owed.pop((stage, microbatch)).finish()
+
+    def inputs(self, stage: int, microbatch: int) -> None:
+        """The gradients of one microbatch through one stage; those of its parameters as far as its body is not divided."""
         passed = self.passed.pop((stage, microbatch))
+        self.owed[stage, microbatch] = passed.halves
         gradients: dict[str, Tensor] = {}
         for target in self.staged.targets(stage):
             wanted = self.staged.borders.returning(stage, target)
@@ -183,7 +205,8 @@ class _Run:
             scale = loss_gradient(self.staged.own[stage], self.sizes)
             roots.append((passed.loss, torch.full_like(passed.loss, scale)))
         if roots:
-            torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
+            with record_function(str(Action("B" if passed.halves.whole else "I", stage, microbatch))):
+                torch.autograd.backward([r for r, _ in roots], [g for _, g in roots])
         for source in self.staged.sources(stage):
             wanted = self.staged.borders.returning(source, stage)
             if wanted:

@@ -25,10 +25,12 @@ from ..planner.outline import Outline, Parameter
 from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
 from ..planner.ring import zigzag_axes
+from ..planner.schedules import SCHEDULES
 from . import parameters
 from .again import with_recipes
 from .batches import LocalBatches
 from .emit import RankEmit
+from .halves import with_halves
 from .mesh import Mesh
 from .offload.engine import Offloader
 from .staged import Staged, Stages, build
@@ -198,9 +200,13 @@ class Programs:
             emit.overlap(one)
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
+        buckets = _buckets(assignment, emit)
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
+        if training and SCHEDULES[self.plan.pipeline.schedule].splits_backward:
+            own, outline = staged.own, summary.outline
+            bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
-            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, _buckets(assignment, emit), names,
+            captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, buckets, names,
             self.mesh.device, staged=staged, bodies=bodies,
         )  # fmt: skip
 

@@ -105,7 +105,7 @@ class Regather:
         self._ending = False
 
     def __enter__(self) -> Regather:
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         hooks.__enter__()
         self._hooks.append((hooks, _active.set(self)))
         return self
@@ -211,7 +211,8 @@ class Regather:
         self._followed.clear()
         self._ending = False
 
-    def _pack(self, x: Tensor) -> Any:
+    def pack(self, x: Tensor) -> Any:
+        """What autograd saves instead of `x`."""
         found = self.handle(x)
         if found is None and self.running is not None:
             found = self.running.inner(x)
@@ -219,7 +220,8 @@ class Regather:
             return x if self.leaving is None else self.leaving.pack(x)
         return found
 
-    def _unpack(self, saved: Any) -> Tensor:
+    def unpack(self, saved: Any) -> Tensor:
+        """The tensor again, in a backward pass."""
         if isinstance(saved, Tensor):
             return saved
         if not isinstance(saved, Handle):

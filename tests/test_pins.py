@@ -54,7 +54,7 @@ def with_regions(**changes: object) -> plans.p.Plan:
     ("plan", "says"),
     [
         (with_(chunks=2), "chunks of stages"),
-        (with_(ranks=2, stages=4, chunks=2, schedule="zbv"), "splits the backward pass.* pin schedule to .*1f1b"),
+        (with_(ranks=2, stages=2, schedule="forward"), "without backward passes.* pin schedule to .*1f1b"),
         (plans.plan(pools=(plans.p.PoolPlan("a", "x", 1, 1), plans.p.PoolPlan("b", "y", 1, 1))), "kinds of devices"),
         (with_regions(offload=("params",)), "offload.*parameters off the device"),
         (with_regions(offload=("activations",), recompute=("gelu",)), "offload.*run again"),
@@ -77,7 +77,8 @@ def test_what_runs_passes() -> None:
     check_plan(with_regions(offload=("optimizer/3@disk",)))
     check_plan(with_(experts=2))
     check_plan(plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)))
-    check_plan(with_(ranks=2, stages=4, chunks=2, schedule="interleaved"))
+    for schedule in ("interleaved", "zb-h1", "zbv", "dualpipev"):
+        check_plan(with_(ranks=2, stages=4, chunks=2, schedule=schedule))
     check_plan(with_(ranks=4, stages=4, schedule="gpipe"))
     assert {one.key for one in MASK} - {"phase", "pools"} < set(KEYS)  # a phase and a cluster are asked for, not pinned
 

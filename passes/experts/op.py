@@ -81,7 +81,10 @@ def _fused(*operands: Tensor) -> bool:
 
 
 class _Experts(torch.autograd.Function):
-    """Forward and backward by sorted slots; `slots` in comments is t k rows in the order of their experts."""
+    """Forward and backward by sorted slots; `slots` in comments is t k rows in the order of their experts.
+
+    `ctx.half` says which gradients the backward is to make (runtime/meetings.py); what "weight" needs stays from "input" on.
+    """
 
     @staticmethod
     def forward(ctx, x, index, scale, up, down, up_bias, down_bias, gate, transposed, first):  # type: ignore[no-untyped-def,override]
@@ -95,36 +98,54 @@ class _Experts(torch.autograd.Function):
             outer = outer + _rows(down_bias, owner)
         ctx.save_for_backward(x, index, scale, up, down, up_bias, down_bias, inner, order)
         ctx.home = gate, transposed, first
+        ctx.half = ctx.kept = None
         weighted = outer * scale.reshape(-1)[order].unsqueeze(-1)
         return _combined(weighted, order, index.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        x, index, scale, up, down, up_bias, down_bias, inner, order = ctx.saved_tensors
+        flowing, kept = ((None, None), ctx.kept) if ctx.half == "weight" else _Experts._flowing(ctx, grad)
+        ctx.kept = kept if ctx.half == "input" else None
+        weights = (None,) * 4 if ctx.half == "input" else _Experts._weights(ctx, *kept)
+        d_x, d_scale = flowing
+        return d_x, None, d_scale, *weights, None, None, None
+
+    @staticmethod
+    def _flowing(ctx, grad):  # type: ignore[no-untyped-def]
+        """Gradients of x and scale, and what those of the weights are products of."""
+        x, index, scale, up, down, _, down_bias, inner, order = ctx.saved_tensors
         gate, transposed, first = ctx.home
         owner, ends = _again(index, order, first, up.shape[0])
-        rows = order // index.shape[1]
         factor = scale.reshape(-1)[order].unsqueeze(-1)
         with torch.enable_grad():
             leaf = inner.detach().requires_grad_()
             middle = run_gate(gate, leaf)
-        incoming = grad[rows].to(down.dtype)
+        incoming = grad[order // index.shape[1]].to(down.dtype)
         back = grouped_mm(incoming, _inward(down, transposed).transpose(1, 2), ends)  # d(slot output) @ down, unscaled
         per_slot = (middle.detach() * back).sum(-1)
         if down_bias is not None:
             per_slot = per_slot + (incoming * _rows(down_bias, owner)).sum(-1)
         d_scale = _unsorted(per_slot, order).reshape(scale.shape).to(scale.dtype)
         weighted = (incoming * factor).to(down.dtype)
-        d_down = _outward(weighted, middle.detach(), ends, transposed) if ctx.needs_input_grad[4] else None
-        d_down_bias = _by_owner(weighted, owner, down_bias)
         (d_inner,) = torch.autograd.grad(middle, leaf, (back * factor).to(middle.dtype))
-        d_up = _outward(d_inner, x[rows].to(up.dtype), ends, transposed) if ctx.needs_input_grad[3] else None
-        d_up_bias = _by_owner(d_inner, owner, up_bias)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_rows = grouped_mm(d_inner, _inward(up, transposed).transpose(1, 2), ends)
             d_x = _combined(d_rows, order, index.shape).to(x.dtype)
-        return d_x, None, d_scale, d_up, d_down, d_up_bias, d_down_bias, None, None, None
+        return (d_x, d_scale), (weighted, middle.detach(), d_inner)
+
+    @staticmethod
+    def _weights(ctx, weighted, middle, d_inner):  # type: ignore[no-untyped-def]
+        """Gradients of up, down and their biases."""
+        x, index, _, up, _, up_bias, down_bias, _, order = ctx.saved_tensors
+        _, transposed, first = ctx.home
+        owner, ends = _again(index, order, first, up.shape[0])
+        d_up = d_down = None
+        if ctx.needs_input_grad[4]:
+            d_down = _outward(weighted, middle, ends, transposed)
+        if ctx.needs_input_grad[3]:
+            d_up = _outward(d_inner, x[order // index.shape[1]].to(up.dtype), ends, transposed)
+        return d_up, d_down, _by_owner(d_inner, owner, up_bias), _by_owner(weighted, owner, down_bias)
 
 
 def _sorted(index: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,7 +69,8 @@ def _pins(dice: random.Random, world: int) -> list[str]:
     pins.append(f"ep={dice.choice([n for n in (1, 1, 2) if left % n == 0])}")
     if degree["pp"] != "1":
         chunks = dice.choice([1, 1, 2])
-        pins += [f"vpp={chunks}", f"schedule={'interleaved' if chunks > 1 else dice.choice(['gpipe', '1f1b'])}"]
+        schedules = ["interleaved", "zbv", "dualpipev"] if chunks > 1 else ["gpipe", "1f1b", "zb-h1"]
+        pins += [f"vpp={chunks}", f"schedule={dice.choice(schedules)}"]
     if degree["tp"] != "1":
         pins.append(f"sequence_parallel={dice.choice(['on', 'off'])}")
     pins.append(f"zero={dice.randrange(4)}" if left > 1 else "zero=0")
