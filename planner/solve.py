@@ -26,7 +26,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
-from .onestage import COUNTED, explain_here, recomputes, recounted, solve_here
+from .onestage import COUNTED, beyond_one_stage, explain_here, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -88,7 +88,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
-    if outline.training and recomputes(request.pins):
+    if outline.training and beyond_one_stage(request.pins):
         plan = solve_here(outline, cluster, prices, request)
         if plan is None:
             raise explain_here(outline, cluster, prices, request)
@@ -97,7 +97,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
-        if outline.training and request.pins.recompute is None:
+        if outline.training:
             plan = solve_here(outline, cluster, prices, request)
             if plan is not None:
                 return plan
@@ -177,7 +177,8 @@ def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Re
     if request.pins.kernels == "fused":
         ready = fused_saves(ready)
     setting = _setting(cluster, request.precision, request.optimizer)
-    return Task(ready, cluster, _by_stack(prices, ready, request), request.pins, setting, request.memory_limit_bytes)
+    mine = _by_stack(prices, ready, request)
+    return Task(ready, cluster, mine, request.pins, setting, request.memory_limit_bytes, request.runnable)
 
 
 def _by_stack(prices: PriceBook, outline: Outline, request: Request) -> PriceBook:
