@@ -83,8 +83,11 @@ def check_plan(plan: Plan) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What decides whether an offload is executed: classes away, ZeRO levels of the parameters, whether some of them are whole on
-    several data ranks, microbatches, pipeline ranks, whether the unit runs something again, and whether it has a parameter that trains."""
+    """What decides whether an offload is executed.
+
+    `levels`: ZeRO levels of shared parameters; `whole`: some parameters are whole on several data ranks; `again`: the unit runs
+    something again; `trains`: it has a parameter that trains.
+    """
 
     away: Away
     levels: frozenset[int]
@@ -121,9 +124,7 @@ def unexecuted_offload(plan: Plan) -> str:
         levels = frozenset(p.zero for p in entry.parameters if p.zero_axes)
         whole = several and any(not p.zero for p in entry.parameters)
         trains = any(p.trainable for p in entry.parameters)
-        kept = Kept(
-            away, levels, whole, plan.pipeline.microbatches, plan.pipeline.ranks, bool(entry.recompute), trains
-        )
+        kept = Kept(away, levels, whole, plan.pipeline.microbatches, plan.pipeline.ranks, bool(entry.recompute), trains)
         if problem := why_kept_here(kept):
             return f"region {entry.name}: {problem}"
     return ""

@@ -60,7 +60,9 @@ STAGES = ("vpp", "schedule")
 
 def beyond_one_stage(pins: Pins) -> bool:
     """Whether the pins ask for what the one-stage search does not know."""
-    return any(getattr(pins, key) not in (None, *known) or pins.forbids(key, known[0]) for key, known in ONE_STAGE.items())
+    return any(
+        getattr(pins, key) not in (None, *known) or pins.forbids(key, known[0]) for key, known in ONE_STAGE.items()
+    )
 
 
 def searches(pins: Pins) -> list[Pins]:
@@ -74,7 +76,11 @@ def searches(pins: Pins) -> list[Pins]:
         left = {*keys, *(("pp",) if spoken else ())}
         if "pp" in left or pins.pp not in (None, 1):
             left |= {"vpp", "schedule"}
-        fixed = {k: v[0] for k, v in ONE_STAGE.items() if k not in left and getattr(pins, k) is None and not pins.forbids(k, v[0])}
+        fixed = {
+            k: v[0]
+            for k, v in ONE_STAGE.items()
+            if k not in left and getattr(pins, k) is None and not pins.forbids(k, v[0])
+        }
         found[executed_pins(replace(pins, **fixed))] = None  # type: ignore[arg-type]
     return list(found)
 
@@ -110,7 +116,9 @@ def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
     from .solve import make_bench
 
     limit = request.memory_limit_bytes
-    bench, shapes = make_bench(outline, cluster, prices, request, tiers=request.pins.offload != "none" and has_host(cluster))
+    bench, shapes = make_bench(
+        outline, cluster, prices, request, tiers=request.pins.offload != "none" and has_host(cluster)
+    )
     bench.fronts.trim = trimmed
     best: Plan | None = None
     low, high, asked, bound = 0.0, math.inf, float(limit), math.inf

@@ -160,7 +160,9 @@ class Storing:
         made, shelf, why = list[Option](), Shelf(self, data), ""
         for named, numbers in measured:
             found = spread(numbers, data.experts, data.ranks, exchange, self.training)
-            for lying in shelf.places(named, found, levels) if found is not None else ():
+            if found is None:
+                continue
+            for lying in shelf.places(named, found, levels):
                 problem = self._unexecuted(named.design, found.weights, lying, data) if self.runnable else ""
                 if not problem:
                     made.append(self._option(region, named, found, lying, data))

@@ -21,6 +21,7 @@ from .overlap import Overlap
 from .part import Chain, chain
 from .pins import Pins
 from .placing import axis_strides, send_price
+from .prices import Price
 from .progress import Event, Progress
 from .prune import undominated
 from .ready import Ready, make_ready
@@ -264,10 +265,13 @@ class Workbench:
         """Seconds of handing on what crosses before unit `at`, forward and back."""
         if shape.pp == 1:
             return 0.0, 0.0
-        stride = axis_strides(shape.order, shape.sizes())["pp"]
-        size = self.crossing_bytes(shape, at, layout)
-        seconds = send_price(self.task.prices, self.task.cluster, size, stride, shape.pp).seconds
+        seconds = self.sending(shape, self.crossing_bytes(shape, at, layout)).seconds
         return seconds, seconds if self.task.outline.training else 0.0
+
+    def sending(self, shape: Arrangement, size: float) -> Price:
+        """The price of handing so many bytes to the next pipeline rank."""
+        stride = axis_strides(shape.order, shape.sizes())["pp"]
+        return send_price(self.task.prices, self.task.cluster, size, stride, shape.pp)
 
     def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
         """As `send`, for what crosses into a stage."""

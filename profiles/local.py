@@ -17,8 +17,8 @@ import torch
 
 from ..errors import ClusterError
 from ..planner.cluster import MEASURED, Cluster, Device, Host, Level
-from ..planner.hostupdate import HOST_UPDATE_BYTES
 from ..planner.collectives import SEND, Table
+from ..planner.hostupdate import HOST_UPDATE_BYTES
 from .devices import list_clusters, load_device, parse_cluster
 from .jobs import run_ranks
 from .measured import with_measured
@@ -49,7 +49,9 @@ def local_collectives(cluster: Cluster, *, store: str | Path | None = None) -> T
     if not is_local_cpu(cluster) or cluster.devices == 1:
         return {}
     figures = _figures(cluster.devices, _store(store))
-    table = {(name, LEVEL, size): tuple(map(tuple, found)) for (name, size), found in _split(figures["collectives"]).items()}
+    table = {
+        (name, LEVEL, size): tuple(map(tuple, found)) for (name, size), found in _split(figures["collectives"]).items()
+    }
     return table | {(SEND, LEVEL, 2): tuple(map(tuple, figures["sends"]["pairs"]))}
 
 
@@ -167,7 +169,7 @@ def _host(figures: dict[str, Any], ranks: int) -> Host:
     machine, copies = figures["machine"], figures["copies"]
     rate = _round(copies["memory"])
     disk = "disk_read" in copies and "disk_write" in copies
-    timed = ("copy_bytes_per_second", "host_memory_bytes_per_second", "host_update_seconds_per_element")
+    timed = ["copy_bytes_per_second", "host_memory_bytes_per_second", "host_update_seconds_per_element"]
     timed += ("disk_read_bytes_per_second", "disk_write_bytes_per_second", "disk_bytes") if disk else ()
     return Host(
         ranks, memory_bytes(), rate, _round(machine["memory"]) * ranks, _round(HOST_UPDATE_BYTES / machine["optimizer"]),

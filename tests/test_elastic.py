@@ -52,6 +52,14 @@ def test_pins_stay_as_far_as_they_can_be_met() -> None:
         assert alone.notes[-1].endswith(f"without the pins {' '.join(pins)}")
 
 
+def test_ranks_of_a_pipeline_count() -> None:
+    plan = planned("cpu:4", "pp=2", "dp=2", "dtype=fp64")
+    assert ranks_of(plan) == 4
+    alone = again(plan, 2)
+    assert ranks_of(alone) == 2
+    assert alone.pipeline.ranks == 2
+
+
 def test_a_number_without_a_plan_is_refused_with_the_reason() -> None:
     plan = planned("cpu:4", "dp=4", "zero=3")
     few, many = (p.predicted.peak_bytes_per_device for p in (plan, again(plan, 1)))

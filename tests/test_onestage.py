@@ -144,7 +144,8 @@ def test_only_what_is_needed_inside_a_unit_runs_again() -> None:
 @pytest.mark.parametrize(
     ("pins", "says"),
     [
-        ("pp=2", lambda p: p.pipeline.ranks == 2), ("vpp=2 micro_batch=1", lambda p: (p.pipeline.ranks, p.pipeline.chunks) == (2, 2)),
+        ("pp=2", lambda p: p.pipeline.ranks == 2),
+        ("vpp=2 micro_batch=1", lambda p: (p.pipeline.ranks, p.pipeline.chunks) == (2, 2)),
         ("schedule=interleaved", lambda p: p.pipeline.schedule == "interleaved"),
         ("pp=2 schedule=gpipe recompute=full", lambda p: p.pipeline.schedule == "gpipe" and recomputed(p)),
         ("offload=optimizer", lambda p: all("optimizer" in r.offload for r in p.regions if r.parameters)),

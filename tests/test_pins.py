@@ -39,7 +39,9 @@ def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
 
 def test_what_the_runtime_executes_can_be_pinned() -> None:
     check_pins(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
-    check_pins(parse_pins(["pp=2", "cp=2", "ep=2", "vpp=2", "recompute=full", "offload=params", "schedule=interleaved"]))
+    check_pins(
+        parse_pins(["pp=2", "cp=2", "ep=2", "vpp=2", "recompute=full", "offload=params", "schedule=interleaved"])
+    )
 
 
 def test_what_is_not_executed_is_forbidden_to_a_search() -> None:
