@@ -1,4 +1,7 @@
-"""Plans that run here and recompute: the joint search over what the runtime executes, its bytes counted op by op.
+"""Plans that run here beyond one plain stage: the joint search over what the runtime executes, its bytes counted op by op.
+
+Pins that the one-stage search (planner/search.py) does not know come here, and so does what fits nowhere without: searches open one
+dimension more at a time until one finds a plan.
 
 The joint search prices units apart from each other, which leaves what lies between them to an estimate. A plan of one stage is
 executed as one graph, so its collectives and bytes are counted there, over every op of the model (planner/evaluate.py), and it
@@ -41,6 +44,12 @@ NEAR = 1.02
 
 WIDER = 1.3
 """Factor on the allowance after a search that found nothing."""
+
+NARROW = (
+    "context and expert axes are looked at where they are pinned; "
+    "recompute, offload and pipelines also where nothing else fits"
+)
+"""What plans that run here give up."""
 
 COUNTED = "options are compared by bytes of units; the plan's own bytes and collectives are counted op by op"
 
@@ -168,7 +177,7 @@ def _limited(plan: Plan, limit: int, bound: float) -> Plan:
     bound = min(bound, seconds)
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, *([COUNTED] if one_graph(plan) else [])),
+        given_up=(*plan.search.given_up, NARROW, *([COUNTED] if one_graph(plan) else [])),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 

@@ -26,7 +26,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
-from .onestage import COUNTED, beyond_one_stage, explain_here, recounted, solve_here
+from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -364,7 +364,9 @@ def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, be
         precision=request.precision, semantics="EXACT", mesh=best.shape.axes,
         pipeline=Pipeline(microbatches=best.m, micro_batch=local // best.m), regions=_regions(outline, best),
         memory_limit_bytes=request.memory_limit_bytes, predicted=predicted,
-        search=Search(bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS"),
+        search=Search(
+            bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS", given_up=(NARROW,)
+        ),
         pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes,
     )  # fmt: skip
 
