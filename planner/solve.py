@@ -43,7 +43,7 @@ from .plan import (
     Source,
 )  # fmt: skip
 from .plancheck import first_problem
-from .precision import RECIPES
+from .precision import RECIPES, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -313,7 +313,7 @@ def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None
 def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
     """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
-    costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
+    costs = Costs(prices, Shape(plan.mesh), bool(outline.loss), summed=sum_ratio(plan.precision))
     setting = _setting(cluster, plan.precision, plan.optimizer)
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
