@@ -67,11 +67,12 @@ STAGES = ("vpp", "schedule")
 """Pins that speak of a pipeline, and leave open how many ranks it has."""
 
 
-def beyond_one_stage(pins: Pins) -> bool:
-    """Whether the pins ask for what the one-stage search does not know."""
+def beyond_one_stage(pins: Pins, *, training: bool = True) -> bool:
+    """Whether the pins ask for what the one-stage search does not know; without a backward pass nothing runs again."""
     return any(
-        getattr(pins, key) not in (None, *known) or pins.forbids(key, known[0]) for key, known in ONE_STAGE.items()
-    )
+        getattr(pins, key) not in (None, *known) or pins.forbids(key, known[0])
+        for key, known in ONE_STAGE.items() if training or key != "recompute"
+    )  # fmt: skip
 
 
 def searches(pins: Pins) -> list[Pins]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from ..errors import ClusterError, Infeasible, PlanError
+from ..errors import ClusterError, Infeasible, PinError, PlanError
 from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
@@ -88,7 +88,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
-    if outline.training and beyond_one_stage(request.pins):
+    if beyond_one_stage(request.pins, training=outline.training):
         plan = solve_here(outline, cluster, prices, request)
         if plan is None:
             raise explain_here(outline, cluster, prices, request)
@@ -97,12 +97,19 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
-        if outline.training:
-            plan = solve_here(outline, cluster, prices, request)
-            if plan is not None:
-                return plan
-        raise explain(problem, shapes, request.progress)
+        wider = _wider(outline, cluster, prices, request) if outline.training else None
+        if wider is None:
+            raise explain(problem, shapes, request.progress)
+        return wider
     return _plan(outline, cluster, request, found, found.best)
+
+
+def _wider(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
+    """A plan of the dimensions that one plain stage leaves out; None where they help nothing."""
+    try:
+        return solve_here(outline, cluster, prices, request)
+    except PinError:
+        return None
 
 
 def one_kind(cluster: Cluster, what: str) -> None:

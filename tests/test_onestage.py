@@ -177,6 +177,7 @@ def test_without_a_host_nothing_is_offloaded() -> None:
 
 def test_searches_open_more_keys_only_where_nothing_fits() -> None:
     assert not beyond_one_stage(parse_pins(["tp=2", "pp=1", "schedule=1f1b", "offload=none"]))
+    assert not beyond_one_stage(parse_pins(["recompute=full"]), training=False)
     assert all(beyond_one_stage(parse_pins([text])) for text in ("pp=2", "cp=2", "vpp=2", "offload=params", "pp!=1"))
     first, second, third = searches(parse_pins([]))
     assert (first.pp, first.cp, first.offload, first.recompute) == (1, 1, "none", None)
@@ -206,3 +207,11 @@ def test_cpu_ranks_have_what_their_limits_leave() -> None:
     assert spare == 1500
     assert spare_host_bytes(replace(where, limit_bytes=2 * where.device.memory_bytes)) == 0
     assert spare_host_bytes(cluster(2)) == 0
+
+
+def test_inference_takes_the_pins_of_a_pipeline() -> None:
+    forward = replace(model(), loss="")
+    request = Request(SOURCE, "adamw", FP32, PLENTY, parse_pins(["pp=2"]), runnable=True)
+    plan = solve(forward, cluster(2), FakePrices(), request)
+    assert plan.pipeline.ranks == 2
+    check_plan(plan)
