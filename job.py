@@ -104,7 +104,7 @@ class Job:
                 cluster = with_stored(
                     cluster, stack_text(precision, pins), versions(), Store(Path(store) if store else None)
                 )
-            prices = measured_prices(summary, cluster, precision.compute, store=store)
+            prices = measured_prices(summary, cluster, precision.compute, store=store, stages=pins.pp or 1)
         request = Request(
             source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,
             frozenset(dropping_attention(summary.calls)),

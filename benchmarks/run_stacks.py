@@ -41,14 +41,14 @@ STACKS = (
     # half-precision engine under Transformers of 2022, whose models do not cast logits.
     Stack(r"slapo", "zero", "flash1", "fused", loss="compute"),
     # MPT's loss is fused_crossentropy unless told otherwise.
-    Stack(r"llm-foundry|Composer", "fsdp-fp32", "flash1", "eager", "3", loss="fused"),
+    Stack(r"llm-foundry|Composer", "fsdp-bf16", "flash1", "eager", "3", loss="fused"),
     Stack(r"torchtune", "pure-bf16", "flash", "eager", "3"),
     Stack(r"DeepSpeed", "zero", "math", "eager"),
-    Stack(r"FSDP|torchtitan|minGPT|LitGPT", "fsdp-fp32", "flash", "eager", "3"),
+    Stack(r"FSDP|torchtitan|minGPT|LitGPT", "fsdp-bf16", "flash", "eager", "3"),
 )
 """The first whose pattern is found in a row's framework holds."""
 
-UNKNOWN = Stack("", "fsdp-fp32", "flash", "eager")
+UNKNOWN = Stack("", "fsdp-bf16", "flash", "eager")
 
 
 def stack_of(stated: Mapping[str, Any]) -> Stack:

@@ -43,21 +43,24 @@ def measured_prices(
     *,
     store: str | Path | None = None,
     budget_seconds: float = BUDGET_SECONDS,
+    stages: int = 1,
 ) -> Prices:
-    """The price list for `summary` on `cluster` at a compute dtype.
+    """The price list for `summary` on `cluster` at a compute dtype, for plans of so many pipeline ranks.
 
     `store` is the profile store's file (nothing is kept without one). On measured CPU clusters at most `budget_seconds` go
     into timing, the heaviest ops first. What was measured is multiplied by the factor of a calibrated cluster. Raises
     LaunchError when the measuring ranks fail.
     """
     if cluster.device.calibration != 1.0 and not cluster.pools:
-        prices = measured_prices(summary, bare(cluster), compute, store=store, budget_seconds=budget_seconds)
+        prices = measured_prices(
+            summary, bare(cluster), compute, store=store, budget_seconds=budget_seconds, stages=stages
+        )
         return replace(scaled(prices, cluster.device.calibration), cluster=cluster)
     if not is_local_cpu(cluster):
         return _profiled(summary, cluster, compute, Store(Path(store) if store is not None else None))
     arguments = {name: argument_text(*operands_of(call.node)[1:]) for name, call in summary.calls.items()}
     prices = Prices(cluster, compute, collectives=local_collectives(cluster, store=store), arguments=arguments)
-    picked = samples(summary.outline, prices)[:MOST_SAMPLES]
+    picked = samples(summary.outline, prices, stages)[:MOST_SAMPLES]
     kept = Store(Path(store) if store is not None else None)
     rows = _rows(summary, prices, picked, kept, budget_seconds)
     return in_place(fitted(prices, rows, picked, summary.outline.tensors), summary, kept)

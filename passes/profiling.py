@@ -34,7 +34,7 @@ from .regions import timed_regions
 from .summarize import Summary, operands_of
 
 Say = Callable[[str], None]
-MACHINE_KINDS = ("machine", "collectives", "overlap", "copies", "allocator")
+MACHINE_KINDS = ("machine", "collectives", "sends", "overlap", "copies", "allocator")
 OPS_SHARE = 0.6
 """Of the budget that is left for a model, what its single ops may take; regions and the optimizer take the rest."""
 LEAST_SECONDS = 10.0

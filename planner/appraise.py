@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .cluster import MEASURED
 from .interval import step_interval
 from .options import Option, end_to_end
 from .paths import makespan
@@ -186,6 +187,7 @@ def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Predictio
     flops = sum(op.flops + op.backward_flops for op in outline.ops if op.kind in FLOPS_KINDS)
     costs = bench.on(shape, 0).fronts.costs(shape.tp, shape.cp)
     sources = {cause: " and ".join(sorted(known)) for cause, known in costs.sources.items() if known}
+    sources |= _of_links(bench, shape, found)
     errors = [e for known in costs.sources.values() for e in known.values()]
     compute = bench.task.setting.precision.compute
     peaks = [pool.device.peak(compute) * pool.devices for pool in bench.task.cluster.pool_list()]
@@ -199,3 +201,15 @@ def predict(bench: Workbench, shape: Arrangement, found: Appraisal) -> Predictio
         sources=sources, error=max(errors, default=0.0), host_bytes_per_device=found.host_bytes,
         disk_bytes_per_device=found.disk_bytes, step_seconds_low=low, step_seconds_high=high,
     )  # fmt: skip
+
+
+def _of_links(bench: Workbench, shape: Arrangement, found: Appraisal) -> dict[str, str]:
+    """Where the seconds of messages between stages and of copies behind the device come from."""
+    sources, host = {}, bench.task.cluster.host
+    sent = next((t for t in found.traffic if t.collective == "send"), None)
+    if sent is not None and not shape.pools:
+        sources["send"] = bench.sending(shape, sent.bytes / sent.count).source
+    if host is not None and (found.host_bytes or found.disk_bytes):
+        measured = host.source("copy_bytes_per_second").startswith(MEASURED)
+        sources["offload"] = "measured" if measured else "datasheet"
+    return sources

@@ -19,7 +19,7 @@ from functools import cached_property
 from ..errors import PlanError
 from .cluster import Host
 from .costs import PriceBook
-from .hostupdate import MOST_SUBGROUPS, SLOTS, best_stride, update_rates
+from .hostupdate import ALL_CPU, MOST_SUBGROUPS, SLOTS, best_stride, update_rates
 from .offload import (
     ON_HOST,
     Traffic,
@@ -214,12 +214,16 @@ class Moves:
 
 @dataclass(frozen=True)
 class Copies:
-    """Seconds and bytes of offloads with one recipe and optimizer; rates of the update are worked out when first asked for."""
+    """Seconds and bytes of offloads with one recipe and optimizer; rates of the update are worked out when first asked for.
+
+    `beside`: copies run beside compute, and the host's processor beside the device. CPU ranks have one for all of it.
+    """
 
     host: Host
     prices: PriceBook
     precision: Precision
     optimizer: str
+    beside: bool = True
     _rates: dict[tuple[str, bool], tuple[float, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -243,9 +247,12 @@ class Copies:
             rates = update_rates(prices, self.precision, self.optimizer, away.optimizer)
             if away.parameters:
                 rates = replace(rates, parameters_in=0.0)
-            elements = MOST_SUBGROUPS * SUBGROUP
-            stride, seconds = best_stride(elements, rates, SUBGROUP)
-            self._rates[key] = stride, seconds / elements
+            if self.beside:
+                elements = MOST_SUBGROUPS * SUBGROUP
+                stride, seconds = best_stride(elements, rates, SUBGROUP)
+                self._rates[key] = stride, seconds / elements
+            else:
+                self._rates[key] = ALL_CPU, rates.cpu + rates.parameters_in + rates.read + rates.write
         return self._rates[key]
 
     def slots(self, away: Away, elements: float) -> float:
@@ -307,6 +314,8 @@ class Copies:
         `left` are saved bytes that leave after the forward pass and come back; both directions have lanes of their own.
         """
         forward, backward = moves.forward_window, moves.backward_window
+        if not self.beside:
+            compute = compute_back = 0.0
         if left:
             out, back = activation_traffic(left, ON_HOST)
             forward, backward = self._window(moves.forward + out), self._window(moves.backward + back)

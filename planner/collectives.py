@@ -23,6 +23,9 @@ from .cluster import Cluster, Hop, Level, Route
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
+SEND = "send"
+"""What rows of a message from one rank to another are filed under, with a group of 2."""
+
 Rows = Sequence[tuple[float, float]]
 """Measured (full bytes, seconds), ascending in bytes."""
 Table = Mapping[tuple[str, str, int], Rows]

@@ -153,14 +153,17 @@ class Costs:
     def __init__(
         self, prices: PriceBook, shape: Shape, loss_is_differentiated: bool = True, *,
         overlap: Overlap = NONE, repeated: Mapping[str, float] = MappingProxyType({}), ahead: bool = False,
+        summed: float = 1.0,
     ) -> None:  # fmt: skip
         """`overlap` is what a ring's sends may hide, `repeated` the distinct share of keys and values by op (planner/ring.py).
+
+        `summed` is how many bytes a byte of gradients has as they are summed over ranks (planner/precision.py).
 
         With `ahead` the host may run ahead of the device: what it needs to start an op is told apart. Without, no op takes
         less than that.
         """
         self.prices, self.shape, self.training = prices, shape, loss_is_differentiated
-        self.ahead = ahead
+        self.ahead, self.summed = ahead, summed
         self.overlap, self.repeated = overlap, repeated
         self._sizes = shape.sizes
         self._ops: dict[tuple[object, ...], Run] = {}
@@ -338,13 +341,17 @@ class Costs:
         return Chain(there, back, copies[0], copies[1], tuple(calls), fresh)
 
     def bucket(self, collective: str, axes: Sequence[int], reference_bytes: float) -> Bucket:
-        """Affine price of a bucketed collective over `axes` together; `reference_bytes` is the largest bucket it may be."""
+        """Affine price of a bucketed collective over `axes` together; `reference_bytes` is the largest bucket it may be.
+
+        Bytes are in the compute dtype, whatever gradients are summed in.
+        """
+        ratio = 1.0 if collective == "all_gather" else self.summed
         size = math.prod(self.shape.sizes[a] for a in axes)
         if size == 1 or not axes:
             return Bucket(0.0, 0.0)
         stride = min(self.shape.stride(a) for a in axes)
         fixed = self.prices.collective(collective, 1.0, stride, size).seconds
-        whole = self.prices.collective(collective, max(reference_bytes, 2.0), stride, size).seconds
+        whole = self.prices.collective(collective, ratio * max(reference_bytes, 2.0), stride, size).seconds
         return Bucket(fixed, max(whole - fixed, 0.0) / max(reference_bytes, 2.0))
 
 

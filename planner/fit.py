@@ -31,14 +31,15 @@ class Sample:
     weight: float
 
 
-def samples(outline: Outline, prices: Prices) -> tuple[Sample, ...]:
-    """Distinct (op, local shape) that plans on the cluster of `prices` may ask for, every target's heaviest first.
+def samples(outline: Outline, prices: Prices, stages: int = 1) -> tuple[Sample, ...]:
+    """Distinct (op, local shape) that plans of `stages` pipeline ranks on the cluster of `prices` may ask for, every target's
+    heaviest first.
 
-    Shapes: the batch cut over d ranks and at most one other factor over t, for every d x t that makes up the devices.
+    Shapes: the batch cut over d ranks and at most one other factor over t, for every d x t that makes up the devices of a stage.
     Targets take turns, so that a short budget has timed each of them once.
     """
     found: dict[OpKey, Sample] = {}
-    devices = prices.cluster.devices
+    devices = max(1, prices.cluster.devices // stages)
     meshes = [(d, devices // d) for d in range(1, devices + 1) if devices % d == 0]
     for op in outline.ops:
         if op.kind in UNTIMED_KINDS:

@@ -1,4 +1,7 @@
-"""Plans that run here and recompute: the joint search over what the runtime executes, its bytes counted op by op.
+"""Plans that run here beyond one plain stage: the joint search over what the runtime executes, its bytes counted op by op.
+
+Pins that the one-stage search (planner/search.py) does not know come here, and so does what fits nowhere without: searches open one
+dimension more at a time until one finds a plan.
 
 The joint search prices units apart from each other, which leaves what lies between them to an estimate. A plan of one stage is
 executed as one graph, so its collectives and bytes are counted there, over every op of the model (planner/evaluate.py), and it
@@ -14,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..errors import Infeasible, PlanError
+from ..errors import Infeasible, PinError, PlanError
 from .assign import assign
 from .beside import most_overlap
-from .capability import MASK
-from .cluster import Cluster
+from .capability import executed_pins
+from .cluster import Cluster, has_host
 from .costs import PriceBook
 from .evaluate import Evaluation
 from .infeasible import limit_text, size_text
@@ -44,17 +47,54 @@ NEAR = 1.02
 WIDER = 1.3
 """Factor on the allowance after a search that found nothing."""
 
+NARROW = (
+    "context and expert axes are looked at where they are pinned; "
+    "recompute, offload and pipelines also where nothing else fits"
+)
+"""What plans that run here give up."""
+
 COUNTED = "options are compared by bytes of units; the plan's own bytes and collectives are counted op by op"
 
 
-ONE_GRAPH: dict[str, Value] = {"pp": 1, "cp": 1, "ep": 1, "vpp": 1, "offload": "none"}
-"""Pins under which a step is one graph on every rank, with nothing behind the device."""
+ONE_STAGE: dict[str, tuple[Value, ...]] = {
+    "pp": (1,), "cp": (1,), "ep": (1,), "vpp": (1,), "schedule": ("none", "gpipe", "1f1b"), "offload": ("none",),
+    "recompute": ("none",),
+}  # fmt: skip
+"""Values of pins under which the one-stage search (planner/search.py) answers; the first is what a plan has without a pin."""
+
+WIDER_SEARCHES: tuple[tuple[str, ...], ...] = (("recompute",), ("recompute", "offload"), ("recompute", "offload", "pp"))
+"""Keys left open, one set after the other, where nothing fits."""
+
+STAGES = ("vpp", "schedule")
+"""Pins that speak of a pipeline, and leave open how many ranks it has."""
 
 
-def executed(pins: Pins) -> Pins:
-    """The pins, with those keys fixed that are left open and of which one value is executed, or leaves one graph."""
-    only = {one.key: one.values[0] for one in MASK if len(one.values) == 1 and hasattr(pins, one.key)} | ONE_GRAPH
-    return replace(pins, **{key: value for key, value in only.items() if getattr(pins, key) is None})  # type: ignore[arg-type]
+def beyond_one_stage(pins: Pins, *, training: bool = True) -> bool:
+    """Whether the pins ask for what the one-stage search does not know; without a backward pass nothing runs again."""
+    return any(
+        getattr(pins, key) not in (None, *known) or pins.forbids(key, known[0])
+        for key, known in ONE_STAGE.items() if training or key != "recompute"
+    )  # fmt: skip
+
+
+def searches(pins: Pins) -> list[Pins]:
+    """The pins of each joint search for a plan that runs here, from few open keys to many.
+
+    Keys without a pin have their neutral value. Recompute is always open, and the depth of a pipeline that is spoken of.
+    """
+    spoken = any(getattr(pins, key) not in (None, *ONE_STAGE[key]) for key in STAGES)
+    found: dict[Pins, None] = {}
+    for keys in WIDER_SEARCHES:
+        left = {*keys, *(("pp",) if spoken else ())}
+        if "pp" in left or pins.pp not in (None, 1):
+            left |= {"vpp", "schedule"}
+        fixed = {
+            k: v[0]
+            for k, v in ONE_STAGE.items()
+            if k not in left and getattr(pins, k) is None and not pins.forbids(k, v[0])
+        }
+        found[executed_pins(replace(pins, **fixed))] = None  # type: ignore[arg-type]
+    return list(found)
 
 
 def one_graph(plan: Plan) -> bool:
@@ -63,22 +103,41 @@ def one_graph(plan: Plan) -> bool:
     return plan.pipeline.stages == 1 and not apart and not any(region.offload for region in plan.regions)
 
 
-def recomputes(pins: Pins) -> bool:
-    """Whether the pins ask for recompute."""
-    return pins.recompute not in (None, "none") or pins.forbids("recompute", "none")
-
-
 def solve_here(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
-    """The fastest plan found within the limit that the runtime executes; None where there is none."""
+    """The fastest plan found within the limit that the runtime executes; None where there is none.
+
+    Searches go from few open keys to many and end with the first that finds a plan. Raises PinError where no shape meets the pins.
+    """
+    refused: list[PinError] = []
+    tried = searches(request.pins)
+    for pins in tried:
+        try:
+            plan = _solve(outline, cluster, prices, replace(request, pins=pins))
+        except PinError as error:
+            refused.append(error)
+            continue
+        if plan is not None:
+            return plan
+    if len(refused) == len(tried):
+        raise refused[0]
+    return None
+
+
+def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
+    """The fastest plan of one joint search."""
     from .solve import make_bench
 
     limit = request.memory_limit_bytes
-    bench, shapes = make_bench(outline, cluster, prices, replace(request, pins=executed(request.pins)), tiers=False)
+    bench, shapes = make_bench(
+        outline, cluster, prices, request, tiers=request.pins.offload != "none" and has_host(cluster)
+    )
     bench.fronts.trim = trimmed
     best: Plan | None = None
     low, high, asked, bound = 0.0, math.inf, float(limit), math.inf
     for _ in range(ROUNDS):
         plan = _within(bench, shapes, math.floor(asked), request, outline)
+        if plan is not None and not one_graph(plan):
+            return _limited(plan, limit, plan.search.bound_seconds)
         peak = 0
         if plan is not None:
             plan, bound = counted(plan, outline, cluster, prices), min(bound, plan.search.bound_seconds)
@@ -121,14 +180,14 @@ def _limited(plan: Plan, limit: int, bound: float) -> Plan:
     bound = min(bound, seconds)
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, *([COUNTED] if one_graph(plan) else [])),
+        given_up=(*plan.search.given_up, NARROW, *([COUNTED] if one_graph(plan) else [])),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 
 
 def explain_here(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Infeasible:
     """The error to raise where nothing that is executed fits: what binds where the least memory is needed."""
-    pins = executed(request.pins)
+    pins = searches(request.pins)[-1]
     least = least_memory(outline, cluster, prices, replace(request, pins=pins))
     if least is None:
         return Infeasible("no shape of the cluster can hold this model under the pins")

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from ..errors import PinError
 from .away import HERE, Away, Case, Copies, Moves, offers
+from .capability import Kept, why_kept_here
 from .cluster import Device, Host
 from .costs import Call, PriceBook
 from .front import Design
@@ -101,7 +102,7 @@ class Storing:
     """Prices options: what they depend on beside the unit.
 
     With `host`, the tiers behind each node, options with state there are offered as far as `pins` leave them; `prices` are then
-    planner/prices.py's.
+    planner/prices.py's. With `runnable` no more of them than the runtime executes.
     """
 
     prices: PriceBook
@@ -112,6 +113,7 @@ class Storing:
     foreach: bool
     host: Host | None = None
     pins: Pins = field(default_factory=Pins)
+    runnable: bool = False
 
     @cached_property
     def keeping(self) -> Keeping:
@@ -122,7 +124,7 @@ class Storing:
     def copies(self) -> Copies:
         """What goes to the host and comes back."""
         assert self.host is not None
-        return Copies(self.host, self.prices, self.precision, self.optimizer)
+        return Copies(self.host, self.prices, self.precision, self.optimizer, self.device.kind != "cpu")
 
     def undercut(self) -> float:
         """Seconds by which the optimizer's step of a unit may be shorter with its states behind the device than with them on it.
@@ -145,7 +147,7 @@ class Storing:
     ) -> list[Option]:
         """The options of each ZeRO level for some designs; none for one whose experts cannot be split so.
 
-        Raises PinError where an offload is pinned and there is no host.
+        Raises PinError where an offload is pinned and there is no host, or none of it runs.
         """
         if self.host is None and self.pins.offload not in (None, "none"):
             raise PinError(
@@ -155,14 +157,28 @@ class Storing:
         def exchange(full_bytes: float) -> float:
             return self.prices.collective("all_to_all", full_bytes, data.expert_stride, data.experts).seconds
 
-        made, shelf = list[Option](), Shelf(self, data)
+        made, shelf, why = list[Option](), Shelf(self, data), ""
         for named, numbers in measured:
             found = spread(numbers, data.experts, data.ranks, exchange, self.training)
-            if found is not None:
-                made += [
-                    self._option(region, named, found, lying, data) for lying in shelf.places(named, found, levels)
-                ]
+            if found is None:
+                continue
+            for lying in shelf.places(named, found, levels):
+                problem = self._unexecuted(named.design, found.weights, lying, data) if self.runnable else ""
+                if not problem:
+                    made.append(self._option(region, named, found, lying, data))
+                why = why or problem
+        if why and not made:
+            raise PinError(f"offload={self.pins.offload} does not run here: {why}")
         return made
+
+    def _unexecuted(self, design: Design, weights: Sequence[Weights], lying: _Lying, data: Data) -> str:
+        """Why the runtime does not execute what is kept away; "" where it does."""
+        shared = data.ranks > 1
+        kept = Kept(
+            lying.away, frozenset([lying.level] if shared else []), shared and not lying.level, data.microbatches, data.stages,
+            bool(design.again or design.regather), self.training and any(w.trainable for w in weights),
+        )  # fmt: skip
+        return why_kept_here(kept)
 
     def _option(self, region: int, named: Named, n: Numbers, lying: _Lying, data: Data) -> Option:
         away, talk, memory, moves = lying.away, lying.talk, lying.memory, lying.moves

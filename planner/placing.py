@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from ..errors import ClusterError
 from .cluster import Cluster, Level, Route
+from .collectives import SEND, measured_seconds
+from .costs import PriceBook
+from .prices import DATASHEET_ERROR, FREE, MODELLED_ERROR, Price, Prices
 
 INNER = ("ep", "cp", "tp")
 """Axes with a fixed place, outermost first."""
@@ -105,6 +108,18 @@ def send_seconds(
     if send_bytes <= 0:
         return 0.0
     return _seconds(send_level(cluster, stride, start, size=size), send_bytes)
+
+
+def send_price(prices: PriceBook, cluster: Cluster, send_bytes: float, stride: int, size: int) -> Price:
+    """`send_seconds` with its source: measured where `prices` has rows of messages over the link."""
+    rows = prices.collectives if isinstance(prices, Prices) else {}
+    level = send_level(cluster, stride, size=size)
+    known = measured_seconds(rows, SEND, send_bytes, 2, level.name)
+    if send_bytes <= 0:
+        return FREE
+    if known is not None:
+        return Price(known, "measured", MODELLED_ERROR)
+    return Price(_seconds(level, send_bytes), "datasheet", DATASHEET_ERROR)
 
 
 def wrap_seconds(cluster: Cluster, send_bytes: float, stride: int, size: int) -> float:

@@ -5,6 +5,7 @@
     zero          bf16      bf16 2     bf16 2    fp32 4  fp32 8    16
     zero-fp16     fp16      fp16 2     fp16 2    fp32 4  fp32 8    16
     fsdp-fp32     bf16      fp32 4     fp32 4    -       fp32 8    16 (sharded) and a bf16 copy while gathered
+    fsdp-bf16     bf16      fp32 4     fp32 4    -       fp32 8    as fsdp-fp32, with gradients summed over ranks in bf16
     fp16          fp16      fp32 4     fp32 4    -       fp32 8    16 and an fp16 copy while gathered
     fp32          fp32      fp32 4     fp32 4    -       fp32 8    16
     fp64          fp64      fp64 8     fp64 8    -       fp64 16   32
@@ -13,7 +14,8 @@
     megatron-fp8  bf16      bf16 2     fp32 4    fp32 4  fp32 8    18; products with parameters in fp8
     fsdp-fp8      bf16      fp32 4     fp32 4    -       fp32 8    16; likewise
 
-The runtime executes recipes without a master copy; the others price what somebody else runs.
+Gradients are summed over ranks as they come where parameters are computed with as stored, else in the gradient's dtype, unless a
+recipe says otherwise. The runtime executes recipes without a master copy; the others price what somebody else runs.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Recipe:
     """Dtypes of everything kept per parameter element; `master` is the dtype of an extra copy for the optimizer, or "".
 
     `runs` says whether the runtime executes it. `products` is the dtype of products with parameters, "" for `compute`.
+    `reduction` is the dtype in which gradients are summed over ranks, where it is neither the gradient's nor the one they come in.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Recipe:
     master: str = ""
     runs: bool = True
     products: str = ""
+    reduction: str = ""
 
     def precision(self) -> Precision:
         """What a plan records."""
@@ -61,10 +65,20 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         for r in (
             Recipe("megatron", "bfloat16", "bfloat16", "float32", "float32", "float32", runs=False),
             Recipe("megatron-fp8", "bfloat16", "bfloat16", "float32", "float32", "float32", False, "float8_e4m3fn"),
-            Recipe("fsdp-fp8", "bfloat16", "float32", "float32", "float32", runs=False, products="float8_e4m3fn"),
+            Recipe(
+                "fsdp-fp8",
+                "bfloat16",
+                "float32",
+                "float32",
+                "float32",
+                runs=False,
+                products="float8_e4m3fn",
+                reduction="bfloat16",
+            ),
             Recipe("zero", "bfloat16", "bfloat16", "bfloat16", "float32", "float32", runs=False),
             Recipe("zero-fp16", "float16", "float16", "float16", "float32", "float32", runs=False),
             Recipe("fsdp-fp32", "bfloat16", "float32", "float32", "float32"),
+            Recipe("fsdp-bf16", "bfloat16", "float32", "float32", "float32", reduction="bfloat16"),
             Recipe("fp16", "float16", "float32", "float32", "float32"),
             Recipe("fp32", "float32", "float32", "float32", "float32"),
             Recipe("fp64", "float64", "float64", "float64", "float64"),
@@ -154,6 +168,19 @@ def state_bytes(precision: Precision, optimizer: str) -> StateBytes:
     moments = find_optimizer(optimizer).moments * DTYPE_BYTES[precision.moment]
     copy = DTYPE_BYTES[precision.compute] if precision.compute != precision.parameter else 0
     return StateBytes(DTYPE_BYTES[precision.parameter], DTYPE_BYTES[precision.gradient], master, moments, copy)
+
+
+def sum_dtype(precision: Precision) -> str:
+    """The dtype in which gradients are summed over ranks."""
+    recipe = RECIPES.get(precision.recipe)
+    if recipe is not None and recipe.reduction:
+        return recipe.reduction
+    return precision.compute if precision.compute == precision.parameter else precision.gradient
+
+
+def sum_ratio(precision: Precision) -> float:
+    """Bytes of a gradient as it is summed over those in the compute dtype."""
+    return DTYPE_BYTES[sum_dtype(precision)] / DTYPE_BYTES[precision.compute]
 
 
 def semantics_of(precision: Precision) -> str:

@@ -20,6 +20,7 @@ from .memory import Facts, Point, Setting
 from .outline import Outline
 from .pins import Pins
 from .plan import ShapeRecord
+from .precision import sum_ratio
 from .progress import Event, Progress
 from .region import Choice, Form, RegionProgram, Solution
 from .rows import Group, Rows, Savers, savers
@@ -62,7 +63,7 @@ class Candidate:
         self.problem, self.shape, self.m = problem, shape, microbatches
         training = bool(problem.outline.loss)
         self.template, known = problem.template(microbatches)
-        costs = Costs(problem.prices, shape, training)
+        costs = Costs(problem.prices, shape, training, summed=sum_ratio(problem.setting.precision))
         setting = problem.setting
         self.space = Space(
             self.template, costs, problem.pins, setting.precision, setting.optimizer, fixed, problem.residual

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from ..errors import ClusterError, Infeasible, PlanError
+from ..errors import ClusterError, Infeasible, PinError, PlanError
 from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
@@ -27,7 +27,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
-from .onestage import COUNTED, explain_here, recomputes, recounted, solve_here
+from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -44,7 +44,7 @@ from .plan import (
     Source,
 )  # fmt: skip
 from .plancheck import first_problem
-from .precision import RECIPES
+from .precision import RECIPES, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -89,7 +89,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
-    if outline.training and recomputes(request.pins):
+    if beyond_one_stage(request.pins, training=outline.training):
         plan = solve_here(outline, cluster, prices, request)
         if plan is None:
             raise explain_here(outline, cluster, prices, request)
@@ -98,12 +98,19 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     found = ShapeSearch(problem, shapes, request.progress).run()
     if found.best is None:
-        if outline.training and request.pins.recompute is None:
-            plan = solve_here(outline, cluster, prices, request)
-            if plan is not None:
-                return plan
-        raise explain(problem, shapes, request.progress)
+        wider = _wider(outline, cluster, prices, request) if outline.training else None
+        if wider is None:
+            raise explain(problem, shapes, request.progress)
+        return wider
     return _plan(outline, cluster, request, found, found.best)
+
+
+def _wider(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
+    """A plan of the dimensions that one plain stage leaves out; None where they help nothing."""
+    try:
+        return solve_here(outline, cluster, prices, request)
+    except PinError:
+        return None
 
 
 def one_kind(cluster: Cluster, what: str) -> None:
@@ -178,7 +185,8 @@ def make_task(outline: Outline, cluster: Cluster, prices: PriceBook, request: Re
     if request.pins.kernels == "fused":
         ready = fused_saves(ready)
     setting = _setting(cluster, request.precision, request.optimizer)
-    return Task(ready, cluster, _by_stack(prices, ready, request), request.pins, setting, request.memory_limit_bytes)
+    mine = _by_stack(prices, ready, request)
+    return Task(ready, cluster, mine, request.pins, setting, request.memory_limit_bytes, request.runnable)
 
 
 def _by_stack(prices: PriceBook, outline: Outline, request: Request) -> PriceBook:
@@ -313,7 +321,7 @@ def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None
 def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
     """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
-    costs = Costs(prices, Shape(plan.mesh), bool(outline.loss))
+    costs = Costs(prices, Shape(plan.mesh), bool(outline.loss), summed=sum_ratio(plan.precision))
     setting = beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap)
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
@@ -365,7 +373,9 @@ def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, be
         precision=request.precision, semantics="EXACT", mesh=best.shape.axes,
         pipeline=Pipeline(microbatches=best.m, micro_batch=local // best.m), regions=_regions(outline, best),
         memory_limit_bytes=request.memory_limit_bytes, predicted=predicted,
-        search=Search(bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS"),
+        search=Search(
+            bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS", given_up=(NARROW,)
+        ),
         pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes, overlap=overlap,
     )  # fmt: skip
 

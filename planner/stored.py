@@ -8,6 +8,8 @@ With n data ranks, E local parameter elements, and W = E at the compute dtype (p
     2       (p + g + master + moments)/n + copy    reduce-scatter W                      all-gather W
     3       (p + g + master + moments)/n           all-gather W twice, reduce-scatter W
 
+Reductions move W in the dtype in which gradients are summed (planner/precision.py).
+
 Experts split over ep of the n ranks (planner/unitexperts.py) are 1/ep of their parameters, with n/ep data ranks of their own.
 State that lies behind the device (planner/away.py) is the host's or the disk's, and a table above says what is left of it here.
 
@@ -27,7 +29,7 @@ from .numbers import Weights
 from .offload import offloaded_state_bytes
 from .outline import DTYPE_BYTES
 from .plan import Precision
-from .precision import StateBytes, find_optimizer, state_bytes
+from .precision import StateBytes, find_optimizer, state_bytes, sum_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,8 @@ class Keeping:
 
     def talk(self, s: Stored, level: int) -> Talk:
         """Seconds of collectives of the parameters, and of an optimizer on the device."""
-        data, width = s.data, self.width
-        total, trained, again, whole = s.elements * width, s.trained * width, s.needed * width, s.whole * width
+        data, width, summed = s.data, self.width, self.width * sum_ratio(self.precision)
+        total, trained, again, whole = s.elements * width, s.trained * summed, s.needed * width, s.whole * summed
         many = data.microbatches > 1
         gather = self._collective("all_gather", total, data)
         back = self._collective("all_gather", again, data)
@@ -171,7 +173,7 @@ class Keeping:
             last = self._collective("all_reduce", trained, data) + inner
         elif level == 1 or (level == 2 and not many):
             last = scatter + inner
-        local = trained / width / s.share(level)
+        local = s.trained / s.share(level)
         update = self.prices.optimizer_seconds(local, self.optimizer, self.precision) if trained else 0.0
         return Talk(forward, backward, first, last, update, self._shared(data, level, total, again, trained))
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ..errors import PinError
 from .arcs import Line
-from .cluster import Cluster, Device
+from .cluster import Cluster, Device, spare_host_bytes
 from .costs import PriceBook
 from .front import Design, crossing_state, ways_of
 from .fronts import Fronts, Named
@@ -20,7 +20,8 @@ from .outline import Outline
 from .overlap import Overlap
 from .part import Chain, chain
 from .pins import Pins
-from .placing import axis_strides, send_seconds
+from .placing import axis_strides, send_price
+from .prices import Price
 from .progress import Event, Progress
 from .prune import undominated
 from .ready import Ready, make_ready
@@ -34,7 +35,7 @@ from .stored import Data
 
 @dataclass(frozen=True)
 class Task:
-    """What is planned, ready for the search."""
+    """What is planned, ready for the search. `runnable`: only what the runtime executes."""
 
     outline: Outline
     cluster: Cluster
@@ -42,6 +43,7 @@ class Task:
     pins: Pins
     setting: Setting
     limit_bytes: int
+    runnable: bool = False
 
     @property
     def device(self) -> Device:
@@ -73,7 +75,7 @@ class Workbench:
         task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
         return Storing(
             task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
-            task.cluster.host if self.tiers else None, task.pins,
+            task.cluster.host if self.tiers else None, task.pins, task.runnable,
         )  # fmt: skip
 
     def offering(self, tiers: bool) -> Workbench:
@@ -245,7 +247,7 @@ class Workbench:
         cap = max(self.task.limit_bytes - self.reserve(shape) - self.given_bytes, 0.0)
         if host is None or not self.tiers:
             return Memory(cap, 0.0, 0.0)
-        return Memory(cap, float(host.rank_host_bytes), float(host.rank_disk_bytes))
+        return Memory(cap, float(spare_host_bytes(self.task.cluster)), float(host.rank_disk_bytes))
 
     def crossing_bytes(self, shape: Arrangement, at: int, layout: str) -> float:
         """Bytes of one rank's part of what crosses before unit `at`, for one microbatch."""
@@ -263,9 +265,13 @@ class Workbench:
         """Seconds of handing on what crosses before unit `at`, forward and back."""
         if shape.pp == 1:
             return 0.0, 0.0
-        stride = axis_strides(shape.order, shape.sizes())["pp"]
-        seconds = send_seconds(self.task.cluster, self.crossing_bytes(shape, at, layout), stride, size=shape.pp)
+        seconds = self.sending(shape, self.crossing_bytes(shape, at, layout)).seconds
         return seconds, seconds if self.task.outline.training else 0.0
+
+    def sending(self, shape: Arrangement, size: float) -> Price:
+        """The price of handing so many bytes to the next pipeline rank."""
+        stride = axis_strides(shape.order, shape.sizes())["pp"]
+        return send_price(self.task.prices, self.task.cluster, size, stride, shape.pp)
 
     def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
         """As `send`, for what crosses into a stage."""

@@ -14,6 +14,8 @@ from .timing import device, time_call, time_difference
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 """Full bytes that are timed."""
+SEND_SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 23)
+"""Bytes of messages that are timed."""
 SECONDS_PER_SIZE = 0.05
 WORK_SIDE = 512
 SECONDS_AFTER_WORK, MOST_AFTER_WORK = 0.5, 30
@@ -44,6 +46,21 @@ def time_collectives(
     return found
 
 
+def time_sends(sizes: tuple[int, ...] = SEND_SIZES) -> list[tuple[int, float]]:
+    """Rows (bytes, seconds) of a message to the neighbour, all pairs of neighbours at once; a rank without one looks on."""
+    rank = dist.get_rank()
+    other, first = rank ^ 1, rank % 2 == 0
+
+    def message(full: int) -> Callable[[], object]:
+        x = torch.ones(full // 4, device=device())
+        if other >= dist.get_world_size():
+            return lambda: None
+        return lambda: dist.send(x, other) if first else dist.recv(x, other)
+
+    sweeps = [[_time_call(message(full)) for full in sizes] for _ in range(SWEEPS)]
+    return rising(list(zip(sizes, map(min, *sweeps), strict=True)))
+
+
 def strided_groups(world: int) -> list[tuple[int, int]]:
     """(size, stride) of all groups that the axes of a mesh of `world` ranks may have, neighbours first."""
     found = [(n, s) for n in range(2, world + 1) if world % n == 0 for s in range(1, world // n + 1)]
@@ -71,12 +88,16 @@ def own_group(size: int, stride: int = 1) -> str:
 
 
 def _time_one(name: str, full: int, size: int, group: str) -> float:
-    """Seconds of one collective, on a CPU as what it adds to work that goes before it.
+    """Seconds of one collective."""
+    return _time_call(_call(name, max(full // 4, size * size), size, group))
+
+
+def _time_call(call: Callable[[], object]) -> float:
+    """Seconds of what ranks do together, on a CPU as what it adds to work that goes before it.
 
     Between two stretches of work ranks arrive at different moments, what is sent has left the caches, and gloo's threads
     want the cores that compute: none of it shows where a collective runs again and again alone.
     """
-    call = _call(name, max(full // 4, size * size), size, group)
     call()
     alone = time_call(call, SECONDS_PER_SIZE, together=True).seconds
     if device().type != "cpu":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ SECONDS = 0.3
 
 def time_copies(folder: Path) -> dict[str, float]:
     """Bytes per second of a rank: "memory"; with a GPU "host_to_device", "device_to_host", "both_ways" (each way, both busy)
-    and "latency" (seconds of a small copy); "disk_write" and "disk_read" in `folder`.
+    and "latency" (seconds of a small copy); "disk_write" and "disk_read" in `folder`, and the "disk_bytes" that are free there.
 
     Raises OSError where nothing can be written there.
     """
@@ -71,7 +72,10 @@ def _disk(folder: Path) -> dict[str, float]:
     data = memoryview(os.urandom(1 << 20))
     with tempfile.TemporaryDirectory(dir=folder, prefix="shardwright-") as name:
         path = Path(name) / "copy"
-        found = {"disk_write": DISK_BYTES / spread_mean(_once(lambda: _write(path, data)))}
+        found = {
+            "disk_write": DISK_BYTES / spread_mean(_once(lambda: _write(path, data))),
+            "disk_bytes": float(shutil.disk_usage(folder).free),
+        }
         if hasattr(os, "posix_fadvise"):
             _drop(path)
             found["disk_read"] = DISK_BYTES / spread_mean(_once(lambda: _read(path)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import ClusterError
-from ..planner.cluster import MEASURED, Cluster, Device, Level
-from ..planner.collectives import Table
+from ..planner.cluster import MEASURED, Cluster, Device, Host, Level
+from ..planner.collectives import SEND, Table
+from ..planner.hostupdate import HOST_UPDATE_BYTES
 from .devices import list_clusters, load_device, parse_cluster
 from .jobs import run_ranks
 from .measured import with_measured
@@ -43,11 +45,14 @@ def local_cluster(
 
 
 def local_collectives(cluster: Cluster, *, store: str | Path | None = None) -> Table:
-    """Measured collective rows of a CPU cluster of this machine; empty for one rank and for any other cluster."""
+    """Measured rows of collectives and sends of a CPU cluster of this machine; empty for one rank and for any other cluster."""
     if not is_local_cpu(cluster) or cluster.devices == 1:
         return {}
-    rows = _figures(cluster.devices, _store(store))["collectives"]
-    return {(name, LEVEL, int(size)): tuple(map(tuple, found)) for (name, size), found in _split(rows).items()}
+    figures = _figures(cluster.devices, _store(store))
+    table = {
+        (name, LEVEL, size): tuple(map(tuple, found)) for (name, size), found in _split(figures["collectives"]).items()
+    }
+    return table | {(SEND, LEVEL, 2): tuple(map(tuple, figures["sends"]["pairs"]))}
 
 
 def is_local_cpu(cluster: Cluster) -> bool:
@@ -108,20 +113,21 @@ def _cpus(ranks: int, store: Store, spec: str) -> Cluster:
         if ranks > 1
         else Level(LEVEL, 1, 1e9, 0.0, source="one rank: unused")
     )
-    return Cluster(spec, device, ranks, ranks, (level,), spec)
+    return Cluster(spec, device, ranks, ranks, (level,), spec, host=_host(figures, ranks))
 
 
 def _figures(ranks: int, store: Store) -> dict[str, Any]:
-    """Machine and collective figures of `ranks` ranks, from the store or measured now and kept there."""
+    """Figures of `ranks` ranks by kind, from the store or measured now and kept there."""
     key, libraries = machine_key(ranks), versions()
-    found = {kind: store.read(key, libraries, kind) for kind in ("machine", "collectives")}
-    if found["machine"] and (found["collectives"] or ranks == 1):
-        return found
-    tasks = ["machine", "collectives"] if ranks > 1 else ["machine"]
-    fresh = {"collectives": {}, **run_ranks(ranks, threads_per_rank(ranks), tasks)}
-    for kind, figures in fresh.items():
-        store.write(key, libraries, kind, figures)
-    return fresh
+    kinds = ("machine", "copies", "collectives", "sends")
+    found = {kind: store.read(key, libraries, kind) for kind in kinds}
+    tasks = [kind for kind in kinds if not found[kind] and (ranks > 1 or kind not in ("collectives", "sends"))]
+    if tasks:
+        fresh = run_ranks(ranks, threads_per_rank(ranks), tasks, folder=tempfile.gettempdir())
+        for kind, figures in fresh.items():
+            store.write(key, libraries, kind, figures)
+        found |= fresh
+    return found
 
 
 def _split(rows: dict[str, Any]) -> dict[tuple[str, int], Any]:
@@ -153,6 +159,27 @@ def _device(figures: dict[str, float], memory: int, ranks: int) -> Device:
             **dict.fromkeys(timed, text),
         },
     )
+
+
+def _host(figures: dict[str, Any], ranks: int) -> Host:
+    """The tiers behind CPU ranks: the memory that their limits leave, and the disk of the system's temporary folder.
+
+    One core copies both ways, and the optimizer's step is the device's.
+    """
+    machine, copies = figures["machine"], figures["copies"]
+    rate = _round(copies["memory"])
+    disk = "disk_read" in copies and "disk_write" in copies
+    timed = ["copy_bytes_per_second", "host_memory_bytes_per_second", "host_update_seconds_per_element"]
+    timed += ("disk_read_bytes_per_second", "disk_write_bytes_per_second", "disk_bytes") if disk else ()
+    return Host(
+        ranks, memory_bytes(), rate, _round(machine["memory"]) * ranks, _round(HOST_UPDATE_BYTES / machine["optimizer"]),
+        duplex_fraction=0.5,
+        disk_bytes=int(copies["disk_bytes"]) if disk else 0,
+        disk_read_bytes_per_second=_round(copies["disk_read"]) * ranks if disk else 0.0,
+        disk_write_bytes_per_second=_round(copies["disk_write"]) * ranks if disk else 0.0,
+        sources={"host_bytes": "memory of this machine, of which ranks have their limits",
+                 **dict.fromkeys(timed, f"{MEASURED} with {ranks} ranks at once")},
+    )  # fmt: skip
 
 
 def _level(rows: dict[tuple[str, int], Any], ranks: int) -> Level:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..planner.cluster import MEASURED, Cluster, Device, Host
-from ..planner.collectives import Table
+from ..planner.collectives import SEND, Table
 from .store import Store
 
 TEXT = f"{MEASURED} on this machine (shardwright profile)"
@@ -28,7 +28,7 @@ def with_measured(cluster: Cluster, store: Store, versions: str) -> Cluster:
 
 
 def measured_collectives(cluster: Cluster, store: Store, versions: str) -> Table:
-    """Measured rows by (collective, level, group size) of the groups that lie on one level of `cluster`."""
+    """Measured rows by (collective, level, group size) of the groups that lie on one level of `cluster`, and of messages."""
     table: dict[tuple[str, str, int], tuple[tuple[float, float], ...]] = {}
     for key, rows in store.read(cluster.device.name, versions, "collectives").items():
         name, _, group = key.partition(":")
@@ -37,8 +37,15 @@ def measured_collectives(cluster: Cluster, store: Store, versions: str) -> Table
             continue
         level = cluster.route(int(stride or 1), int(size)).level
         if level is not None:
-            table.setdefault((name, level.name, int(size)), tuple((float(b), float(s)) for b, s in rows))
+            table.setdefault((name, level.name, int(size)), _rows(rows))
+    messages = store.read(cluster.device.name, versions, "sends").get("pairs")
+    if messages and cluster.devices > 1:
+        table[SEND, cluster.level_of(1, 2).name, 2] = _rows(messages)
     return table
+
+
+def _rows(rows: Any) -> tuple[tuple[float, float], ...]:
+    return tuple((float(b), float(s)) for b, s in rows)
 
 
 def _device(device: Device, overlap: Mapping[str, Any], allocator: Mapping[str, Any]) -> Device:

@@ -140,5 +140,5 @@ class Torchrun:
 
 def useless(gpu: bool, ranks: int) -> frozenset[str]:
     """Tasks that mean nothing: a CPU's own figures on GPUs, links of one rank."""
-    alone = {"collectives", "overlap"} if ranks == 1 else set()
+    alone = {"collectives", "sends", "overlap"} if ranks == 1 else set()
     return frozenset(({"machine"} if gpu else set()) | alone)

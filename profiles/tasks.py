@@ -4,6 +4,7 @@ machine      figures of one process (machine.py)           collectives  rows by 
 ops          `requests` within `budget` seconds (ops.py)   regions      `programs` by key (regions.py)
 optimizers   [name, sizes, dtype] by key (optimizers.py)   copies       `folder` is written to (copies.py)
 overlap      compute beside a collective (overlap.py)      allocator    bytes kept beyond those used (allocator.py)
+sends        rows of messages between neighbours, as "pairs" (comms.py)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from ..planner.collectives import COLLECTIVES
 from .allocator import measure_allocator
-from .comms import time_collectives
+from .comms import time_collectives, time_sends
 from .copies import time_copies
 from .failures import KIND, failure, key_of
 from .heap import keep_pages
@@ -44,6 +45,10 @@ def _collectives(job: dict[str, Any], tell: Tell) -> dict[str, list[tuple[int, f
     groups = [tuple(g) for g in job["groups"]] if "groups" in job else None
     rows = time_collectives(COLLECTIVES, groups=groups)  # type: ignore[arg-type]
     return {collective_key(*key): found for key, found in rows.items()}
+
+
+def _sends(job: dict[str, Any], tell: Tell) -> dict[str, list[tuple[int, float]]]:
+    return {"pairs": time_sends()}
 
 
 def collective_key(name: str, size: int, stride: int) -> str:
@@ -90,5 +95,5 @@ def _allocator(job: dict[str, Any], tell: Tell) -> dict[str, float]:
 
 TASKS: dict[str, Callable[[dict[str, Any], Tell], Any]] = {
     "machine": _machine, "collectives": _collectives, "ops": _ops, "regions": _regions, "optimizers": _optimizers,
-    "copies": _copies, "overlap": _overlap, "allocator": _allocator,
+    "copies": _copies, "overlap": _overlap, "allocator": _allocator, "sends": _sends,
 }  # fmt: skip

@@ -33,7 +33,7 @@ GIVEN_UP = (("dp",), ("dp", "micro_batch"), DEGREES, (*DEGREES, "zero", "sequenc
 
 def ranks_of(plan: Plan) -> int:
     """The number of ranks a plan is for."""
-    return math.prod(axis.size for axis in plan.mesh)
+    return plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
 
 
 def plan_for_world(

@@ -19,6 +19,7 @@ from ..passes.summarize import target_name
 from ..planner.dispatch import DISPATCH
 from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
+from ..planner.precision import sum_dtype
 from ..planner.ring import RING
 from . import groups, products, transitions
 from .early import Begin, Window
@@ -45,7 +46,7 @@ class RankEmit:
         self.sum: torch.dtype | None = None
         if precision.compute != precision.parameter:
             self.compute = getattr(torch, precision.compute)
-            self.sum = getattr(torch, precision.gradient)
+            self.sum = getattr(torch, sum_dtype(precision))
         self.offload: OffloadEmit | None = None
         self.prefetch, self.reductions = plan.overlap.prefetch, plan.overlap.reductions
 

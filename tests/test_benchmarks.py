@@ -284,7 +284,7 @@ def test_precision_is_the_frameworks() -> None:
     cases = {
         "megatron": {}, "zero": {"parallelism__framework": "DeepSpeed"}, "zero-fp16": {"hardware__gpu": "V100 32GB"},
         "fp16": {"hardware__gpu": "V100 32GB", "parallelism__framework": "PyTorch FSDP1"},
-        "fsdp-fp32": {"parallelism__framework": "PyTorch FSDP1"}, "fp32": {"parallelism__precision": "fp32"},
+        "fsdp-bf16": {"parallelism__framework": "PyTorch FSDP1"}, "fp32": {"parallelism__precision": "fp32"},
         "megatron-fp8": {"parallelism__precision": "FP8", "hardware__gpu": "H100 80GB"},
         "fsdp-fp8": {"parallelism__precision": "amp_fp8", "parallelism__framework": "PyTorch FSDP1"},
     }  # fmt: skip

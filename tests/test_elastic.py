@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import toy
 from pool import Pool
@@ -50,6 +51,13 @@ def test_pins_stay_as_far_as_they_can_be_met() -> None:
         alone = again(planned("cpu:2", *pins), 1)
         assert ranks_of(alone) == 1
         assert alone.notes[-1].endswith(f"without the pins {' '.join(pins)}")
+
+
+def test_ranks_of_a_pipeline_count() -> None:
+    plan = planned("cpu:2", "dp=2", "dtype=fp64")
+    assert ranks_of(plan) == 2
+    piped = msgspec.structs.replace(plan.pipeline, ranks=3, stages=3)
+    assert ranks_of(msgspec.structs.replace(plan, pipeline=piped)) == 6
 
 
 def test_a_number_without_a_plan_is_refused_with_the_reason() -> None:

@@ -6,8 +6,9 @@ import msgspec
 import plans
 import pytest
 from shardwright.errors import PinError, PlanError
-from shardwright.planner.capability import MASK, check_pins, check_plan
+from shardwright.planner.capability import MASK, check_pins, check_plan, executed_pins
 from shardwright.planner.pins import KEYS, Pins, parse_pins
+from shardwright.planner.schedules import SCHEDULES
 from shardwright.planner.shapes import mesh_shapes, microbatch_counts
 
 GOOD = {
@@ -30,15 +31,24 @@ def test_values_are_typed() -> None:
     assert not pins.forbids("tp", 4)
 
 
-@pytest.mark.parametrize("text", ["pp=2", "cp=2", "ep=4", "vpp=2", "offload=params", "schedule=zbv"])
+@pytest.mark.parametrize("text", ["schedule=zbv", "attention=math", "kernels=fused", "loss=fused", "tp_overlap=on"])
 def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
     with pytest.raises(PinError, match=f"{text} is not supported yet"):
         check_pins(parse_pins([text]))
 
 
-def test_neutral_values_run_here() -> None:
+def test_what_the_runtime_executes_can_be_pinned() -> None:
     check_pins(parse_pins(["pp=1", "cp=1", "ep=1", "vpp=1", "recompute=none", "offload=none", "schedule=1f1b"]))
-    check_pins(parse_pins(["recompute=full"]))
+    check_pins(
+        parse_pins(["pp=2", "cp=2", "ep=2", "vpp=2", "recompute=full", "offload=params", "schedule=interleaved"])
+    )
+
+
+def test_what_is_not_executed_is_forbidden_to_a_search() -> None:
+    played = {name for one in MASK if one.key == "schedule" for name in one.values}
+    pins = executed_pins(parse_pins(["tp=2", "kernels=eager"]))
+    assert {name for name in SCHEDULES if pins.forbids("schedule", name)} == SCHEDULES.keys() - played
+    assert (pins.tp, pins.kernels, pins.attention, pins.schedule) == (2, "eager", "flash", None)
 
 
 def with_(**changes: object) -> plans.p.Plan:
@@ -80,7 +90,7 @@ def test_what_runs_passes() -> None:
     for schedule in ("interleaved", "zb-h1", "zbv", "dualpipev"):
         check_plan(with_(ranks=2, stages=4, chunks=2, schedule=schedule))
     check_plan(with_(ranks=4, stages=4, schedule="gpipe"))
-    assert {one.key for one in MASK} - {"phase", "pools"} < set(KEYS)  # a phase and a cluster are asked for, not pinned
+    assert {one.key for one in MASK} - {"phase", "pools", "chunks"} < set(KEYS)  # these are no pins
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ import pytest
 from shardwright.errors import ClusterError, PinError
 from shardwright.planner.cluster import Device
 from shardwright.planner.collectives import collective_seconds
+from shardwright.planner.costs import Costs, Shape
 from shardwright.planner.fit import fitted, samples
-from shardwright.planner.outline import Factor, Op, Outline, Saved, Tensor, Use
+from shardwright.planner.numbers import Weights
+from shardwright.planner.outline import DTYPE_BYTES, Factor, Op, Outline, Saved, Tensor, Use
+from shardwright.planner.plan import MeshAxis
 from shardwright.planner.precision import (
     OPTIMIZERS,
     RECIPES,
@@ -20,9 +23,11 @@ from shardwright.planner.precision import (
     find_recipe,
     model_precision,
     state_bytes,
+    sum_ratio,
 )
 from shardwright.planner.prices import OpRow, Price, Prices
 from shardwright.planner.roofline import wave_factor
+from shardwright.planner.stored import Data, Keeping, Stored
 from shardwright.profiles.devices import load_device, parse_cluster
 
 CPU = parse_cluster("cpu:2")
@@ -281,6 +286,7 @@ def test_optimizer_and_copy_move_bytes() -> None:
         ("megatron", 18, 0),
         ("zero", 16, 0),
         ("fsdp-fp32", 16, 2),
+        ("fsdp-bf16", 16, 2),
         ("fp16", 16, 2),
         ("fp32", 16, 0),
         ("fp64", 32, 0),
@@ -336,3 +342,24 @@ def test_a_dtype_without_a_figure_is_named() -> None:
 
 def test_recipes_that_run_keep_no_master_copy() -> None:
     assert all(not recipe.master for recipe in RECIPES.values() if recipe.runs)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "summed"), [("fsdp-fp32", 4), ("fsdp-bf16", 2), ("fp16", 4), ("zero", 2), ("fp32", 4), ("pure-bf16", 2)]
+)
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_gradients_are_summed_in_the_dtype_of_the_recipe(recipe: str, summed: int, level: int) -> None:
+    """What is gathered has the compute dtype, what is reduced the one that gradients are summed in."""
+    elements, found = 4e7, find_recipe(recipe)
+    prices, compute = Prices(parse_cluster("a100-sxm-80gb:8"), found.compute), DTYPE_BYTES[found.compute]
+    keeping = Keeping(prices, found.precision(), "adamw", False)
+    weights = (Weights(elements, elements, True, False, False, True),)
+    moved = keeping.talk(Stored(weights, Data(8, 1, 1, 4, 2), True), level)
+    widths = {name: size / elements for name, _, size, _ in moved.shared}
+    reduced = "reduce_scatter" if level else "all_reduce"
+    assert widths.pop(reduced) == pytest.approx(summed)
+    assert all(width == pytest.approx(compute) for width in widths.values())
+    costs = Costs(prices, Shape((MeshAxis("dp", 8, "data", ""),)), summed=sum_ratio(found.precision()))
+    bucket = costs.bucket(reduced, (0,), elements * compute)
+    whole = prices.collective(reduced, elements * summed, 1, 8).seconds
+    assert bucket.fixed + bucket.slope * elements * compute == pytest.approx(whole, rel=1e-6)

@@ -263,3 +263,6 @@ def test_measured_figures_of_gpus_replace_the_data_sheet(tmp_path: Path) -> None
     table = measured_collectives(cluster, store, "torch x")
     assert table["all_reduce", level.name, 2] == ((1024.0, 1e-5),)
     assert table["all_reduce", level.name, 4] == ((1024.0, 2e-5),)
+    assert ("send", level.name, 2) not in table
+    store.write("h100-sxm", "torch x", "sends", {"pairs": [[1024, 3e-5]]})
+    assert measured_collectives(cluster, store, "torch x")["send", level.name, 2] == ((1024.0, 3e-5),)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from shardwright.errors import ClusterError, LaunchError
-from shardwright.planner.cluster import Cluster
-from shardwright.planner.collectives import COLLECTIVES
+from shardwright.planner.cluster import MEASURED, Cluster
+from shardwright.planner.collectives import COLLECTIVES, SEND
+from shardwright.planner.placing import send_price
 from shardwright.planner.prices import Prices
 from shardwright.planner.rule_types import Operand
 from shardwright.profiles import local
-from shardwright.profiles.comms import SIZES, rising
+from shardwright.profiles.comms import SEND_SIZES, SIZES, rising
 from shardwright.profiles.devices import parse_cluster
 from shardwright.profiles.jobs import run_ranks
 from shardwright.profiles.ops import (
@@ -134,14 +135,27 @@ def test_measurements_are_kept_and_no_part_of_the_fingerprint(
 
 def test_measured_collectives_price_this_machine(pair: Cluster, store: Path) -> None:
     table = local.local_collectives(pair, store=store)
-    assert set(table) == {(name, "gloo", 2) for name in COLLECTIVES}
+    assert set(table) == {(name, "gloo", 2) for name in (*COLLECTIVES, SEND)}
     prices = Prices(pair, "float32", collectives=table)
     for (name, _, size), rows in table.items():
-        assert [row[0] for row in rows] == list(SIZES)
+        sizes = SEND_SIZES if name == SEND else SIZES
+        assert [row[0] for row in rows] == list(sizes)
         assert [s for _, s in rows] == sorted(s for _, s in rows)
-        found = prices.collective(name, float(SIZES[2]), 1, size)
+        sent = float(sizes[2])
+        found = send_price(prices, pair, sent, 1, size) if name == SEND else prices.collective(name, sent, 1, size)
         assert (found.seconds, found.source) == (rows[2][1], "measured")
+    assert send_price(Prices(pair, "float32"), pair, 1e6, 1, 2).source == "datasheet"
     assert local.local_collectives(parse_cluster("h100-sxm:8"), store=store) == {}
+
+
+def test_the_memory_and_disk_behind_cpu_ranks_are_measured(pair: Cluster) -> None:
+    host = pair.host
+    assert host is not None
+    assert (host.ranks, host.host_bytes) == (2, local.memory_bytes())
+    rates = ("copy_bytes_per_second", "host_memory_bytes_per_second", "host_update_seconds_per_element")
+    for name in (*rates, "disk_bytes", "disk_read_bytes_per_second", "disk_write_bytes_per_second"):
+        assert getattr(host, name) > 0
+        assert host.source(name).startswith(MEASURED)
 
 
 def test_too_many_ranks_for_the_memory() -> None:
