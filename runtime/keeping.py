@@ -28,6 +28,13 @@ class Goal:
         known = isinstance(extra, dict) and extra.keys() == {"steps", "until"}
         return cls(**extra) if known and all(type(n) is int for n in extra.values()) else None
 
+    @classmethod
+    def after(cls, begun: Goal | None, steps: int, at: int, warmup: int) -> Goal:
+        """The goal of a run at step `at` that is asked for `steps`: the one `begun` where that asked for as many and lies ahead."""
+        whole = cls(steps, at + warmup + steps)
+        unfinished = begun is not None and begun.steps == steps and at < begun.until <= whole.until
+        return begun if begun is not None and unfinished else whole
+
 
 @dataclass
 class Keeping:
@@ -55,9 +62,7 @@ class Keeping:
         """After going on from a checkpoint where the options ask for it; the loop makes `warmup` steps before those it times."""
         made = cls(pm, optimizer, options.save, options.every, options.resume)
         begun = made._restore()
-        whole = Goal(options.steps, made.steps + warmup + options.steps)
-        unfinished = begun is not None and begun.steps == whole.steps and made.steps < begun.until <= whole.until
-        made.goal = begun if unfinished else whole
+        made.goal = Goal.after(begun, options.steps, made.steps, warmup)
         return made
 
     def left(self, warmup: int) -> int:
