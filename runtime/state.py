@@ -29,7 +29,7 @@ from .checkpoint.safe_files import DTYPES
 from .mesh import rank, world_size
 from .module import ParallelModule
 from .ranks import everywhere, from_first, gathered
-from .watch import active_watch
+from .watch import active_watch, is_lost, waiting
 
 latest = folders.latest
 GROUP_SECONDS = 600.0
@@ -139,10 +139,13 @@ class _Saver:
         self.thread.start()
 
     def finish(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        error, self.error = self.error, None
+        with waiting("the background save"):
+            if self.thread is not None:
+                self.thread.join()
+                self.thread = None
+            error, self.error = self.error, None
+            if isinstance(error, RuntimeError) and is_lost(error):
+                raise error
         if error is not None:
             raise CheckpointError(f"the checkpoint of step {self.step} was not saved: {error}") from error
 
