@@ -16,7 +16,7 @@ from ..errors import LaunchError, UsageError
 from ..planner.cluster import Cluster, unlike
 from ..planner.plan import Plan
 from ..planner.planfile import dump_plan
-from .launch import mesh_text, ranks_of
+from .launch import mesh_text
 
 PORT = 29500
 HOST_SHARE = 0.9
@@ -45,7 +45,7 @@ def job_shape(plan: Plan, memory_bytes: int | None = None) -> JobShape:
     Host memory is `memory_bytes`, else nine tenths of what a node of the plan's cluster has (its share where less than a node is
     used); of CPU ranks it is their limits.
     """
-    cluster, ranks = Cluster.from_dict(plan.cluster), ranks_of(plan)
+    cluster, ranks = Cluster.from_dict(plan.cluster), plan.ranks
     if unlike(cluster):
         raise LaunchError(
             f"{cluster.name} has several kinds of devices; files for such a cluster are not supported yet"

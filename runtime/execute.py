@@ -26,7 +26,7 @@ from ..profiles.heap import keep_pages
 from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
-from .elastic import plan_for_world, ranks_of
+from .elastic import plan_for_world
 from .keeping import Keeping
 from .losses import loss_of
 from .mesh import check_world, ensure_process_group, leave_process_group, rank, world_size
@@ -87,7 +87,7 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     """Everything one rank does; the same dictionary on every rank."""
     given = agree(lambda: load_plan(options.plan))
     plan = given
-    if options.elastic and ranks_of(given) != world_size():
+    if options.elastic and given.ranks != world_size():
         plan = agree(lambda: _planned_again(given))
     check_world(plan.mesh, plan.pipeline.ranks)
     loaded = rebuild(plan.source)
@@ -117,7 +117,7 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def _planned_again(plan: Plan) -> Plan:
     """The plan made again for the ranks that run, on rank 0, which says so."""
-    print(f"{ranks_of(plan)} ranks were planned, {world_size()} run: planning again", file=sys.stderr)
+    print(f"{plan.ranks} ranks were planned, {world_size()} run: planning again", file=sys.stderr)
     meta = rebuild(plan.source, device="meta")
     made = plan_for_world(plan, world_size(), meta.model, meta.args, meta.kwargs)
     print(f"planned again: {made.notes[-1]}", file=sys.stderr)

@@ -16,32 +16,40 @@ from shardwright.api import make_plan
 from shardwright.planner.plan import Plan
 from shardwright.runtime import state
 from shardwright.runtime.apply import apply
-from shardwright.runtime.elastic import ranks_of
 from torch import Tensor, nn
 
 STEPS = 12
 KEPT_SHARDED = ("zero=3", "dtype=fp32"), 2
-PIPELINED = ("pp=2", "dp=2", "zero=1", "micro_batch=2", "dtype=fp32"), 4
+PIPELINED = ("pp=2", "dp=2", "zero=1", "micro_batch=2", "schedule=1f1b", "dtype=fp32"), 4
+
+
+class Block(nn.Module):
+    """A layer with dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(64, 512), nn.Linear(512, 64), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(torch.relu(self.up(x))))
 
 
 class Net(nn.Module):
-    """Enough parameters that writing takes a while, dropout, and layers to cut between."""
+    """Enough parameters that writing takes a while, and layers to cut between."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(4))
-        self.down = nn.Linear(256, 1)
+        self.blocks, self.head = nn.ModuleList(Block(dropout) for _ in range(4)), nn.Linear(64, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + nn.functional.dropout(torch.relu(layer(x)), self.dropout, self.training)
-        return self.down(x).square().mean()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).square().mean()
 
 
 def batch(at: int) -> dict[str, Tensor]:
     """The batch of a step."""
-    return {"x": torch.randn(8, 256, generator=torch.Generator().manual_seed(at))}
+    return {"x": torch.randn(8, 64, generator=torch.Generator().manual_seed(at))}
 
 
 def plan(pins: tuple[str, ...], ranks: int, dropout: float = 0.2) -> Plan:
@@ -84,7 +92,7 @@ def killed_runs(folder: Path, made: Plan, kills: int, seed: int, longest: float,
     """Train in ranks of which one or all are killed at random moments, then to the end; the kills that hit."""
     draw, hits = random.Random(seed), 0
     run, log = str(folder / "run"), str(folder / "log")
-    pool = Pool(ranks_of(made), timeout=60.0)
+    pool = Pool(made.ranks, timeout=60.0)
     try:
         while hits < kills:
             pool.close()
@@ -115,6 +123,7 @@ def killed_runs(folder: Path, made: Plan, kills: int, seed: int, longest: float,
 def survives(folder: Path, hits: int, pins: tuple[str, ...], pool: Pool) -> None:
     """Kill runs until so many kills have hit one: every run, gone on with, has the losses of the run that nobody killed."""
     made, start = plan(pins, pool.world_size), time.monotonic()
+    assert made.ranks == pool.world_size
     pool.run(train, made, str(folder / "whole"), str(folder / "whole.log"), STEPS, False)
     wanted, seconds = list(losses(folder / "whole.log").values()), time.monotonic() - start
     assert len(set(wanted)) == STEPS
@@ -146,11 +155,11 @@ def test_a_run_that_changes_plan_and_ranks_has_the_curve_of_one_that_does_not(
     pools: dict[int, Pool], tmp_path: Path
 ) -> None:
     """A pipeline of 4 ranks, then ZeRO-3 on 2, then tensor parallel: optimizer, step and data go on; float64, no dropout."""
-    parts = [("pp=2", "dp=2", "zero=1", "micro_batch=2"), ("dp=2", "zero=3"), ("tp=2", "dp=1")]
+    parts = [("pp=2", "dp=2", "zero=1", "micro_batch=2", "schedule=1f1b"), ("dp=2", "zero=3"), ("tp=2", "dp=1")]
     plans = [plan((*pins, "dtype=fp64"), ranks, 0.0) for pins, ranks in zip(parts, (4, 2, 2), strict=True)]
     pools[2].run(train, plans[1], str(tmp_path / "whole"), str(tmp_path / "whole.log"), 6, False, 0.0)
     for i, made in enumerate(plans):
-        pools[ranks_of(made)].run(train, made, str(tmp_path / "run"), str(tmp_path / "log"), 2 * i + 2, i == 1, 0.0)
+        pools[made.ranks].run(train, made, str(tmp_path / "run"), str(tmp_path / "log"), 2 * i + 2, i == 1, 0.0)
     wanted, found = (losses(tmp_path / name) for name in ("whole.log", "log"))
     assert found.keys() == wanted.keys() == set(range(1, 7))
     for at, value in wanted.items():
