@@ -161,11 +161,11 @@ def auto_parallelize(
 
     def decide() -> Plan:
         from .planner.planfile import load_plan
-        from .runtime.elastic import plan_for_world, ranks_of
+        from .runtime.elastic import plan_for_world
 
         if plan is not None:
             given = plan if isinstance(plan, Plan) else load_plan(Path(plan))
-            if not elastic or ranks_of(given) == world_size():
+            if not elastic or given.ranks == world_size():
                 return given
             return plan_for_world(given, world_size(), model, *split_inputs(example_inputs), loss_fn)
         where = cluster if cluster is not None else f"local:{world_size()}"

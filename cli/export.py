@@ -76,13 +76,17 @@ def rendered(
     from .launch import EXECUTE
 
     shape = job_shape(plan, memory)
-    where = f"{FOLDER}/plan.json" if form == "kubernetes" else str(path)
-    builtin = ["-m", EXECUTE, where, f"--steps={5 if steps is None else steps}"]
-    target = [*script, "--plan", where] if script else builtin
+    where, loop = (
+        f"{FOLDER}/plan.json" if form == "kubernetes" else str(path),
+        f"--steps={5 if steps is None else steps}",
+    )
+    target = [*script, "--plan", where] if script else ["-m", EXECUTE, where, loop]
     if form == "kubernetes":
         if image is None:
             raise UsageError("--to kubernetes needs --image, a container image with shardwright installed in it")
         return kubernetes_file(shape, plan, target, name, image)
     if image is not None:
         raise UsageError(f"--image belongs to --to kubernetes, not to {form}")
-    return script_file(shape, target) if form == "script" else slurm_file(shape, target, name)
+    if form == "script":
+        return script_file(shape, where, ["--", *script] if script else [loop])
+    return slurm_file(shape, target, name)

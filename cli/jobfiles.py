@@ -1,7 +1,7 @@
 """Files that start a plan on several machines: a script for each machine, a SLURM batch file, a Kubernetes PyTorchJob.
 
-Every one holds the torchrun command of `shardwright run`. What a user named is quoted for the shell, or written as a JSON
-string, which is YAML too. Names that a scheduler reads unquoted are checked instead.
+Those of schedulers hold the torchrun command of `shardwright run`, the script `shardwright run` itself. What a user named is quoted
+for the shell, or written as a JSON string, which is YAML too. Names that a scheduler reads unquoted are checked instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import LaunchError, UsageError
 from ..planner.cluster import Cluster, unlike
 from ..planner.plan import Plan
 from ..planner.planfile import dump_plan
-from .launch import mesh_text, ranks_of
+from .launch import mesh_text
 
 PORT = 29500
 HOST_SHARE = 0.9
@@ -45,7 +45,7 @@ def job_shape(plan: Plan, memory_bytes: int | None = None) -> JobShape:
     Host memory is `memory_bytes`, else nine tenths of what a node of the plan's cluster has (its share where less than a node is
     used); of CPU ranks it is their limits.
     """
-    cluster, ranks = Cluster.from_dict(plan.cluster), ranks_of(plan)
+    cluster, ranks = Cluster.from_dict(plan.cluster), plan.ranks
     if unlike(cluster):
         raise LaunchError(
             f"{cluster.name} has several kinds of devices; files for such a cluster are not supported yet"
@@ -71,12 +71,15 @@ def job_name(text: str) -> str:
     return text
 
 
-def script_file(shape: JobShape, target: Sequence[str]) -> str:
-    """A POSIX shell script that is started on every machine."""
+def script_file(shape: JobShape, plan: str, rest: Sequence[str]) -> str:
+    """A POSIX shell script that is started on every machine; `rest` is what `shardwright run` gets after its own options.
+
+    It starts `shardwright run`, not torchrun, as only that finds the address and the interface by which the others see a machine.
+    """
     lines = ["#!/bin/sh", _headline(shape)]
+    command = ["shardwright", "run", plan]
     if shape.nodes == 1:
-        command = ["torchrun", "--standalone", f"--nproc-per-node={shape.per_node}"]
-        return _lines([*lines, "set -eu", *_threads(shape), f"exec {shlex.join([*command, *target])}"])
+        return _lines([*lines, "set -eu", f"exec {shlex.join([*command, *rest])}"])
     lines += [
         "# On every machine: sh FILE NODE_RANK HOST:PORT, where HOST is the machine with NODE_RANK 0.",
         "set -eu",
@@ -84,12 +87,8 @@ def script_file(shape: JobShape, target: Sequence[str]) -> str:
         '    echo "usage: $0 NODE_RANK HOST:PORT" >&2',
         "    exit 2",
         "fi",
-        "is_host=0",
-        'if [ "$1" -eq 0 ]; then is_host=1; fi',
-        *_threads(shape),
-        f"exec torchrun --nnodes={shape.nodes} --nproc-per-node={shape.per_node} \\",
-        '    --node-rank="$1" --rdzv-backend=c10d --rdzv-endpoint="$2" --rdzv-conf="is_host=$is_host" \\',
-        f"    {shlex.join(target)}",
+        f"exec {shlex.join(command)} --nnodes={shape.nodes} --nproc-per-node={shape.per_node} \\",
+        f'    --node-rank="$1" --rdzv-endpoint="$2" {shlex.join(rest)}',
     ]
     return _lines(lines)
 

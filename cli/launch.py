@@ -7,7 +7,6 @@ is known and its one clear message is not buried under torchrun's own report of 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shlex
 import signal
@@ -50,11 +49,6 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def ranks_of(plan: Plan) -> int:
-    """The number of ranks a plan runs on."""
-    return plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
-
-
 def mesh_text(plan: Plan) -> str:
     """The mesh in a few words: "dp=2 x tp=4"."""
     return " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh) or "one device"
@@ -62,7 +56,7 @@ def mesh_text(plan: Plan) -> str:
 
 def check_world(plan: Plan) -> None:
     """Inside torchrun: raise LaunchError unless as many ranks run as the plan has."""
-    world, ranks = os.environ.get("WORLD_SIZE", "1"), ranks_of(plan)
+    world, ranks = os.environ.get("WORLD_SIZE", "1"), plan.ranks
     if world != str(ranks):
         raise LaunchError(
             f"torchrun started {world} ranks, the plan needs {ranks} ({mesh_text(plan)}); "
@@ -139,7 +133,7 @@ def _signal_name(number: int) -> str:
 
 def _per_node(plan: Plan, nodes: Nodes) -> int:
     """Ranks on each machine; raises LaunchError where the machines do not make the plan's ranks."""
-    ranks = ranks_of(plan)
+    ranks = plan.ranks
     if nodes.per_node is None:
         if ranks % nodes.count:
             raise LaunchError(

@@ -55,7 +55,8 @@ def command(
     What timed steps took goes into the ledger beside the prediction (`profile --from-ledger`, `report`).
     With --nnodes MIN:MAX machines may leave and come: the ranks that are left start again, under a plan made for them.
     With --resume it goes on from the newest checkpoint in FOLDER, which another plan may have written; a folder that is also given
-    to --save may be empty, so that one command both starts and goes on.
+    to --save may be empty, so that one command both starts and goes on. --steps counts further steps then, or, where a run of as
+    many steps ended early (a fault, a restart), those that it left.
     Exit status 1 when --verify finds a difference, or a rank held more memory than the plan's limit.
     """
     from ..planner.capability import check_plan

@@ -5,6 +5,7 @@ Only plain facts: no solver types, no wall-clock figures, no group names. Identi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -242,3 +243,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap: OverlapPlan = OverlapPlan()
     edited: bool = False
     digest: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it runs on: pipeline ranks times those of the mesh."""
+        return self.pipeline.ranks * math.prod(axis.size for axis in self.mesh)

@@ -63,7 +63,7 @@ def _mesh(plan: Plan) -> Iterator[str]:
             yield f"mesh[{i}].role: {axis.role!r}; expected one of {', '.join(ROLES)}"
     yield from _twice("mesh", "name", [axis.name for axis in plan.mesh])
     devices = plan.cluster.get("devices")
-    ranks = plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
+    ranks = plan.ranks
     if isinstance(devices, int) and devices != ranks:
         sizes = " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh)
         yield f"mesh: {sizes} is {ranks} ranks; expected the cluster's {devices}"

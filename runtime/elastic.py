@@ -6,7 +6,6 @@ into how many parts something is divided go first.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,11 +30,6 @@ GIVEN_UP = (("dp",), ("dp", "micro_batch"), DEGREES, (*DEGREES, "zero", "sequenc
 """Pins that are given up, one set after the other: what one rank alone cannot do goes last."""
 
 
-def ranks_of(plan: Plan) -> int:
-    """The number of ranks a plan is for."""
-    return plan.pipeline.ranks * math.prod(axis.size for axis in plan.mesh)
-
-
 def plan_for_world(
     plan: Plan, world: int, model: nn.Module, args: Any, kwargs: Any, loss_fn: Callable[..., Any] | None = None
 ) -> Plan:
@@ -58,12 +52,12 @@ def plan_for_world(
             problems.append(str(error))
             continue
         dropped = [pin for pin in plan.pins if pin not in pins]
-        note = f"made for {world} ranks from a plan for {ranks_of(plan)}" + (
+        note = f"made for {world} ranks from a plan for {plan.ranks}" + (
             f", without the pins {' '.join(dropped)}" if dropped else ""
         )
         return msgspec.structs.replace(made, notes=(*made.notes, note))
     raise LaunchError(
-        f"no plan for the {world} ranks that run (the given one is for {ranks_of(plan)}): {problems[-1]}; "
+        f"no plan for the {world} ranks that run (the given one is for {plan.ranks}): {problems[-1]}; "
         "start another number of ranks"
     )
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..profiles.heap import keep_pages
 from ..profiles.local import device_name, versions
 from .apply import agree, apply, default_device
 from .collectives import CommLedger
-from .elastic import plan_for_world, ranks_of
+from .elastic import plan_for_world
 from .keeping import Keeping
 from .losses import loss_of
 from .mesh import check_world, ensure_process_group, leave_process_group, rank, world_size
@@ -87,7 +87,7 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     """Everything one rank does; the same dictionary on every rank."""
     given = agree(lambda: load_plan(options.plan))
     plan = given
-    if options.elastic and ranks_of(given) != world_size():
+    if options.elastic and given.ranks != world_size():
         plan = agree(lambda: _planned_again(given))
     check_world(plan.mesh, plan.pipeline.ranks)
     loaded = rebuild(plan.source)
@@ -110,14 +110,14 @@ def run_plan(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     if options.steps > 0:
         pm = apply(loaded.model, loaded.args, loaded.kwargs, plan, device=device, compile=options.compile)
         loaded.model.to("meta")  # the plan's own copy is what trains; the original's memory is given back
-        found |= _train(pm, plan, batches(loaded, plan, options.data), options)
+        found |= _train(pm, plan, lambda start: batches(loaded, plan, options.data, start), options)
         found["fits"] = max(found["peak_bytes"]) <= limit
     return found
 
 
 def _planned_again(plan: Plan) -> Plan:
     """The plan made again for the ranks that run, on rank 0, which says so."""
-    print(f"{ranks_of(plan)} ranks were planned, {world_size()} run: planning again", file=sys.stderr)
+    print(f"{plan.ranks} ranks were planned, {world_size()} run: planning again", file=sys.stderr)
     meta = rebuild(plan.source, device="meta")
     made = plan_for_world(plan, world_size(), meta.model, meta.args, meta.kwargs)
     print(f"planned again: {made.notes[-1]}", file=sys.stderr)
@@ -134,8 +134,8 @@ def _excess(result: Mapping[str, Any]) -> str:
     )
 
 
-def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, Any]]:
-    """(args, kwargs) of step after step: the model's own example inputs, or consecutive windows of a text's bytes."""
+def batches(loaded: Any, plan: Plan, data: Path | None, start: int = 0) -> Iterator[tuple[Any, Any]]:
+    """(args, kwargs) of each step from step `start` on: the model's example inputs, or consecutive windows of a text's bytes."""
     if data is None:
         while True:
             yield loaded.args, loaded.kwargs
@@ -146,7 +146,7 @@ def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, A
     batch, seq = ids.shape
     if text.numel() < batch * seq:
         raise UsageError(f"{data} has {text.numel()} bytes; one batch needs {batch * seq}")
-    at = 0
+    at = start % (text.numel() // (batch * seq)) * batch * seq
     while True:
         if at + batch * seq > text.numel():
             at = 0
@@ -156,10 +156,12 @@ def batches(loaded: Any, plan: Plan, data: Path | None) -> Iterator[tuple[Any, A
 
 
 def _train(
-    pm: ParallelModule, plan: Plan, data: Iterator[tuple[Any, Any]], options: argparse.Namespace
+    pm: ParallelModule, plan: Plan, take: Callable[[int], Iterator[tuple[Any, Any]]], options: argparse.Namespace
 ) -> dict[str, Any]:
+    """Train and measure; `take` gives the batches from the one of a step on."""
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
-    keeping = Keeping.begin(pm, optimizer, options, data)
+    keeping = Keeping.begin(pm, optimizer, options, WARMUP)
+    data, timed = take(keeping.steps), keeping.left(WARMUP)
     losses: list[float] = []
     phases, steps = Phases(pm.device_of_run), list[dict[str, float]]()
     # With several microbatches the call runs forward and backward of all, and backward() hands the gradients out.
@@ -180,7 +182,7 @@ def _train(
         keeping.steps += 1
 
     seconds, waited = [], []
-    for _ in range(options.steps + WARMUP):
+    for _ in range(timed + WARMUP):
         _barrier()
         watch = Watch(team=world_size() == 1)
         step()
@@ -207,7 +209,7 @@ def _train(
     return {
         "losses": losses,
         "checkpoints": {"resumed_from": keeping.resumed, "saved_step": keeping.saved},
-        "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(options.steps)),
+        "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(timed)),
         "phase_seconds": slowest([r.pop("phases") for r in ranks]),
         "peak_bytes": [r["peak_bytes"] for r in ranks],
         "collectives": ranks[0]["collectives"],

@@ -149,9 +149,7 @@ class Programs:
         if self.local_batch:
             data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
             args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
-        self.model.train(train)
-        lift = self.exact and self.plan.precision.compute == "float64"
-        summary = prepare_bare(self.model, args, kwargs, loss_fn=self.loss_fn, train=grad, lift=lift)
+        summary = self._summary(args, kwargs, train=train, grad=grad)
         captured = summary.captured
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
@@ -211,6 +209,7 @@ class Programs:
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
+        """The plan's own where the call is as the example was, else a capture of it."""
         if signature(args, kwargs, train=train, grad=grad) == self.example:
             return self.summary
         if self.model.training != train:  # submodules in a mode of their own keep it until the module's mode changes

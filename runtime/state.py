@@ -29,10 +29,11 @@ from .checkpoint.safe_files import DTYPES
 from .mesh import rank, world_size
 from .module import ParallelModule
 from .ranks import everywhere, from_first, gathered
+from .watch import active_watch, is_lost, waiting
 
 latest = folders.latest
 GROUP_SECONDS = 600.0
-"""How long a rank that writes in the background waits for the others."""
+"""How long a rank that writes in the background waits for the others, where no watch gives the limit."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def save_checkpoint(
     everything is copied to host memory, and a thread writes; what goes wrong there is raised by the next call of
     `save_checkpoint`, `load_checkpoint` or `finish_saving`. Raises CheckpointError where nothing could be saved.
     """
-    if keep < 1 or step < 0:
+    if keep < 1 or not 0 <= step < manifest.STEPS:
         raise UsageError(f"save_checkpoint(step={step}, keep={keep}): expected a step from 0 and keep from 1 on")
     finish_saving(pm)
     named, held, record = everywhere(lambda: _collected(pm, optimizer), "collect its state")
@@ -96,7 +97,8 @@ def load_checkpoint(
     if found.heading.world_size == world_size():
         wanted |= {key: Held.of(s) for key, s in drawn.items() if _fits(found, key, s)}
     count = storage.load(wanted, found, path)
-    _restore(pm, optimizer, found, {key: s for key, s in drawn.items() if key in wanted})
+    own = {key: s for key, s in drawn.items() if key in wanted}
+    everywhere(lambda: _restore(path, pm, optimizer, found, own), "take over the checkpoint")
     heading = found.heading
     return Restored(path, heading.step, heading.data_position, heading.extra, count)
 
@@ -121,6 +123,9 @@ class _Saver:
         """Copy to host memory, then write in a thread; the thread's collectives must not meet those of training."""
         if dist.is_initialized() and self.group is None:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GROUP_SECONDS))
+            watch = active_watch()
+            if watch is not None:
+                watch.hold(self.group, "the background save")
         copies = {key: value.on_host() for key, value in held.items()}
         self.step = heading.step
 
@@ -134,10 +139,13 @@ class _Saver:
         self.thread.start()
 
     def finish(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        error, self.error = self.error, None
+        with waiting("the background save"):
+            if self.thread is not None:
+                self.thread.join()
+                self.thread = None
+            error, self.error = self.error, None
+            if isinstance(error, RuntimeError) and is_lost(error):
+                raise error
         if error is not None:
             raise CheckpointError(f"the checkpoint of step {self.step} was not saved: {error}") from error
 
@@ -221,8 +229,8 @@ def _unfilled(pm: nn.Module) -> set[str]:
 
 
 def _restore(
-    pm: nn.Module, optimizer: torch.optim.Optimizer | None, found: manifest.Manifest, drawn: dict[str, torch.Tensor]
-) -> None:
+    path: Path, pm: nn.Module, optimizer: torch.optim.Optimizer | None, found: manifest.Manifest, drawn: dict[str, torch.Tensor]
+) -> None:  # fmt: skip
     """Everything that is no tensor of module or optimizer."""
     heading = found.heading
     if optimizer is not None and heading.optimizer is not None:
@@ -233,7 +241,8 @@ def _restore(
         if heading.random is not None:
             pm._core.set_random_state(heading.random.seed, heading.random.calls)
     for key, state in drawn.items():
-        if key.startswith("random/cuda/"):
-            torch.cuda.set_rng_state(state)
-        else:
-            torch.set_rng_state(state)
+        put = torch.cuda.set_rng_state if key.startswith("random/cuda/") else torch.set_rng_state
+        try:
+            put(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: {key}: not the state of a random generator ({error})") from None

@@ -33,6 +33,9 @@ PRELOADED = [
     "torch", "torch._dynamo", "torch.export", "torch.distributed.tensor", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama", "shardwright.passes.prepare", "shardwright.runtime.apply",
     "shardwright.runtime.verify",
+    # What torch imports late, at the first capture and the first optimizer.
+    "torch._export.non_strict_utils", "torch._functorch._aot_autograd.autograd_cache", "torch._inductor.inductor_prims",
+    "networkx",
 ]  # fmt: skip
 """Imported once, by the process that ranks are forked from; nothing of it starts a thread."""
 GRACE_SECONDS = 5.0

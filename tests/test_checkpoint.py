@@ -297,6 +297,20 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another tensor": (
         lambda r: r["tensors"].update({"model/4.more": r["tensors"].pop("optimizer/0.weight/exp_avg")}), "module has no 4.more"
     ),
+    "a step without a name": (lambda r: r["heading"].update(step=10**18), "heading.step: Expected `int`"),
+    "an option of another type": (
+        lambda r: r["heading"]["optimizer"]["groups"][0]["options"].update(lr="fast"),
+        "option lr of the optimizer's group 0: 'fast' cannot take the place of 0.1",
+    ),
+    "an option that is an object": (
+        lambda r: r["heading"]["optimizer"]["groups"][1]["options"].update(more={"a": 1}), "option more of the optimizer's group 1"
+    ),
+    "a state twice": (
+        lambda r: r["heading"]["optimizer"].update(scalars={"0.weight": {"exp_avg": 3}}), "scalars: 0.weight has values that no"
+    ),
+    "a state that is an object": (
+        lambda r: r["heading"]["optimizer"].update(scalars={"0.weight": {"more": {}}}), "scalars: 0.weight has values that no"
+    ),
     "another optimizer": (lambda r: r["heading"]["optimizer"].update(kind="SGD"), "is of the optimizer SGD, not AdamW"),
 }  # fmt: skip
 
@@ -321,6 +335,15 @@ def test_metadata_that_is_no_json_is_refused(saved: Path) -> None:
         with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
             Run(seed=1).load(saved)
     assert not (saved / "attacked").exists()
+
+
+def test_a_random_state_that_is_none_is_refused(saved: Path) -> None:
+    (record,) = (chunk(raw, "random/cpu/0") for raw in [json.loads((saved / manifest.FILE).read_text())])
+    with (saved / record["file"]).open("r+b") as file:
+        file.seek(record["start"])
+        file.write(b"\x7f" * (record["stop"] - record["start"]))
+    with pytest.raises(CheckpointError, match="random/cpu/0: not the state of a random generator"):
+        Run(seed=1).load(saved)
 
 
 def test_links_out_of_the_folder_are_refused(saved: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from shardwright.api import make_plan
 from shardwright.errors import LaunchError
 from shardwright.planner.plan import Plan
 from shardwright.profiles.devices import parse_cluster
-from shardwright.runtime.elastic import cluster_for_world, plan_for_world, ranks_of
+from shardwright.runtime.elastic import cluster_for_world, plan_for_world
+from test_kills import Net, batch
+from test_kills import plan as pipeline
 from test_watch import free_port
 
 TOY = Path(toy.__file__)
@@ -49,15 +51,21 @@ def test_pins_stay_as_far_as_they_can_be_met() -> None:
     assert (half.source.batch, half.precision, half.optimizer) == (plan.source.batch, plan.precision, plan.optimizer)
     for pins in (("tp=2",), ("dp=2", "zero=3")):
         alone = again(planned("cpu:2", *pins), 1)
-        assert ranks_of(alone) == 1
+        assert alone.ranks == 1
         assert alone.notes[-1].endswith(f"without the pins {' '.join(pins)}")
 
 
-def test_ranks_of_a_pipeline_count() -> None:
-    plan = planned("cpu:2", "dp=2", "dtype=fp64")
-    assert ranks_of(plan) == 2
-    piped = msgspec.structs.replace(plan.pipeline, ranks=3, stages=3)
-    assert ranks_of(msgspec.structs.replace(plan, pipeline=piped)) == 6
+def piped(plan: Plan) -> tuple[int, ...]:
+    """Rank function: what an elastic script makes of a plan that has as many ranks as run."""
+    import shardwright
+
+    pm = shardwright.auto_parallelize(Net(), batch(0), plan=plan, elastic=True)
+    return pm.plan.pipeline.ranks, pm.plan.ranks
+
+
+def test_a_pipeline_of_the_ranks_that_run_is_run(ranks2: Pool) -> None:
+    plan = pipeline(("pp=2", "dp=1", "schedule=1f1b", "micro_batch=4"), 2)
+    assert ranks2.run(piped, plan) == [(2, 2)] * 2
 
 
 def test_a_number_without_a_plan_is_refused_with_the_reason() -> None:
@@ -120,7 +128,7 @@ def applied(plan: Plan) -> tuple[int, int]:
         shardwright.auto_parallelize(model, inputs, plan=plan)
     pm = shardwright.auto_parallelize(model, inputs, plan=plan, elastic=True)
     pm(**inputs).backward()
-    return ranks_of(pm.plan), pm.data_size
+    return pm.plan.ranks, pm.data_size
 
 
 def test_a_script_goes_on_with_what_is_left(ranks2: Pool) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
+from pool import Pool
+from ranked import be_rank
 from shardwright.cli.main import main
 from shardwright.planner.planfile import load_plan, save_plan
 from shardwright.profiles.ledger import entries
 from shardwright.profiles.store import Store
+from shardwright.runtime.state import latest
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -43,10 +46,10 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A folder with a plan of the toy model for two ranks."""
     made = Shell(tmp_path_factory.mktemp("road"))
     (made.folder / "toy.py").write_text(TOY.read_text())
-    planned = made(
+    planned = made.here(
         "plan", "toy.py:build", "--cluster", "cpu:2", "--batch", "8", "--pin", "tp=2", "-o", "plan.json", "--json"
     )
-    assert planned.returncode == 0, planned.stderr
+    assert planned.exit_code == 0, planned.stderr
     assert json.loads(planned.stdout)["mesh"][0]["size"] == 2
     return made
 
@@ -57,22 +60,22 @@ def test_planning_again_gives_the_same_bytes(shell: Shell) -> None:
     assert (shell.folder / "again.json").read_bytes() == (shell.folder / "plan.json").read_bytes()
 
 
-def test_a_run_above_the_limit_says_so(shell: Shell) -> None:
+def test_a_run_above_the_limit_says_so(shell: Shell, ranks2: Pool) -> None:
     """A limit below what the plan needs cannot be planned; this plan is signed with one, as if the prediction were wrong."""
     plan = load_plan(shell.folder / "plan.json")
     save_plan(replace(plan, memory_limit_bytes=10_000), shell.folder / "tight.json")
-    done = shell("run", "tight.json", "--steps", "1", "--json")
-    assert done.returncode == 1
-    assert "the plan's limit is 10,000" in done.stderr
-    result = json.loads(done.stdout)
+    (status, said, result), (other, silent, _) = ranks2.run(be_rank, str(shell.folder), ["tight.json", "--steps=1"])
+    assert (status, other, silent) == (1, 1, "")
+    assert "the plan's limit is 10,000" in said
     assert result["fits"] is False
     assert min(result["peak_bytes"]) > 10_000
 
 
 def test_run_verifies_measures_and_reports(shell: Shell) -> None:
-    done = shell("run", "plan.json", "--steps", "2", "--verify", "--json")
+    done = shell("run", "plan.json", "--steps", "2", "--verify", "--save", "kept", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    assert latest(shell.folder / "kept") == shell.folder / "kept" / f"step-{result['checkpoints']['saved_step']:08d}"
     assert result["verify"]
     assert all(each["ok"] for each in result["verify"])
     predicted = load_plan(shell.folder / "plan.json").predicted
@@ -92,18 +95,18 @@ def test_run_verifies_measures_and_reports(shell: Shell) -> None:
     assert 0 < sum(row.measured_phases.values()) < 3 * row.measured_seconds
 
 
-def test_a_changed_model_file_is_refused_once(shell: Shell) -> None:
+def test_a_changed_model_file_is_refused_once(shell: Shell, ranks2: Pool) -> None:
     source = shell.folder / "toy.py"
     text = source.read_text()
     source.write_text(text + "\n# changed\n")
     try:
-        done = shell("run", "plan.json", "--steps", "1")
+        found = ranks2.run(be_rank, str(shell.folder), ["plan.json", "--steps=1"])
     finally:
         source.write_text(text)
-    assert done.returncode == 2
-    assert done.stderr.count("error:") == 1
-    assert "has changed since it was planned" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert [status for status, _, _ in found] == [2, 2]
+    said = found[0][1] + found[1][1]
+    assert said.count("error:") == 1
+    assert "has changed since it was planned" in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import plans
@@ -55,17 +55,30 @@ def test_slurm(file: Path, tmp_path: Path) -> None:
     for line in ("--job-name=llama-8b", "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--mem=512000M"):
         assert f"\n#SBATCH {line}\n" in text
     assert "torchrun --nnodes=4 --nproc-per-node=8 " in text
-    assert f"-m shardwright.runtime.execute {file} --steps=7\n" in text
     shell_reads(out, "bash")
+    assert called(out, tmp_path, shell="bash", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="42") == [
+        "--nnodes=4", "--nproc-per-node=8", "--rdzv-id=42", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:29500",
+        "-m", "shardwright.runtime.execute", str(file), "--steps=7",
+    ]  # fmt: skip
 
 
-def torchrun_called(script: Path, folder: Path, *arguments: str) -> list[str]:
-    """The arguments torchrun gets when the script runs."""
-    (folder / "torchrun").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
-    (folder / "torchrun").chmod(0o755)
-    path = f"{folder}:/usr/local/bin:/usr/bin:/bin"
+PROGRAMS = {
+    "shardwright": 'printf "%s\\0" "$@"',
+    "torchrun": 'printf "%s\\0" "$@"',
+    "scontrol": 'test "$*" = "show hostnames node[7-8]" && printf "node7\\nnode8\\n"',
+    "srun": 'test "$1" = "--cpu-bind=none" && shift && exec "$@"',
+}
+"""Stand-ins for what the files start: sh scripts by name."""
+
+
+def called(script: Path, folder: Path, *arguments: str, shell: str = "sh", **environment: str) -> list[str]:
+    """The arguments that shardwright or torchrun gets when the script runs."""
+    for name, text in PROGRAMS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    own = {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin", **environment}
     done = subprocess.run(
-        ["sh", str(script), *arguments], cwd=folder, env={"PATH": path}, capture_output=True, text=True, timeout=20
+        [shell, str(script), *arguments], cwd=folder, env=own, capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
@@ -75,16 +88,57 @@ def test_script_of_several_machines_and_of_one(file: Path, tmp_path: Path) -> No
     script = tmp_path / "run.sh"
     assert export(str(file), "--to", "script", "-o", str(script), "--", "train.py", HOSTILE).exit_code == 0
     shell_reads(script, "sh")
-    assert torchrun_called(script, tmp_path, "0", "node0:29500") == [
-        "--nnodes=4", "--nproc-per-node=8", "--node-rank=0", "--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500",
-        "--rdzv-conf=is_host=1", "train.py", HOSTILE, "--plan", str(file),
+    assert called(script, tmp_path, "3", "node0:29500") == [
+        "run", str(file), "--nnodes=4", "--nproc-per-node=8", "--node-rank=3", "--rdzv-endpoint=node0:29500", "--", "train.py",
+        HOSTILE,
     ]  # fmt: skip
-    assert "--rdzv-conf=is_host=0" in torchrun_called(script, tmp_path, "3", "node0:29500")
+    refused = subprocess.run(["sh", str(script), "0"], capture_output=True, text=True, timeout=20)
+    assert (refused.returncode, refused.stderr) == (2, f"usage: {script} NODE_RANK HOST:PORT\n")
     save_plan(on("cpu:4"), file)
     assert export(str(file), "--to", "script", "-o", str(script)).exit_code == 0
-    target = ["-m", "shardwright.runtime.execute", str(file), "--steps=5"]
-    assert torchrun_called(script, tmp_path) == ["--standalone", "--nproc-per-node=4", *target]
+    assert called(script, tmp_path) == ["run", str(file), "--steps=5"]
     assert not (tmp_path / "broken").exists()
+
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+"""A label of RFC 1123."""
+Quantity = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(Ki|Mi|Gi)?$")] | Annotated[int, msgspec.Meta(gt=0)]
+
+
+def fields(title: str, *required: tuple[str, Any], **optional: Any) -> type[msgspec.Struct]:
+    """An object of Kubernetes that has these fields and no others."""
+    others = [(name, kind, None) for name, kind in optional.items()]
+    return msgspec.defstruct(title, [*required, *others], forbid_unknown_fields=True, kw_only=True)
+
+
+# The part of the API's schemas that the file uses: core/v1, and kubeflow.org_pytorchjobs.yaml of the training operator 1.8.
+Metadata = fields("Metadata", ("name", Name))
+ConfigMap = fields(
+    "ConfigMap",
+    ("apiVersion", Literal["v1"]),
+    ("kind", Literal["ConfigMap"]),
+    ("metadata", Metadata),
+    ("data", dict[str, str]),
+)
+Mount = fields("Mount", ("name", Name), ("mountPath", str))
+Volume = fields(
+    "Volume", ("name", Name), configMap=fields("Source", ("name", Name)),
+    emptyDir=fields("Empty", medium=Literal["", "Memory"]),
+)  # fmt: skip
+Container = fields(
+    "Container", ("name", Literal["pytorch"]), ("image", str), ("command", list[str]), ("volumeMounts", list[Mount]),
+    resources=fields("Resources", ("limits", dict[str, Quantity])),
+)  # fmt: skip
+Template = fields("Template", ("spec", fields("Pod", ("containers", list[Container]), ("volumes", list[Volume]))))
+Replica = fields(
+    "Replica", ("replicas", Annotated[int, msgspec.Meta(ge=1)]), ("template", Template),
+    ("restartPolicy", Literal["Always", "OnFailure", "Never", "ExitCode"]),
+)  # fmt: skip
+Replicas = dict[Literal["Master", "Worker"], Replica]
+PyTorchJob = fields(
+    "PyTorchJob", ("apiVersion", Literal["kubeflow.org/v1"]), ("kind", Literal["PyTorchJob"]), ("metadata", Metadata),
+    ("spec", fields("Spec", ("pytorchReplicaSpecs", Replicas))),
+)  # fmt: skip
 
 
 def test_kubernetes(file: Path, tmp_path: Path) -> None:
@@ -94,7 +148,8 @@ def test_kubernetes(file: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     held, job = yaml.safe_load_all(out.read_text())
     assert parse_plan(held["data"]["plan.json"]) == load_plan(file)
-    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    msgspec.convert(held, ConfigMap)
+    msgspec.convert(job, PyTorchJob)
     replicas: dict[str, Any] = job["spec"]["pytorchReplicaSpecs"]
     assert {role: each["replicas"] for role, each in replicas.items()} == {"Master": 1, "Worker": 3}
     pod = replicas["Worker"]["template"]["spec"]
@@ -119,7 +174,7 @@ def test_hostile_names_stay_words(file: Path, tmp_path: Path) -> None:
     for form, shell in (("slurm", "bash"), ("script", "sh")):
         assert export(str(moved), "--to", form, "-o", str(out), "--", HOSTILE).exit_code == 0
         shell_reads(out, shell)
-    assert str(moved) in torchrun_called(out, tmp_path, "0", "h:1")
+    assert str(moved) in called(out, tmp_path, "0", "h:1")
     for name in ("Llama", "a\nb", "a b", "$(x)", "-a", "x" * 43):
         done = export(str(moved), "--to", "slurm", "--name", name)
         assert done.exit_code == 2, name

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from jointplans import ask, check, cluster, plan_with
 from rich.console import Console
 from shardwright.cli.figures import behind_texts, bytes_text
 from shardwright.cli.report.build import build
@@ -20,7 +21,6 @@ from shardwright.planner.shapes import Arrangement
 from shardwright.planner.solve import make_bench
 from shardwright.planner.stages import StageSolve
 from solver_outlines import transformer
-from test_joint import ask, check, cluster, plan_with
 
 
 def printed(plan: Plan) -> str:

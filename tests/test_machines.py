@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import toy
+from click.testing import CliRunner
+from shardwright.cli.main import main
 from shardwright.cli.places import interface_of, local_address, split_endpoint
 from shardwright.errors import LaunchError
 
@@ -60,33 +62,73 @@ def test_addresses() -> None:
         assert interface_of("127.0.0.1") == "lo"
 
 
-@pytest.mark.nightly
-def test_two_hosts_run_one_plan(hosts: tuple[str, str], tmp_path: Path) -> None:
-    """The whole command on each host; the machine's own name resolves to neither address, as on many machines."""
-    from shardwright.api import plan_model
-    from shardwright.planner.planfile import save_plan
+Outcome = tuple[int, str, str]
+"""Exit status, stdout, stderr."""
 
-    file = tmp_path / "plan.json"
-    save_plan(plan_model(f"{toy.__file__}:build", "cpu:2", batch=8, pins=["dp=2"]).plan, file)
+
+def on_each(hosts: tuple[str, str], command: Callable[[int], list[str]], folder: Path) -> list[Outcome]:
+    """Start a command on every host at once; how each one ended."""
     own = {k: v for k, v in os.environ.items() if k != "GLOO_SOCKET_IFNAME"} | {"OMP_NUM_THREADS": "1"}
+    own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"
     started = [
         subprocess.Popen(
-            [
-                "ip", "netns", "exec", host, sys.executable, "-m", "shardwright.cli.main", "run", str(file), "--nnodes", "2",
-                "--node-rank", str(rank), "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--steps", "1", "--timeout", "120", "--json",
-            ],
-            env=own | {"XDG_CACHE_HOME": str(tmp_path / host)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ["ip", "netns", "exec", host, *command(node)], env=own | {"XDG_CACHE_HOME": str(folder / host)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for rank, host in enumerate(hosts)
+        for node, host in enumerate(hosts)
     ]  # fmt: skip
     try:
-        (out, said), (silent, also_said) = (process.communicate(timeout=240) for process in started)
+        said = [process.communicate(timeout=400) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said + also_said
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+def plan_file(folder: Path, cluster: str) -> Path:
+    """A plan of the toy model for two CPU ranks."""
+    from shardwright.api import plan_model
+    from shardwright.planner.planfile import save_plan
+
+    save_plan(plan_model(f"{toy.__file__}:build", cluster, batch=8, pins=["dp=2"]).plan, folder / "plan.json")
+    return folder / "plan.json"
+
+
+@pytest.mark.nightly
+def test_two_hosts_run_one_plan(hosts: tuple[str, str], tmp_path: Path) -> None:
+    """The whole command on each host; the machine's own name resolves to neither address, as on many machines."""
+    file = plan_file(tmp_path, "cpu:2")
+
+    def command(node: int) -> list[str]:
+        program = [
+            sys.executable,
+            "-m",
+            "shardwright.cli.main",
+            "run",
+            str(file),
+            "--nnodes",
+            "2",
+            "--node-rank",
+            str(node),
+        ]
+        return [*program, "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--steps", "1", "--timeout", "300", "--json"]
+
+    (status, out, said), (other, silent, also_said) = on_each(hosts, command, tmp_path)
+    assert (status, other) == (0, 0), said + also_said
     assert f"--local-addr={ADDRESSES[0]}" in said
     assert f"--local-addr={ADDRESSES[1]}" in also_said
     result = json.loads(out)
     assert result["world_size"] == 2
     assert silent == ""  # rank 0 tells
+
+
+@pytest.mark.nightly
+def test_two_hosts_run_an_exported_script(hosts: tuple[str, str], tmp_path: Path) -> None:
+    """What `export --to script` writes, started with `sh` on each host."""
+    file, script = plan_file(tmp_path, "cpu:1x2"), tmp_path / "run.sh"
+    done = CliRunner().invoke(main, ["export", str(file), "--to", "script", "-o", str(script), "--steps", "1"])
+    assert done.exit_code == 0, done.stderr
+    ended = on_each(hosts, lambda node: ["sh", str(script), str(node), f"{ADDRESSES[0]}:29500"], tmp_path)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    (told,) = (out for _, out, _ in ended if out)  # rank 0's
+    assert "peak memory, rank 1" in told

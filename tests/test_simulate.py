@@ -1,8 +1,7 @@
-"""The event simulator against published formulas, an independent replay, and its own linear paths."""
+"""The event simulator against an independent replay, and its own linear paths."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -10,136 +9,13 @@ from itertools import pairwise
 
 import pytest
 from shardwright.errors import UsageError
-from shardwright.planner.contention import Contention, Job, lane_kind, replay
-from shardwright.planner.engine import Compiled, compile_lists
 from shardwright.planner.live import live_vectors
 from shardwright.planner.paths import WORLD, makespan, rank_paths
-from shardwright.planner.schedules import SCHEDULES, Action, actions, fault, stage_rank
-from shardwright.planner.simulate import Links, RankCost, StageCost, Timeline, simulate
-from shardwright.planner.trace import trace_events
-
-TRAINING = tuple(name for name in SCHEDULES if name not in ("none", "forward"))
-
-
-def compiled(name: str, ranks: int, chunks: int, m: int) -> Compiled:
-    return compile_lists(actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks))
-
-
-def even(name: str, ranks: int, chunks: int, m: int, f: float, b: float, w: float, send: float = 0.0) -> float:
-    """Seconds of a step of equal stages."""
-    n = ranks * chunks
-    lists = compiled(name, ranks, chunks, m)
-    return makespan(lists, lists.placement, [f] * n, [b] * n, [w] * n, [send] * n, [send] * n)[0]
-
-
-def run(name: str, ranks: int, chunks: int, m: int, cost: StageCost, send: float = 0.0) -> Timeline:
-    n = ranks * chunks
-    links = Links((send,) * n, (send,) * n)
-    return simulate(actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks), [cost] * n, links)
-
-
-# -- bubbles, as fractions of the ideal time m (F + B) of a rank; a chunk takes 1/v of a stage
-
-
-@pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 4), (4, 8), (4, 16), (8, 32), (5, 5), (3, 20)])
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int) -> None:
-    """(p - 1) / m: Huang et al. 2019, Narayanan et al. 2021 section 2.2."""
-    assert even(name, p, 1, m, 1, 2, 1) / (3 * m) - 1 == pytest.approx((p - 1) / m)
-    assert max(run(name, p, 1, m, StageCost(1, 2)).bubble) == pytest.approx((p - 1) / (m + p - 1))
-
-
-@pytest.mark.parametrize(("p", "v", "m"), [(2, 2, 4), (4, 2, 8), (4, 4, 16), (8, 2, 32), (8, 4, 16), (3, 3, 6)])
-def test_bubble_of_interleaved(p: int, v: int, m: int) -> None:
-    """(p - 1) / (v m), m a multiple of p: Narayanan et al. 2021 section 2.2."""
-    assert even("interleaved", p, v, m, 1 / v, 2 / v, 1 / v) / (3 * m) - 1 == pytest.approx((p - 1) / (v * m))
-
-
-@pytest.mark.parametrize(("m", "v", "gain"), [(32, 2, 0.099), (16, 2, 0.179), (16, 4, 0.296)])
-def test_megatron_gain_of_interleaving(m: int, v: int, gain: float) -> None:
-    """p = 8: the "10+ %" of Narayanan et al. 2021."""
-    plain, interleaved = even("1f1b", 8, 1, m, 1, 2, 1), even("interleaved", 8, v, m, 1 / v, 2 / v, 1 / v)
-    assert plain / interleaved - 1 == pytest.approx(gain, abs=0.0006)
-
-
-def test_sends_make_fewer_chunks_the_best() -> None:
-    """Interleaving sends v times as much (Narayanan et al. 2021, section 2.2), so the best v falls as sends take longer."""
-    best = []
-    for c in (0, 0.1, 0.3):
-        steps = {v: even("interleaved", 8, v, 32, 1 / v, 2 / v, 1 / v, c) for v in (2, 4, 8)}
-        best.append(min(steps, key=lambda v: steps[v]))
-    assert best == [8, 4, 2]
-
-
-@pytest.mark.parametrize(("p", "m"), [(2, 8), (4, 12), (8, 24)])
-@pytest.mark.parametrize(("f", "i", "w"), [(1, 1, 1), (1, 1.2, 0.8), (1, 1.5, 1), (2, 2.5, 1.5)])
-def test_bubble_of_zb_h1(p: int, m: int, f: float, i: float, w: float) -> None:
-    """(p - 1)(F + I - W) against (p - 1)(F + I + W) of 1F1B: Qi et al. 2023, table 2 (their B is I). A third where equal."""
-    ideal = m * (f + i + w)
-    assert even("1f1b", p, 1, m, f, i + w, w) - ideal == pytest.approx((p - 1) * (f + i + w))
-    assert even("zb-h1", p, 1, m, f, i + w, w) - ideal == pytest.approx((p - 1) * (f + i - w))
-
-
-@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (8, 20)])
-def test_zbv_leaves_no_bubble(p: int, m: int) -> None:
-    """F = I = W: no rank waits between its first and its last action (Qi et al. 2023, section 6).
-
-    Ranks start one half-stage forward after each other: that is all the step loses, a sixth of what 1F1B does.
-    """
-    timeline = run("zbv", p, 2, m, StageCost(1, 2, 1))
-    assert timeline.step_seconds == 6 * m + (p - 1)
-    for tasks in timeline.tasks:
-        computed = [t for t in tasks if t.lane == "compute"]
-        assert computed[-1].end - computed[0].start == pytest.approx(6 * m)
-
-
-@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 20), (8, 16)])
-@pytest.mark.parametrize(("f", "i", "w"), [(1, 1, 1), (1, 1.2, 0.8), (1, 1.4, 1)])
-def test_bubble_of_dual_pipe_v(p: int, m: int, f: float, i: float, w: float) -> None:
-    """At most (p - 1)(F&B + B - 3W) with F&B = F + B, of half-stages: the table of DeepSeek's DualPipe repository."""
-    bubble = even("dualpipev", p, 2, m, f, i + w, w) - 2 * m * (f + i + w)
-    assert 0 <= bubble <= (p - 1) * (f + 2 * (i + w) - 3 * w) + 1e-9
-
-
-def test_forward_only_fills_and_drains() -> None:
-    assert even("forward", 4, 1, 10, 1, 0, 0) == 13
-    timeline = run("forward", 4, 1, 10, StageCost(1, saved_bytes=5, work_forward_bytes=3))
-    assert [c.peak_bytes for c in timeline.memory] == [3] * 4
-
+from shardwright.planner.schedules import Action, actions, stage_rank
+from shardwright.planner.simulate import Links, RankCost, StageCost, simulate
+from simulations import compiled, even, random_case, random_durations, run, timed
 
 # -- against an independent replay
-
-
-def random_durations(draw: random.Random, n: int) -> dict[str, list[float]]:
-    forward = [draw.uniform(0.6, 1.4) for _ in range(n)]
-    backward = [draw.uniform(1.2, 2.8) for _ in range(n)]
-    weight = [b * draw.uniform(0.2, 0.6) for b in backward]
-    return {
-        "forward": forward, "backward": backward, "weight": weight,
-        "input": [b - w for b, w in zip(backward, weight, strict=True)],
-        "send_forward": [draw.uniform(0, 0.6) for _ in range(n)], "send_backward": [draw.uniform(0, 0.6) for _ in range(n)],
-        "finish": [draw.uniform(0, 4) for _ in range(n)],
-    }  # fmt: skip
-
-
-def timed(lists: Compiled, d: dict[str, list[float]]) -> tuple[float, object]:
-    return makespan(
-        lists,
-        lists.placement,
-        d["forward"],
-        d["backward"],
-        d["weight"],
-        d["send_forward"],
-        d["send_backward"],
-        d["finish"],
-    )
-
-
-def random_case(draw: random.Random, names: Sequence[str] = TRAINING) -> tuple[str, int, int, int]:
-    while True:
-        name, ranks, chunks, m = draw.choice(names), draw.randint(1, 5), draw.randint(1, 3), draw.randint(1, 12)
-        if not fault(name, ranks, chunks, m):
-            return name, ranks, chunks, m
 
 
 def naive_step(lists: Sequence[Sequence[Action]], placement: Sequence[int], d: dict[str, list[float]]) -> float:
@@ -381,78 +257,6 @@ def test_a_microbatch_whose_backward_is_next_is_not_copied() -> None:
     timeline = simulate(actions("1f1b", 2, 1, 4), (0, 1), [cost] * 2, Links.free(2))
     assert {t.lane for t in timeline.tasks[1]} == {"compute", "send 0"}
     assert "copy-out" in {t.lane for t in timeline.tasks[0]}
-
-
-# -- contention and trace
-
-FACTORS = Contention(
-    {("compute", "comm"): 1.25, ("comm", "compute"): 1.5, ("compute", "copy"): 1.1, ("copy", "compute"): 1.0}
-)
-
-
-def test_progressive_rates_by_hand() -> None:
-    """6 s of compute beside 2 s of a collective: that takes 3 s, in which 2.4 s are computed, so 6.6 s in all."""
-    jobs = [Job(0, "compute", 6.0, ()), Job(0, "dp", 2.0, ())]
-    assert replay(jobs, FACTORS) == pytest.approx(6.6)
-    assert replay([*jobs, Job(1, "dp", 7.0, ())], FACTORS) == pytest.approx(7.0)
-    assert replay([Job(0, "dp", 2.0, ()), Job(0, "dp", 3.0, ())], FACTORS) == pytest.approx(5.0)
-    assert replay([Job(0, "compute", 1.0, ()), Job(0, "dp", 2.0, (0,)), Job(0, "", 0.0, (0, 1))], FACTORS) == 3.0
-    with pytest.raises(UsageError, match="at least 1"):
-        replay(jobs, Contention({("compute", "comm"): 0.9}))
-
-
-def test_lanes_have_kinds() -> None:
-    lanes = ("compute", "copy-in", "copy-out", "disk", "host", "dp", "send 3", WORLD)
-    assert [lane_kind(lane) for lane in lanes] == ["compute", "copy", "copy", "disk", "host", "comm", "comm", "comm"]
-
-
-def test_contention_slows_and_without_factors_changes_nothing() -> None:
-    draw = random.Random(6)
-    for _ in range(40):
-        name, ranks, chunks, m = random_case(draw)
-        costs = [
-            StageCost(
-                draw.uniform(1, 2), draw.uniform(2, 4), draw.uniform(0.5, 1), offloaded_bytes=draw.choice([0, 1]),
-                lanes_forward=(("tp", 0.5), ("dp", 0.3), ("tp", 0.2)), lanes_backward=(("tp", 0.9),),
-                finish=((WORLD, 1.0), ("compute", 0.5)),
-            )
-            for _ in range(ranks * chunks)
-        ]  # fmt: skip
-        links = Links(*[tuple(draw.uniform(0, 0.3) for _ in costs) for _ in range(2)])
-        lists, placement = actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks)
-        free = simulate(lists, placement, costs, links, contended=Contention({}))
-        assert free.contended_seconds == pytest.approx(free.step_seconds)
-        slowed = simulate(lists, placement, costs, links, contended=FACTORS)
-        assert slowed.step_seconds == free.step_seconds
-        assert slowed.contended_seconds is not None
-        assert slowed.step_seconds < slowed.contended_seconds < 1.5 * slowed.step_seconds
-
-
-def test_the_trace_is_json_with_every_task_and_the_memory() -> None:
-    cost = StageCost(
-        1, 2, 1, saved_bytes=3, offloaded_bytes=1, copy_out_seconds=0.1, copy_in_seconds=0.1,
-        lanes_forward=(("tp", 0.5),), finish=(("dp", 1),),
-    )  # fmt: skip
-    timeline = run("zb-h1", 3, 1, 6, cost, send=0.1)
-    events = json.loads(json.dumps(trace_events(timeline)))["traceEvents"]
-    drawn = [e for e in events if e["ph"] == "X"]
-    assert len(drawn) == sum(map(len, timeline.tasks))
-    assert all(e["ts"] >= 0 and e["dur"] >= 0 and isinstance(e["tid"], int) for e in drawn)
-    assert {e["name"] for e in drawn} >= {
-        "0F0",
-        "2I5",
-        "2W5",
-        "0SEND_F0",
-        "2SEND_B5",
-        "0 out 0",
-        "0 in 0",
-        "0F0 tp",
-        "finish 1.0",
-    }
-    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert names == {"compute", "send 0", "send 1", "send 2", "copy-out", "copy-in", "tp", "dp"}
-    peak = max(e["args"]["bytes"] for e in events if e["ph"] == "C" and e["pid"] == 0)
-    assert peak == timeline.memory[0].peak_bytes
 
 
 def test_costs_of_another_number_of_stages_are_refused() -> None:

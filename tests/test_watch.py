@@ -11,11 +11,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pool import PRELOADED, Pool
 from shardwright.errors import LaunchError
+from shardwright.runtime.checkpoint.folders import latest
 from shardwright.runtime.watch import Beat, RankFailure, RankWatch, is_lost, waiting, watch_ranks
 
 TIMEOUT = 5.0
@@ -38,7 +40,7 @@ def a_rank(rank: int, world: int, port: int, ends: bool, what: Callable[[int, in
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     from shardwright.runtime.collectives import all_reduce
-    from shardwright.runtime.mesh import ensure_process_group
+    from shardwright.runtime.mesh import ensure_process_group, leave_process_group
 
     torch.set_num_threads(1)
     ensure_process_group(torch.device("cpu"), TIMEOUT, ends=ends)
@@ -52,7 +54,7 @@ def a_rank(rank: int, world: int, port: int, ends: bool, what: Callable[[int, in
                 pipe.send("ready")
     except RankFailure as error:
         pipe.send((time.monotonic(), str(error), error.first))
-    os._exit(0)
+        leave_process_group()
 
 
 def nothing(rank: int, turn: int) -> None:
@@ -60,8 +62,35 @@ def nothing(rank: int, turn: int) -> None:
 
 
 def stay_away(rank: int, turn: int) -> None:
+    """Wait for something else."""
     if rank == 1 and turn == 11:
         time.sleep(1000)
+
+
+def spin(rank: int, turn: int) -> None:
+    """Compute for ever in Python, in which other threads get their turn."""
+    while rank == 1 and turn == 11:
+        pass
+
+
+class StopsWhileItSaves:
+    """From its eleventh turn on every rank saves; rank 1 is stopped in the middle of writing its file."""
+
+    def __init__(self, folder: Path, async_: bool) -> None:
+        self.folder, self.async_ = folder, async_
+
+    def __call__(self, rank: int, turn: int) -> None:
+        import torch
+        from shardwright.runtime import state
+        from shardwright.runtime.checkpoint import safe_files
+
+        if turn < 11:
+            return
+        if rank == 1:
+            safe_files.write = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        if turn == 11:
+            self.model = torch.nn.Linear(2, 2)
+        state.save_checkpoint(self.folder, self.model, step=turn, async_=self.async_)
 
 
 class Ranks:
@@ -134,8 +163,34 @@ def test_a_rank_that_stays_away_is_named_with_its_line_and_others_agree() -> Non
     assert sorted(first for _, _, first in told) == [False, True]  # one found it, the other repeats it
     assert told[0][1] == told[1][1]
     assert "rank 1 did not come within" in told[0][1]
-    line = inspect.getsourcelines(stay_away)[1] + 2
+    line = inspect.getsourcelines(stay_away)[1] + 3
     assert f"rank 1 is at test_watch.py:{line}, after all_reduce over all ranks (collective 11)" in told[0][1]
+
+
+@pytest.mark.nightly
+def test_a_rank_that_hangs_in_python_is_named_with_its_line() -> None:
+    with ranks(2, spin) as two:
+        _, said, _ = two.lost(0)
+    line = inspect.getsourcelines(spin)[1] + 2
+    assert "rank 1 did not come within" in said
+    assert any(
+        f"rank 1 is at test_watch.py:{at}, after all_reduce over all ranks (collective 11)" in said
+        for at in (line, line + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    "async_", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["waiting", "background"]
+)
+def test_a_rank_that_is_stopped_while_it_saves_is_named(async_: bool, tmp_path: Path) -> None:
+    with ranks(2, StopsWhileItSaves(tmp_path, async_)) as two:
+        _, said, first = two.lost(0)
+        two.started[0].join(TIMEOUT + SLACK)  # nothing of the save holds the process up
+        assert two.started[0].exitcode == 0
+    assert first
+    assert "rank 1 gave no sign of life" in said
+    assert "rank 0 waited in " + ("the background save" if async_ else "a checkpoint's save") in said
+    assert latest(tmp_path) is None
 
 
 def test_a_rank_told_to_end_while_it_waits_does_so_and_says_where() -> None:

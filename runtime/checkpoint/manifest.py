@@ -30,6 +30,8 @@ SIZE_LIMIT = 1 << 30
 """Bytes of the longest metadata that is read (about four million boxes)."""
 _PART = re.compile(r"rank-\d{5,}\.safetensors")
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+STEPS = 10**18
+"""Steps are below this: the name of a folder has so many digits at most."""
 
 
 class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +77,7 @@ class RandomRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Heading(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything in a checkpoint but tensors. `plan` is the digest of the plan it ran under, `names` tied names by first one."""
 
-    step: Count
+    step: Annotated[int, msgspec.Meta(ge=0, lt=STEPS)]
     data_position: Any
     world_size: Count
     extra: Any = None

@@ -107,7 +107,10 @@ def prepare(
             optimizer.state[parameter] = state
             for slot, value in state.items():
                 wanted[key_of(name, slot)] = _held(value, parameter, f"state {slot} of {name}")
-            state |= saved.scalars.get(name, {})
+            plain = saved.scalars.get(name, {})
+            if not all(slot not in state and _alike(value, None) for slot, value in plain.items()):
+                raise CheckpointError(f"{where}: heading.optimizer.scalars: {name} has values that no optimizer keeps")
+            state |= plain
             if not state:
                 del optimizer.state[parameter]
     return wanted
@@ -153,10 +156,25 @@ def _check_groups(
             f"{where}: the optimizer has {len(saved.groups)} parameter groups, this one {len(optimizer.param_groups)}"
         )
     for i, (group, old) in enumerate(zip(optimizer.param_groups, saved.groups, strict=True)):
+        strange = [k for k, v in old.options.items() if not _alike(v, group.get(k))]
+        if strange:
+            raise CheckpointError(
+                f"{where}: option {strange[0]} of the optimizer's group {i}: {old.options[strange[0]]!r} cannot take the place of "
+                f"{group.get(strange[0])!r}"
+            )
         names, known = (named.name_of(p) for p in group["params"]), set(old.parameters)
         strange = [name for name in names if saved_as[name] not in known]
         if strange:
             raise CheckpointError(f"{where}: group {i} of the optimizer does not hold {strange[0]}")
+
+
+def _alike(value: Any, now: Any) -> bool:
+    """Whether a value of JSON may be an option or a state where `now` is: of one kind, or one of them nothing."""
+    if isinstance(value, list):
+        inside = now if isinstance(now, list | tuple) and len(now) == len(value) else [None] * len(value)
+        return (now is None or isinstance(now, list | tuple)) and all(map(_alike, value, inside))
+    kinds = [k for k in (bool, int | float | Tensor, str) if isinstance(value, k)]
+    return value is None or (bool(kinds) and (now is None or isinstance(now, kinds[0])))
 
 
 def _plain(value: Any, what: str) -> Any:

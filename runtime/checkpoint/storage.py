@@ -7,6 +7,7 @@ one for each rank that writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ...errors import CheckpointError, ShardwrightError
+from ..watch import waiting
 from . import folders, manifest, safe_files
 from .blocks import Block, Held
 
@@ -70,7 +72,10 @@ def save(
     """
     state = {key: Item(value.local, value.shape, value.blocks) for key, value in held.items()}
     writer = Writer(folder, heading, keep)
-    _run(lambda alone: dcp.save(state, storage_writer=writer, planner=_Save(), process_group=group, no_dist=alone))
+    # A save in the background has a group and a thread of its own; where the main thread waits is the main thread's to say.
+    wait = waiting("a checkpoint's save") if group is None else contextlib.nullcontext()
+    with wait:
+        _run(lambda alone: dcp.save(state, storage_writer=writer, planner=_Save(), process_group=group, no_dist=alone))
 
 
 def load(held: Mapping[str, Held], found: manifest.Manifest, folder: Path) -> int:
@@ -80,7 +85,8 @@ def load(held: Mapping[str, Held], found: manifest.Manifest, folder: Path) -> in
     """
     state = {key: Item(value.local, value.shape, value.blocks) for key, value in held.items()}
     reader = Reader(folder, found)
-    _run(lambda alone: dcp.load(state, storage_reader=reader, planner=_Load(), no_dist=alone))
+    with waiting("a checkpoint's load"):
+        _run(lambda alone: dcp.load(state, storage_reader=reader, planner=_Load(), no_dist=alone))
     return reader.slices.bytes_read
 
 

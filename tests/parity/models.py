@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import captures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +29,11 @@ class Case:
 
 def build(name: str, batch: int = 8) -> Case:
     """The named case, the same numbers on every call and every rank."""
+    captures.share()
     torch.manual_seed(0)
-    return CASES[name](batch)
+    case = CASES[name](batch)
+    case.model.__dict__[captures.TAG] = (name, batch)
+    return case
 
 
 def tokens(batch: int, vocab: int, seq: int = SEQ) -> dict[str, Tensor]:
