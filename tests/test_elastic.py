@@ -13,7 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import toy
 from pool import Pool
