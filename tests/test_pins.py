@@ -31,7 +31,7 @@ def test_values_are_typed() -> None:
     assert not pins.forbids("tp", 4)
 
 
-@pytest.mark.parametrize("text", ["schedule=zbv", "attention=math", "kernels=fused", "loss=fused", "tp_overlap=on"])
+@pytest.mark.parametrize("text", ["attention=math", "kernels=fused", "loss=fused", "tp_overlap=on"])
 def test_what_the_runtime_lacks_is_refused_by_name(text: str) -> None:
     with pytest.raises(PinError, match=f"{text} is not supported yet"):
         check_pins(parse_pins([text]))
