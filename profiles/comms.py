@@ -20,8 +20,8 @@ SECONDS_PER_SIZE = 0.05
 WORK_SIDE = 512
 SECONDS_AFTER_WORK, MOST_AFTER_WORK = 0.2, 10
 SWEEPS = 3
-"""A CPU's network stack has slow spells of seconds (new pages for its buffers, a paced sender): the quickest time counts. Many
-short sweeps get past a spell that one long sweep lies in."""
+"""A CPU's network stack has slow spells of seconds (new pages for its buffers, a paced sender): the quickest time counts.
+Short sweeps get past a spell that a long one lies in."""
 
 # torch.ops._c10d_functional is private in name only: DTensor and torch.compile are built on it, and it is what the
 # lowered graph calls, so nothing else has the same cost. Tried with torch 2.13.
