@@ -21,7 +21,7 @@ from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
 from .mesh import Mesh
 from .offload.engine import Offloader
-from .outputs import rebuild, sealed
+from .outputs import rebuild, sealed, update_buffers
 from .programs import Program, Programs
 from .stagestate import wholes
 from .step import Values, run_microbatches, run_once
@@ -65,17 +65,18 @@ class ParallelModule(Tree):
         if not program.training:
             with torch.no_grad():
                 flat = run_once(program.lowered, program.body, values, program.regather())
+            update_buffers(program, flat, self)
             return rebuild(program, flat)
         core.check_order()
         if program.microbatches > 1:
             sizes = core.mesh.sizes
-            loss = run_microbatches(
+            flat = run_microbatches(
                 program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather,
                 program.emit.offload,
             )  # fmt: skip
-            flat = [loss]
         else:
-            flat = list(run_once(program.lowered, program.body, values, program.regather()))
+            flat = run_once(program.lowered, program.body, values, program.regather())
+        update_buffers(program, flat, self)
         flat = [core.watch(flat[0]), *(sealed(v) for v in flat[1:])]
         return rebuild(program, flat)
 

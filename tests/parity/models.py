@@ -398,6 +398,32 @@ def dropout(batch: int) -> Case:
     return Case(Dropped(), (torch.ones(batch, 64, 32),))
 
 
+class BatchNorms(nn.Module):
+    """Convolutions with batch norm, one of them without running statistics, and buffers that a call changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False), nn.BatchNorm2d(8)])
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)])
+        self.head, self.last = nn.Linear(8, 6), nn.BatchNorm1d(6, affine=False)
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        y = self.norms[0](self.stem(x)).relu()
+        for conv, norm in zip(self.convs, self.norms[1:], strict=True):
+            y = y + norm(conv(y)).relu()
+        y = y.mean((2, 3))
+        if self.training:
+            with torch.no_grad():
+                self.average.lerp_(y.mean(0), 0.2)
+        return F.cross_entropy(self.last(self.head(y - self.average)), target)
+
+
+def batch_norms(batch: int) -> Case:
+    return Case(BatchNorms().train(), (), {"x": torch.randn(batch, 3, 8, 8), "target": torch.randint(0, 6, (batch,))})
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "gpt2": gpt2,
     "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
@@ -424,5 +450,6 @@ CASES: dict[str, Callable[[int], Case]] = {
     "unet": unet,
     "unet-deep": lambda batch: unet(batch, 64, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
+    "batch-norm": batch_norms,
     **{name: functools.partial(further, name) for name in FURTHER},
 }
