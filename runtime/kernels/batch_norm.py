@@ -5,7 +5,7 @@
 as `aten._native_batch_norm_legit_functional` has them. Every rank has equally many samples, so per axis one all_gather of
 (mean, sum of squares around it) of every rank combines exactly (Chan et al. 1983, eq. 2.1); backward one all_reduce of the two
 sums that the gradient of the operand needs (Ioffe and Szegedy 2015, section 3). Gradients of weight and bias stay sums over this
-rank's samples. What needs no gradient is equal on all ranks. A library op, composite over an autograd function as in transitions.py.
+rank's samples. A library op, composite over an autograd function as in transitions.py.
 """
 
 from __future__ import annotations

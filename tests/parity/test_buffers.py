@@ -64,5 +64,5 @@ def test_compiled() -> None:
 
 
 def test_microbatches_are_refused() -> None:
-    with pytest.raises(PinError, match="norm.*micro_batch=4"):
+    with pytest.raises(PinError, match=r"norm.*micro_batch=4"):
         plan_of("batch-norm", "dp=2 micro_batch=1", 2)
