@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +69,7 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
     apart = bool(captured.loss) and captured.loss not in captured.flat_outputs
     if apart and not program.others:
         return flat[0]
-    known = _by_name(program, flat)
+    known = by_name(program, flat)
     leaves = []
     for i, leaf in enumerate(captured.flat_outputs):
         if isinstance(leaf, str):
@@ -80,15 +80,14 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
     return (flat[0], output) if apart else output
 
 
-def update_buffers(program: Program, flat: Sequence[Any], module: nn.Module) -> None:
-    """What a call makes of buffers (running statistics, counters), written where the module has them."""
-    known = _by_name(program, flat)
+def update_buffers(program: Program, known: Mapping[str, Any], module: nn.Module) -> None:
+    """What a call makes of buffers (running statistics, counters), written where the module has them; `known` has outputs by name."""
     with torch.no_grad():
         for buffer, name in program.writes.items():
             module.get_buffer(buffer).copy_(known[name])
 
 
-def _by_name(program: Program, flat: Sequence[Any]) -> dict[str, Any]:
+def by_name(program: Program, flat: Sequence[Any]) -> dict[str, Any]:
     """Computed values by name: the loss first, then the outputs of the graph."""
     loss = program.captured.loss
     return dict(zip([*([loss] if loss else []), *program.lowered.outputs], flat, strict=False))

@@ -196,9 +196,10 @@ class Programs:
         """The program of a pipeline's rank."""
         assert self.stages is not None
         captured, others = summary.captured, () if training else summary.outline.outputs
+        returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         staged = build(
             self.stages, summary, assignment, self.mesh, emit,
-            microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
+            microbatches=microbatches, training=training, results=returned, local_batch=self.local_batch,
         )  # fmt: skip
         for one in staged.own.values():
             emit.overlap(one)
@@ -211,7 +212,7 @@ class Programs:
             bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
             captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, buckets, names,
-            self.mesh.device, staged=staged, bodies=bodies,
+            self.mesh.device, others=others, writes=captured.writes, staged=staged, bodies=bodies,
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:

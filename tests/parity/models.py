@@ -398,22 +398,31 @@ def dropout(batch: int) -> Case:
     return Case(Dropped(), (torch.ones(batch, 64, 32),))
 
 
+class ConvNorm(nn.Module):
+    """A residual block with batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.convs[0](x)).relu()
+        return (x + self.norms[1](self.convs[1](y))).relu()
+
+
 class BatchNorms(nn.Module):
-    """Convolutions with batch norm, one of them without running statistics, and buffers that a call changes."""
+    """Convolutions with batch norm, one of them without running statistics, and a buffer that a call changes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False), nn.BatchNorm2d(8)])
-        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)])
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+        self.blocks = nn.Sequential(*[ConvNorm(8) for _ in range(3)])
         self.head, self.last = nn.Linear(8, 6), nn.BatchNorm1d(6, affine=False)
         self.register_buffer("average", torch.zeros(8))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        y = self.norms[0](self.stem(x)).relu()
-        for conv, norm in zip(self.convs, self.norms[1:], strict=True):
-            y = y + norm(conv(y)).relu()
-        y = y.mean((2, 3))
+        y = self.blocks(self.norm(self.stem(x)).relu()).mean((2, 3))
         if self.training:
             with torch.no_grad():
                 self.average.lerp_(y.mean(0), 0.2)

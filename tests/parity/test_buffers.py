@@ -34,7 +34,7 @@ def trains_like_eager(plan: Plan, compiled: bool = False) -> None:
 
     torch.testing.assert_close(train(pm), train(model), **TIGHT)
     same(pm.full_state_dict(), model.state_dict())
-    assert model.norms[0].num_batches_tracked == 4
+    assert model.blocks[0].norms[0].num_batches_tracked == 4
     other = copy.deepcopy(model)
     other.load_state_dict(pm.full_state_dict())
 
@@ -56,7 +56,7 @@ def test_what_communicates_is_predicted(pins: str, ranks2: Pool) -> None:
     found = ranks2.run(records, "batch-norm", made)[0]
     assert traffic(found) == predicted
     if pins == "dp=2":  # statistics of every norm: gathered forward, summed backward
-        assert predicted["all_gather", "dp"][0] == 4
+        assert predicted["all_gather", "dp"][0] == 8
 
 
 def test_compiled() -> None:
@@ -66,3 +66,13 @@ def test_compiled() -> None:
 def test_microbatches_are_refused() -> None:
     with pytest.raises(PinError, match=r"norm.*micro_batch=4"):
         plan_of("batch-norm", "dp=2 micro_batch=1", 2)
+
+
+@pytest.mark.parametrize(
+    "pins", ["pp=2 schedule=gpipe", pytest.param("pp=2 dp=2 schedule=1f1b zero=2", marks=pytest.mark.nightly)]
+)
+def test_stages_share_what_they_make_of_buffers(pins: str, pools: dict[int, Pool]) -> None:
+    world = 4 if "dp" in pins else 2
+    made = plan_of("batch-norm", f"{pins} recompute=none offload=none", world, runnable=False)
+    assert made.pipeline.microbatches == 1
+    pools[world].run(trains_like_eager, made)
