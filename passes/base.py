@@ -6,6 +6,7 @@ It owns the program it is given, leaves a valid graph, and does not log; the run
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,12 +24,13 @@ class Program:
     """A lifted graph on its way through passes.
 
     Placeholders carry parameters, buffers, constants and inputs; `constants` holds the values of the constant ones by
-    placeholder name. `notes` tell what a reader should know, `problems` what stops the capture (all are reported
-    together).
+    placeholder name. The graph's last outputs are the new values of the buffers named in `writes`. `notes` tell what a
+    reader should know, `problems` what stops the capture (all are reported together).
     """
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    writes: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -95,6 +97,14 @@ def run_passes(
 def fake(node: fx.Node) -> Any:
     """The fake value of a node (a tensor, or a tuple of them)."""
     return node.meta["val"]
+
+
+def tensor_name(node: fx.Node) -> str:
+    """The name of the tensor a node stands for: its own, or "parent:index" of one of several results."""
+    if node.target is operator.getitem:
+        parent, index = node.args
+        return f"{parent.name}:{index}"  # type: ignore[union-attr]
+    return node.name
 
 
 def emit(

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, UsageError
-from .base import Program, Record, run_passes
+from .base import Program, Record, run_passes, tensor_name
 from .cleanup import cleanup_passes, first_passes
 from .gradients import mark
 from .inline import Fixed, Lifted, Slot, lift
@@ -51,6 +51,7 @@ class Captured:
 
     `inputs` has, per leaf of (args, kwargs) in `input_spec`, a node name or a `Fixed` constant; `flat_outputs`
     likewise per leaf of the model's output in `output_spec`. `loss` names the scalar loss, "" for an inference graph.
+    `writes` has, per buffer that a call changes, the output that is its new value.
     """
 
     graph: fx.GraphModule
@@ -62,6 +63,7 @@ class Captured:
     output_spec: pytree.TreeSpec
     flat_outputs: tuple[str | Fixed, ...]
     train: bool
+    writes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     records: tuple[Record, ...] = field(default=(), compare=False)
 
@@ -90,7 +92,7 @@ class Captured:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the graph's outputs in order, the loss first."""
-        return tuple(n.name for n in _output(self.graph.graph).args[0])  # type: ignore[union-attr]
+        return tuple(tensor_name(n) for n in _output(self.graph.graph).args[0])  # type: ignore[union-attr]
 
     def values(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors of parameters, buffers and constants by node name: the model's own, not copies."""
@@ -148,15 +150,21 @@ def _finish(
     constants = {new[n].name: program.constants[n.name] for n in new if n.name in program.constants}
     return Captured(
         graph=fx.GraphModule({}, graph), entries=_entries(lifted.slots, program, new), constants=constants,
-        loss="" if loss is None else new[kept[loss]].name,
+        loss="" if loss is None else tensor_name(new[kept[loss]]),
         input_spec=spec.in_spec, inputs=tuple(new[s.node].name if isinstance(s, Slot) else s for s in lifted.inputs),
-        output_spec=output_spec, flat_outputs=tuple(new[kept[o]].name if isinstance(o, int) else o for o in outputs),
-        train=loss is not None, notes=tuple(dict.fromkeys(program.notes)), records=records,
+        output_spec=output_spec, flat_outputs=tuple(tensor_name(new[kept[o]]) if isinstance(o, int) else o for o in outputs),
+        train=loss is not None, writes=_writes(program, kept, new), notes=tuple(dict.fromkeys(program.notes)), records=records,
     )  # fmt: skip
 
 
 def _output(graph: fx.Graph) -> fx.Node:
     return next(reversed(graph.nodes))
+
+
+def _writes(program: Program, kept: list[fx.Node], new: Mapping[fx.Node, fx.Node]) -> dict[str, str]:
+    """The new value of each buffer: the last outputs."""
+    names = program.writes
+    return {name: tensor_name(new[node]) for name, node in zip(names, kept[len(kept) - len(names) :], strict=True)}
 
 
 def _kept(program: Program) -> list[fx.Node]:

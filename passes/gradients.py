@@ -21,6 +21,9 @@ NEVER = frozenset({
 })  # fmt: skip
 """Ops whose floating results carry no gradient whatever they read."""
 
+FIRST = frozenset({aten._native_batch_norm_legit_functional.default, aten.native_batch_norm.default})
+"""Ops of whose results only the first carries a gradient; the others are statistics."""
+
 Flags = bool | tuple[bool, ...]
 
 
@@ -33,7 +36,7 @@ def differentiable(node: fx.Node) -> Flags:
         return bool(flags[index]) if isinstance(flags, tuple) else bool(flags)  # type: ignore[index]
     flows = node.target not in NEVER and any(_flows(n) for n in node.all_input_nodes)
     if isinstance(value, tuple | list):
-        return tuple(flows and _floating(v) for v in value)
+        return tuple(flows and _floating(v) and (i == 0 or node.target not in FIRST) for i, v in enumerate(value))
     return flows and _floating(value)
 
 

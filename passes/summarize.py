@@ -26,6 +26,7 @@ from ..planner.placement import shape_of
 from ..planner.regions import Node, find_regions
 from ..planner.rule_types import Operand, RuleInstance
 from ..planner.rules import instantiate
+from .base import tensor_name
 from .capture import Captured
 from .observe import Observation, Observer
 
@@ -73,7 +74,7 @@ def summarize(captured: Captured, *, batch: int | None = None, discover: Discove
         e.node: _batch_place(tensors[e.node], size) if e.role == "input" else None
         for e in captured.entries if e.node in tensors
     }  # fmt: skip
-    cut = cut_batch(ops, tensors, inputs)
+    cut = cut_batch(ops, tensors, inputs, captured.writes)
     outline = _outline(captured, ops, tensors, calls, size, cut)
     return Summary(captured, outline, calls, cut, inputs, found)
 
@@ -90,14 +91,6 @@ def _values(captured: Captured) -> dict[str, torch.Tensor]:
         elif isinstance(value, tuple | list):
             found |= {f"{node.name}:{i}": v for i, v in enumerate(value) if isinstance(v, torch.Tensor)}
     return found
-
-
-def tensor_name(node: fx.Node) -> str:
-    """The outline's name of the tensor a node stands for (getitem nodes name their parent's result)."""
-    if node.target is operator.getitem:
-        parent, index = node.args
-        return f"{parent.name}:{index}"  # type: ignore[union-attr]
-    return node.name
 
 
 def target_name(target: Any) -> str:
@@ -226,8 +219,7 @@ def _reaching(captured: Captured) -> frozenset[str] | None:
     if not captured.loss:
         return None
     found: set[str] = set()
-    nodes = {n.name: n for n in captured.graph.graph.nodes}
-    queue = [nodes[captured.loss]]
+    queue = [captured.graph.graph.output_node().args[0][0]]  # type: ignore[index]
     while queue:
         node = queue.pop()
         flags = node.meta["differentiable"]
@@ -344,14 +336,10 @@ def _outline(captured, ops, tensors, calls, batch, cut: BatchCut) -> Outline:  #
         tensors, ops, regions,
         tuple(Parameter((e.fqn, *e.aliases), e.node, tensors[e.node].differentiable) for e in parameters),
         tuple(e.node for e in captured.entries if e.role == "input"),
-        captured.loss, tuple(o for o in _outputs(captured) if o != captured.loss), batch, tokens,
+        captured.loss, tuple(o for o in captured.outputs if o != captured.loss), batch, tokens,
         hashlib.sha256(f"{names}\n{text}".encode()).hexdigest()[:16], cut.blockers, tuple(captured.notes),
+        writes=tuple(captured.writes.values()),
     )  # fmt: skip
-
-
-def _outputs(captured: Captured) -> list[str]:
-    output = next(n for n in captured.graph.graph.nodes if n.op == "output")
-    return [tensor_name(n) for n in output.args[0] if isinstance(n, fx.Node)]
 
 
 def signature(call: Call, tensors: Mapping[str, Tensor]) -> str:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from .choices import placed
+from .inside import INSIDE
 from .outline import DTYPE_BYTES, Op, Tensor
 from .overlap import NONE, Overlap
 from .placement import COLLECTIVES, Dims, Placement, State, Step, local_dims, local_elements, row, steps
@@ -255,10 +256,12 @@ class Costs:
             factor = by_name.get(name)
             if name == RING:
                 calls += self._passes(op, tensors, axis, sizes)
-            if factor is not None and factor.split == "vocab_loss" and self.shape.sizes[axis] > 1:
-                rows = math.prod(s for s, f in zip(sizes, op.factors, strict=True) if f.split != "vocab_loss")
-                width = max(DTYPE_BYTES[tensors[op.operands[0].tensor].dtype], 4)
-                calls += [Call("all_reduce", axis, float(rows * width * n), False) for n in VOCAB_LOSS_REDUCTIONS]
+            if factor is not None and self.shape.sizes[axis] > 1 and (inside := INSIDE.get(factor.split)):
+                n = self.shape.sizes[axis]
+                calls += [
+                    Call(c.collective, axis, c.bytes, c.backward) for c in inside(op, tensors, sizes, n)
+                    if self.training or not c.backward
+                ]  # fmt: skip
         return tuple(calls)
 
     def _passes(self, op: Op, tensors: Mapping[str, Tensor], axis: int, sizes: tuple[int, ...]) -> list[Call]:
@@ -357,10 +360,6 @@ class Costs:
 
 BY_PIECES = ("all_gather", "reduce_scatter")
 """Collectives that a product can be run with piece by piece."""
-
-VOCAB_LOSS_REDUCTIONS = (1, 2)
-"""Values per row of the all-reduces inside a vocabulary-parallel loss, all forward and at least in float32: the maximum; the
-sum of exponentials with the logit of the label (runtime/kernels/vocab.py)."""
 
 
 def replaced(placement: Placement, axis: int, state: State) -> Placement:

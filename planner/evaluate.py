@@ -145,7 +145,7 @@ class _Ledger:
                 runs = 1 if outside or name in owner.cut.once else owner.m
                 for want in wants:
                     self._chain(name, self.produced.get(name, whole), want, runs)
-        for name in (owner.outline.loss,) if owner.training else owner.outline.outputs:
+        for name in (*([owner.outline.loss] if owner.training else owner.outline.outputs), *owner.outline.writes):
             if name in self.produced:
                 self._chain(name, self.produced[name], whole, 1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .outline import Op, Tensor
 
@@ -23,10 +24,19 @@ class BatchCut:
     blockers: tuple[str, ...]
 
 
+NO_WRITES: Mapping[str, str] = MappingProxyType({})
+COUPLED = frozenset({"never", "batch_norm"})
+"""How a batch factor may not be split between microbatches: not at all, or only by ranks that communicate."""
+
+
 def cut_batch(
-    ops: tuple[Op, ...], tensors: Mapping[str, Tensor], inputs: Mapping[str, tuple[int, int] | None]
-) -> BatchCut:
-    """Propagate a batch split from `inputs` (tensor -> place of its batch factor, None where it has none)."""
+    ops: tuple[Op, ...], tensors: Mapping[str, Tensor], inputs: Mapping[str, tuple[int, int] | None],
+    writes: Mapping[str, str] = NO_WRITES,
+) -> BatchCut:  # fmt: skip
+    """Propagate a batch split from `inputs` (tensor -> place of its batch factor, None where it has none).
+
+    `writes` are buffers and their new values; one that is made of some samples cannot be what all samples make.
+    """
     states: dict[str, str | tuple[int, int]] = {name: place or "R" for name, place in inputs.items()}
     choice: dict[str, str] = {}
     hoisted: list[str] = []
@@ -36,8 +46,8 @@ def cut_batch(
         blockers.append(f"{op.name} ({op.target}) {why}" + (f", {op.source}" if op.source else ""))
 
     for op in ops:
-        batch = [i for i, f in enumerate(op.factors) if f.batch and f.split != "never"]
-        never = [f for f in op.factors if f.batch and f.split == "never"]
+        batch = [i for i, f in enumerate(op.factors) if f.batch and f.split not in COUPLED]
+        never = [f for f in op.factors if f.batch and f.split in COUPLED]
         arrived = {use.tensor: states.get(use.tensor, "R") for use in op.operands}
         partial = [i for i, use in enumerate(op.operands) if arrived[use.tensor] == "P"]
         for i in list(partial):
@@ -71,6 +81,9 @@ def cut_batch(
         else:
             _set(states, op, "R")
         choice.setdefault(op.name, "R")
+    blockers += [
+        f"buffer {n} is updated from the samples" for n, value in writes.items() if states.get(value, "R") != "R"
+    ]
     return BatchCut(states, choice, tuple(dict.fromkeys(hoisted)), tuple(blockers))
 
 

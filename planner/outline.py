@@ -140,7 +140,8 @@ class Region:
 class Outline:
     """A model on one page.
 
-    `loss` names the scalar loss tensor ("" for an inference graph); `outputs` are the other returned tensors.
+    `loss` names the scalar loss tensor ("" for an inference graph); `outputs` are the other returned tensors, among them
+    `writes`, the new values of buffers, which every rank needs whole.
     `microbatch_blockers` names what couples samples, so that the batch cannot be cut into microbatches. `trains` is set for
     a part of a model, whose loss may be elsewhere.
     """
@@ -158,11 +159,17 @@ class Outline:
     microbatch_blockers: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     trains: bool | None = None
+    writes: tuple[str, ...] = ()
 
     @property
     def training(self) -> bool:
         """Whether a backward pass runs: there is a loss, here or (for a part of a model) elsewhere."""
         return bool(self.loss) if self.trains is None else self.trains
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """What is wanted whole on every rank: the loss, or all outputs of inference, and the new values of buffers."""
+        return (self.loss, *self.writes) if self.loss else self.outputs
 
     def op(self, name: str) -> Op:
         return self.by_name[name]

@@ -95,7 +95,9 @@ NORMS: Mapping[str, Rule] = {
     **_same(Rule("z (g c!) *s!, (g c!), (g c!) -> z (g c!) *s!, z g, z g", kind="norm", flops="norm",
                  slots=((0, "input"), (1, "weight"), (2, "bias")), adapt=variants.group_norm), "native_group_norm"),
     **_same(Rule("z c *s, c, c, c, c -> z c *s, c, c, c, c", kind="norm", flops="norm", slots=_CHANNELS,
-                 adapt=variants.batch_norm), "batch_norm native_batch_norm _native_batch_norm_legit_functional"),
+                 adapt=variants.batch_norm), "batch_norm native_batch_norm"),
+    **_same(Rule("z c *s, c, c, c, c -> z c *s, c, c, c, c", kind="norm", flops="norm", slots=_CHANNELS,
+                 implementation={"z": "batch_norm"}, adapt=variants.batch_norm), "_native_batch_norm_legit_functional"),
     **_same(Rule("z c *s!, c, c, c, c -> z c *s!", kind="norm", flops="norm", slots=_CHANNELS,
                  adapt=variants.instance_norm), "instance_norm"),
 }  # fmt: skip

@@ -207,10 +207,12 @@ def conv(call: Call, rule: Rule) -> Rule | None:
 
 
 def batch_norm(call: Call, rule: Rule) -> Rule:
-    """With batch statistics (training) only channels may be split; with running ones everything may."""
+    """With running statistics everything may be split; with those of the batch (training) channels, and samples where there is
+    an implementation that sums over the ranks."""
     if not call.arg(5, "training", False):
-        return rule
-    return replace(rule, line=rule.line.replace("z c *s,", "z! c *s!,", 1))
+        return replace(rule, implementation={})
+    samples = "z" if rule.implementation else "z!"
+    return replace(rule, line=rule.line.replace("z c *s,", f"{samples} c *s!,", 1))
 
 
 def instance_norm(call: Call, rule: Rule) -> Rule:

@@ -245,7 +245,7 @@ def _tensor_classes(
         for i, use in enumerate(op.results):
             order.setdefault(use.tensor)
             producers[use.tensor] = (class_of[op.name], i)
-    whole = set(outline.outputs) if not outline.loss else {outline.loss}
+    whole = set(outline.whole)
     groups: dict[tuple[tuple[object, ...], tuple[Consumer, ...], bool], list[str]] = {}
     for name in order:
         tensor = tensors[name]

@@ -24,6 +24,7 @@ from ..planner.ring import RING
 from . import groups, products, transitions
 from .early import Begin, Window
 from .kernels import dispatch, ring, vocab
+from .kernels.batch_norm import batch_norm_form
 from .mesh import Mesh
 from .offload.engine import OffloadEmit
 from .regather import Regather
@@ -170,7 +171,7 @@ def _at_zero(form: CallForm) -> CallForm:
 
 Make = Callable[[CallForm, str, int, int], CallForm]
 IMPLEMENTATIONS: dict[str, Make] = {
-    "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form,
+    "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form, "batch_norm": batch_norm_form,
     "experts": split_experts, "experts_width": split_width, DISPATCH: dispatch.dispatch_form,
 }  # fmt: skip
 """Name of an implementation (planner rules) -> how to call it on this rank: form, group, index, size -> form."""

@@ -21,7 +21,7 @@ from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
 from .mesh import Mesh
 from .offload.engine import Offloader
-from .outputs import rebuild, sealed
+from .outputs import by_name, rebuild, sealed, update_buffers
 from .programs import Program, Programs
 from .stagestate import wholes
 from .step import Values, run_microbatches, run_once
@@ -61,23 +61,39 @@ class ParallelModule(Tree):
             core.next_seed(),
         )
         if program.staged is not None:
-            return _through_stages(program, values, core)
+            return self._through_stages(program, values)
         if not program.training:
             with torch.no_grad():
                 flat = run_once(program.lowered, program.body, values, program.regather())
+            update_buffers(program, by_name(program, flat), self)
             return rebuild(program, flat)
         core.check_order()
         if program.microbatches > 1:
             sizes = core.mesh.sizes
-            loss = run_microbatches(
+            flat = run_microbatches(
                 program.lowered, program.body, values, program.microbatches, program.buckets, sizes, program.regather,
                 program.emit.offload,
             )  # fmt: skip
-            flat = [loss]
         else:
-            flat = list(run_once(program.lowered, program.body, values, program.regather()))
+            flat = run_once(program.lowered, program.body, values, program.regather())
+        update_buffers(program, by_name(program, flat), self)
         flat = [core.watch(flat[0]), *(sealed(v) for v in flat[1:])]
         return rebuild(program, flat)
+
+    def _through_stages(self, program: Program, values: Values) -> Any:
+        """A call of a module whose plan has a pipeline."""
+        staged, core = program.staged, self._core
+        assert staged is not None
+        if not program.training:
+            found = pipeline.evaluate(staged, program.bodies, core.mesh, values, program.regather)
+            update_buffers(program, found, self)
+            return rebuild(program, [found[name] for name in program.lowered.outputs])
+        core.check_order()
+        loss, found = pipeline.train(
+            staged, program.bodies, core.mesh, values, program.microbatches, program.buckets, program.regather
+        )  # fmt: skip
+        update_buffers(program, found, self)
+        return rebuild(program, [core.watch(loss)])
 
     @property
     def plan(self) -> Plan:
@@ -232,20 +248,6 @@ class _Core:
     def data_position(self) -> tuple[int, int]:
         names = [a.name for a in self.mesh.axes if a.role == "data"]
         return (self.mesh.position(*names), self.mesh.size(*names)) if names else (0, 1)
-
-
-def _through_stages(program: Program, values: Values, core: _Core) -> Any:
-    """A call of a module whose plan has a pipeline."""
-    staged, mesh = program.staged, core.mesh
-    assert staged is not None
-    if not program.training:
-        found = pipeline.evaluate(staged, program.bodies, mesh, values, program.regather)
-        return rebuild(program, [found[name] for name in program.lowered.outputs])
-    core.check_order()
-    loss = pipeline.train(
-        staged, program.bodies, mesh, values, program.microbatches, program.buckets, program.regather
-    )  # fmt: skip
-    return rebuild(program, [core.watch(loss)])
 
 
 def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mesh) -> None:

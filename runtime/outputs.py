@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import UsageError
@@ -65,11 +65,11 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
 
     A loss that `loss_fn` makes has no place there: it is returned alone, or as (loss, output) where outputs were asked for.
     """
-    captured, lowered = program.captured, program.lowered
+    captured = program.captured
     apart = bool(captured.loss) and captured.loss not in captured.flat_outputs
-    if apart and not lowered.outputs:
+    if apart and not program.others:
         return flat[0]
-    known = dict(zip([*([captured.loss] if captured.loss else []), *lowered.outputs], flat, strict=False))
+    known = by_name(program, flat)
     leaves = []
     for i, leaf in enumerate(captured.flat_outputs):
         if isinstance(leaf, str):
@@ -78,3 +78,16 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
             leaves.append(leaf.value)
     output = tree_unflatten(leaves, captured.output_spec)
     return (flat[0], output) if apart else output
+
+
+def update_buffers(program: Program, known: Mapping[str, Any], module: nn.Module) -> None:
+    """What a call makes of buffers (running statistics, counters), written where the module has them; `known` has outputs by name."""
+    with torch.no_grad():
+        for buffer, name in program.writes.items():
+            module.get_buffer(buffer).copy_(known[name])
+
+
+def by_name(program: Program, flat: Sequence[Any]) -> dict[str, Any]:
+    """Computed values by name: the loss first, then the outputs of the graph."""
+    loss = program.captured.loss
+    return dict(zip([*([loss] if loss else []), *program.lowered.outputs], flat, strict=False))

@@ -39,8 +39,11 @@ def train(
     microbatches: int,
     buckets: Buckets,
     regather: Context,
-) -> Tensor:
-    """Forward and backward of all microbatches through all stages; the whole loss, differentiable in `values.parameters`."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward and backward of all microbatches through all stages.
+
+    Returns the whole loss, differentiable in `values.parameters`, and the results beside it, which are equal in all microbatches.
+    """
     assert staged.loss is not None
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
@@ -53,6 +56,7 @@ def train(
         run.play()
         for loop in loops.values():
             loop.finish()
+        found = run.known(mesh.device)
     _sum_ties(staged, leaves)
     total = torch.zeros(staged.loss.shape, dtype=staged.loss.dtype, device=mesh.device)
     if staged.loss_stage in staged.own:
@@ -64,7 +68,7 @@ def train(
     )  # stages without trained parameters call backward(), too
     held = [*(leaves[n].grad for n in names), None]
     result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names], anchor)
-    return result
+    return result, found
 
 
 def evaluate(
@@ -79,13 +83,7 @@ def evaluate(
     run = _Run(staged, bodies, link, regather, feeds, mesh.sizes)
     with torch.no_grad():
         run.play()
-        found = {}
-        for name, result in staged.results.items():
-            value = run.results.get(name)
-            if value is None:
-                value = torch.empty(result.shape, dtype=result.dtype, device=mesh.device)
-            found[name] = link.broadcast(value.contiguous(), result.rank)
-    return found
+        return run.known(mesh.device)
 
 
 def _whole_loss(lowered: Lowered, losses: Sequence[Tensor]) -> Tensor:
@@ -153,6 +151,16 @@ class _Run:
                 self.inbox[message] = self.link.receive(self._borders(message), rank)
         self.link.finish()
 
+    def known(self, device: torch.device) -> dict[str, Tensor]:
+        """Every result, made known on every rank."""
+        found = {}
+        for name, result in self.staged.results.items():
+            value = self.results.get(name)
+            if value is None:
+                value = torch.empty(result.shape, dtype=result.dtype, device=device)
+            found[name] = self.link.broadcast(value.detach().contiguous(), result.rank)
+        return found
+
     def forward(self, stage: int, microbatch: int) -> None:
         """One microbatch through one stage."""
         taken: dict[str, Tensor] = {}
@@ -167,10 +175,9 @@ class _Run:
         gives, rest = dict(zip(names, made[: len(names)], strict=True)), made[len(names) :]
         loss = None
         if stage == self.staged.loss_stage:
-            loss = rest[0]
+            loss, rest = rest[0], rest[1:]
             self.losses.append(loss.detach())
-        else:
-            self.results |= zip(self.staged.own[stage].outputs, rest, strict=True)
+        self.results |= zip(self.staged.own[stage].outputs, rest, strict=True)
         if torch.is_grad_enabled():
             self.passed[stage, microbatch] = _Passed(taken, gives, loss, halves)
         for target in self.staged.targets(stage):

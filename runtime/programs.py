@@ -45,6 +45,7 @@ Resolve = Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...
 class Program:
     """One lowered graph of this rank and how to feed it. `training` says that the loss is differentiated.
 
+    `others` of its outputs were asked for; `writes` are the buffers that a call changes, with the output that is the new value.
     With a pipeline `staged` has the stages of this rank and `bodies` runs them; `lowered` is then the first of them.
     """
 
@@ -60,6 +61,8 @@ class Program:
     parameters: Mapping[str, str]
     device: torch.device
     compiled: bool = False
+    others: tuple[str, ...] = ()
+    writes: Mapping[str, str] = field(default_factory=dict)
     staged: Staged | None = None
     bodies: Mapping[int, Body] = field(default_factory=dict)
 
@@ -68,7 +71,9 @@ class Program:
         found = self.captured.flatten(args, kwargs)
         for entry in self.captured.entries:
             if entry.role == "buffer":
-                found[entry.node] = module.get_buffer(entry.fqn)
+                value = module.get_buffer(entry.fqn)
+                # The backward pass may read what the call overwrites.
+                found[entry.node] = value.clone() if entry.fqn in self.writes else value
             elif entry.role == "constant":
                 found[entry.node] = self.captured.constants[entry.node]
         return {name: value.to(self.device) for name, value in found.items()}
@@ -163,11 +168,12 @@ class Programs:
         if self.offload is not None:
             emit.offload = self.offload.emitter(summary.outline, deferred=microbatches == 1)
         others = summary.outline.outputs if outputs or not training else ()
+        returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         if self.stages is not None:
             return self._staged(summary, assignment, emit, microbatches, training=training)
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
-            microbatches=microbatches, outputs=others, local_batch=self.local_batch,
+            microbatches=microbatches, outputs=returned, local_batch=self.local_batch,
         )  # fmt: skip
         if emit.offload is not None and training:
             emit.offload.mark(lowered)
@@ -181,7 +187,7 @@ class Programs:
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         return Program(
             captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment, emit), names,
-            self.mesh.device, self.compile,
+            self.mesh.device, self.compile, others, captured.writes,
         )  # fmt: skip
 
     def _staged(
@@ -190,9 +196,10 @@ class Programs:
         """The program of a pipeline's rank."""
         assert self.stages is not None
         captured, others = summary.captured, () if training else summary.outline.outputs
+        returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         staged = build(
             self.stages, summary, assignment, self.mesh, emit,
-            microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
+            microbatches=microbatches, training=training, results=returned, local_batch=self.local_batch,
         )  # fmt: skip
         for one in staged.own.values():
             emit.overlap(one)
@@ -205,7 +212,7 @@ class Programs:
             bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
             captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, buckets, names,
-            self.mesh.device, staged=staged, bodies=bodies,
+            self.mesh.device, others=others, writes=captured.writes, staged=staged, bodies=bodies,
         )  # fmt: skip
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:

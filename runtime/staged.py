@@ -112,7 +112,7 @@ def build(
 ) -> Staged:  # fmt: skip
     """Cut and lower a program for this rank. Every rank calls it at the same time: tied parameters may need new groups."""
     outline, pipeline = summary.outline, stages.plan.pipeline
-    wanted = (outline.loss,) if training else tuple(results)
+    wanted = tuple(dict.fromkeys((*([outline.loss] if training else []), *results)))
     staging = stages.cut(outline, wanted)
     crossing = borders(summary, assignment, staging, mesh.axes, stages.layouts, microbatches=microbatches)
     try:
@@ -144,7 +144,7 @@ def build(
     used = {name for s in mine for name in staging.parts[s].parameters} | {name for name, group in ties if group}
     return Staged(
         own, gives, crossing, steps, stages.rank_of, found[outline.loss] if training else None,
-        staging.home(outline.loss) if training else -1, {} if training else found, ties, frozenset(used),
+        staging.home(outline.loss) if training else -1, {name: found[name] for name in results}, ties, frozenset(used),
     )  # fmt: skip
 
 

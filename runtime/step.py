@@ -61,8 +61,11 @@ class Buckets:
 def run_microbatches(
     lowered: Lowered, body: Body, values: Values, microbatches: int, buckets: Buckets, axis_sizes: tuple[int, ...],
     regather: Callable[[], contextlib.AbstractContextManager[Any]], offload: OffloadEmit | None = None,
-) -> Tensor:  # fmt: skip
-    """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`."""
+) -> Sequence[Any]:  # fmt: skip
+    """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`.
+
+    After it come the body's other outputs, which are equal in all microbatches.
+    """
     if offload is not None:
         offload.begin()
     names = list(values.parameters)
@@ -74,7 +77,7 @@ def run_microbatches(
         with loop:
             for i in range(microbatches):
                 with regather():
-                    loss = body(*loop.feeds(i))[0]
+                    loss, *rest = body(*loop.feeds(i))
                     torch.autograd.backward(loss, torch.full_like(loss, seed))
                 total = loss.detach() if total is None else total + loss.detach()
             loop.finish()
@@ -83,7 +86,7 @@ def run_microbatches(
         total = target(total, *rest)
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
     result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
-    return result
+    return [result, *rest]
 
 
 def loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:

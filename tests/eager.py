@@ -84,16 +84,20 @@ def run(captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: Map
 
 
 def check(model: nn.Module, *args: Any, tolerance: float = 1e-12, loss: Any = None, **kwargs: Any) -> Captured:
-    """Capture in float64 and compare with eager: loss, and each parameter's gradient or its absence."""
+    """Capture in float64 and compare with eager: loss, each parameter's gradient or its absence, and what buffers become."""
     model.double()
     args = tuple(_double(a) for a in args)
     kwargs = {k: _double(v) for k, v in kwargs.items()}
     with without_dropout():
         captured = capture(model, args, kwargs, lift_float64=True)
+    before = {n: b.clone() for n, b in model.named_buffers()}
     with exact():
         expected = model(*args, **kwargs)
     expected = loss(expected) if loss is not None else expected.loss
     expected.backward()
+    after = {n: b.clone() for n, b in model.named_buffers()}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     outputs = run(captured, model, args, kwargs)
@@ -105,6 +109,9 @@ def check(model: nn.Module, *args: Any, tolerance: float = 1e-12, loss: Any = No
             error = (parameter.grad - gradients[name]).abs().max().item()
             assert error < tolerance * max(1.0, gradients[name].abs().max().item()), name
     model.zero_grad(set_to_none=True)
+    for name, buffer in after.items():
+        new = outputs[captured.writes[name]] if name in captured.writes else before[name]
+        assert torch.allclose(new, buffer, rtol=0, atol=tolerance), name
     return captured
 
 

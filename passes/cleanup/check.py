@@ -1,4 +1,4 @@
-"""Note what the passes cannot keep: effects on buffers, sizes that depend on data, ops that are no aten functions."""
+"""Note what the passes cannot keep: effects on parameters and inputs, sizes that depend on data, ops that are no aten functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..base import Program
 from ..torch_compat import OpOverload, arguments, is_mutable, storage_key
 
 aten = torch.ops.aten
-_MEAN, _TRAINING = 3, 5  # positions in aten.batch_norm
+_MEAN, _USED = 3, 5  # positions in aten.instance_norm
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,7 @@ class CheckSupported:
     def apply(self, program: Program) -> Program:
         calls = [n for n in program.graph.nodes if n.op == "call_function"]
         program.problems += [p for n in calls if (p := _problem(n))]
-        norms = [
-            n for n in calls if n.target is aten.batch_norm.default and n.args[_TRAINING] and n.args[_MEAN] is not None
-        ]
-        program.problems += _batch_norms(norms)
-        program.problems += _writes(program.graph, counted=not norms)
+        program.problems += _writes(program.graph)
         return program
 
 
@@ -46,6 +42,8 @@ def _problem(node: fx.Node) -> str:
     for one in value if isinstance(value, tuple | list) else (value,):
         if isinstance(one, torch.Tensor) and one.layout is not torch.strided:
             return f"{node.target} makes a tensor of layout {one.layout}, which is not supported: {node.meta['source']}"
+    if node.target is aten.instance_norm.default and node.args[_MEAN] is not None and node.args[_USED]:
+        return f"an instance norm that updates running statistics is not supported yet: {node.meta['source']}"
     return ""
 
 
@@ -59,24 +57,15 @@ def _symbolic(node: fx.Node) -> bool:
     )
 
 
-def _batch_norms(norms: list[fx.Node]) -> list[str]:
-    if not norms:
-        return []
-    return [
-        f"training-mode batch norm ({len(norms)} of them, first: {norms[0].meta['source']}) is not supported yet; "
-        "put these modules in eval() mode to keep their running statistics fixed"
-    ]
-
-
-def _writes(graph: fx.Graph, *, counted: bool) -> list[str]:
-    """Writes to parameters, buffers and inputs; without `counted`, not those to step counters of batch norms."""
+def _writes(graph: fx.Graph) -> list[str]:
+    """Writes to parameters and inputs; those to buffers are kept."""
     owners = {storage_key(n.meta["val"]): n for n in graph.nodes if n.op == "placeholder"}
     problems = []
     for node in graph.nodes:
         written = written_argument(node)
         value = written.meta.get("val") if written is not None else None
         owner = owners.get(storage_key(value)) if isinstance(value, torch.Tensor) else None
-        if owner is None or (not counted and owner.meta["val"].dim() == 0):
+        if owner is None or owner.meta["role"] == "buffer":
             continue
         what = f"{owner.meta['role']} {owner.meta['fqn']}"
         problems.append(f"{what} is changed in place, which is not supported yet: {node.meta['source']}")

@@ -5,8 +5,8 @@
     return x                           return x1
 
 Tensors that share memory are known exactly: traced fake tensors share storage. A write goes back through the chain of
-views to the base tensor; later uses of other views are taken again from the new base. Writes to parameters, buffers
-and inputs are problems.
+views to the base tensor; later uses of other views are taken again from the new base. What a buffer holds at the end
+becomes an output (`Program.writes`); writes to parameters and inputs are problems.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx
 from ..base import Program, emit, fake, is_tensor
 from ..gradients import differentiable
 from ..torch_compat import OpOverload, is_mutable, storage_key
+from .batch_norm import open_batch_norms
 from .check import written_argument
 from .views import in_place_twin, write_back
 
@@ -34,10 +35,23 @@ class Functionalize:
     provides: tuple[str, ...] = ("functional",)
 
     def apply(self, program: Program) -> Program:
+        open_batch_norms(program.graph)
         writes = {n: t for n in program.graph.nodes if (t := _written(n, program)) is not None}
         if writes and not program.problems:
+            _return_buffers(program, {storage_key(fake(t)) for t in writes.values()})
             _Rewriter(program, writes).run()
         return program
+
+
+def _return_buffers(program: Program, written: set[int]) -> None:
+    """Buffers that are written to become outputs, after all others."""
+    buffers = [
+        n for n in program.graph.nodes
+        if n.op == "placeholder" and n.meta["role"] == "buffer" and storage_key(fake(n)) in written
+    ]  # fmt: skip
+    program.writes = tuple(n.meta["fqn"] for n in buffers)
+    output = next(reversed(program.graph.nodes))
+    output.args = ((*output.args[0], *buffers),)
 
 
 def _written(node: fx.Node, program: Program) -> fx.Node | None:

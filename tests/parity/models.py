@@ -398,6 +398,41 @@ def dropout(batch: int) -> Case:
     return Case(Dropped(), (torch.ones(batch, 64, 32),))
 
 
+class ConvNorm(nn.Module):
+    """A residual block with batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.convs[0](x)).relu()
+        return (x + self.norms[1](self.convs[1](y))).relu()
+
+
+class BatchNorms(nn.Module):
+    """Convolutions with batch norm, one of them without running statistics, and a buffer that a call changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+        self.blocks = nn.Sequential(*[ConvNorm(8) for _ in range(3)])
+        self.head, self.last = nn.Linear(8, 6), nn.BatchNorm1d(6, affine=False)
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        y = self.blocks(self.norm(self.stem(x)).relu()).mean((2, 3))
+        if self.training:
+            with torch.no_grad():
+                self.average.lerp_(y.mean(0), 0.2)
+        return F.cross_entropy(self.last(self.head(y - self.average)), target)
+
+
+def batch_norms(batch: int) -> Case:
+    return Case(BatchNorms().train(), (), {"x": torch.randn(batch, 3, 8, 8), "target": torch.randint(0, 6, (batch,))})
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "gpt2": gpt2,
     "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
@@ -424,5 +459,6 @@ CASES: dict[str, Callable[[int], Case]] = {
     "unet": unet,
     "unet-deep": lambda batch: unet(batch, 64, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
+    "batch-norm": batch_norms,
     **{name: functools.partial(further, name) for name in FURTHER},
 }
