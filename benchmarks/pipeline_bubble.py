@@ -161,11 +161,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.schedule = options.schedule or ["gpipe", "1f1b", "interleaved", "zb-h1", "zbv"]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for schedule in options.schedule:
             save_plan(planned(schedule, options), Path(folder) / f"{schedule}.json")
-        multiprocessing.spawn(steps, (folder, options), nprocs=RANKS)
-        rows = [row(schedule, Path(folder), options) for schedule in options.schedule]
+            multiprocessing.spawn(steps, (folder, schedule, options), nprocs=RANKS)
+            rows.append(row(schedule, Path(folder), options))
     if options.json:
         print(json.dumps({"load": os.getloadavg()[0], "rows": [asdict(r) for r in rows]}, indent=1))
     else:

@@ -21,6 +21,7 @@ from ..planner.placement import Dims, Step
 from ..planner.plan import Plan
 from ..planner.precision import sum_dtype
 from ..planner.ring import RING
+from ..planner.schedules import SCHEDULES
 from . import groups, products, transitions
 from .early import Begin, Window
 from .kernels import dispatch, ring, vocab
@@ -42,6 +43,8 @@ class RankEmit:
         """`zigzag`: axes on which positions are held in zig-zag order."""
         self.mesh, self.device, self.training, self.dropout = mesh, mesh.device, training, dropout
         self.zigzag = frozenset(a for a in zigzag if mesh.sizes[a] > 1)
+        self.divided = SCHEDULES[plan.pipeline.schedule].splits_backward
+        """Whether gradients of weights wait for an action of their own (runtime/halves.py)."""
         precision = plan.precision
         self.compute: torch.dtype | None = None
         self.sum: torch.dtype | None = None
@@ -127,7 +130,7 @@ class RankEmit:
         for module in (lowered.entry, lowered.body):
             if module is not None:
                 overlap(module, Early(begin, ENDS, aten.to.dtype), self.prefetch)
-        if self.training and self.reductions:
+        if self.training and self.reductions and not self.divided:
             ops = LateOps(
                 begin, transitions.transition, transitions.end_transition, transitions.returns, PRODUCTS, VIEWS
             )

@@ -1,10 +1,10 @@
 """Backward passes in two halves: the gradients of activations first, those of parameters later (zero-bubble schedules).
 
-    body = with_halves(body, feeds, outline)      # once: marks where parameters meet activations
+    body = with_halves(body, feeds, outline, buckets)   # once: marks where parameters meet activations
     with Halves() as halves:
-        made = body(...)                          # F
-    torch.autograd.backward(roots, gradients)     # I: what other stages wait for
-    halves.finish()                               # W: gradients of parameters
+        made = body(...)                                # F
+    torch.autograd.backward(roots, gradients)           # I: what other stages wait for
+    halves.finish()                                     # W: gradients of parameters
 
 A graph has a side that follows from parameters alone (gathers, casts, reductions) and the rest. Where one meets the other the
 tensor is cut: what comes for it in I and W is summed, and W carries the sum on through the parameters' side, once, so that hooks
@@ -15,7 +15,7 @@ In I that graph yields the gradients of the activations and those that arrive wh
 goes on from there. Nothing runs twice: autograd computes of each node only the gradients that are asked for. Between the halves
 stay the operands that products multiply with gradients, and those gradients; all else goes with I. Ops without products (norms,
 biases) cost little and do all of it in I, as do those whose operands are made again (keeping them would undo the recompute); so
-the planner prices them (planner/bench.py, `late`). An op with no differentiable operand but parameters (an embedding) waits for W.
+the planner prices them (planner/bench.py, `_late`). An op with no differentiable operand but parameters (an embedding) waits for W.
 
 In a backward pass that is not to be divided (`halves.whole`), ops of a divided body leave nothing for later.
 """

@@ -25,7 +25,6 @@ from ..planner.outline import Outline, Parameter
 from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
 from ..planner.ring import zigzag_axes
-from ..planner.schedules import SCHEDULES
 from . import parameters
 from .again import with_recipes
 from .batches import LocalBatches
@@ -207,7 +206,7 @@ class Programs:
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
         buckets = _buckets(assignment, emit)
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
-        if training and SCHEDULES[self.plan.pipeline.schedule].splits_backward:
+        if training and emit.divided:
             own, outline = staged.own, summary.outline
             bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
