@@ -118,15 +118,18 @@ class RankEmit:
         """This rank's index among the shards made by `axes`."""
         return self.mesh.position(*[self.mesh.names[a] for a in axes]) if axes else 0
 
-    def overlap(self, lowered: Lowered) -> None:
-        """Let the collectives of parameters run beside the ops of graphs that run eagerly, as far as the plan says."""
+    def overlap(self, lowered: Lowered, *, weights: bool = True) -> None:
+        """Let collectives run beside the ops of graphs that run eagerly, as far as the plan says.
+
+        `weights`: gradients of weights may be put off for that; not where a schedule puts them off itself.
+        """
         if not self.prefetch and not self.reductions:
             return
         begin = Begin(Window(self.reductions))
         for module in (lowered.entry, lowered.body):
             if module is not None:
                 overlap(module, Early(begin, ENDS, aten.to.dtype), self.prefetch)
-        if self.training and self.reductions:
+        if weights and self.training and self.reductions:
             ops = LateOps(
                 begin, transitions.transition, transitions.end_transition, transitions.returns, PRODUCTS, VIEWS
             )

@@ -194,13 +194,14 @@ class Programs:
             self.stages, summary, assignment, self.mesh, emit,
             microbatches=microbatches, training=training, results=others, local_batch=self.local_batch,
         )  # fmt: skip
+        splits = training and SCHEDULES[self.plan.pipeline.schedule].splits_backward
         for one in staged.own.values():
-            emit.overlap(one)
+            emit.overlap(one, weights=not splits)
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
         buckets = _buckets(assignment, emit)
         bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
-        if training and SCHEDULES[self.plan.pipeline.schedule].splits_backward:
+        if splits:
             own, outline = staged.own, summary.outline
             bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
