@@ -123,7 +123,7 @@ class RankEmit:
         return self.mesh.position(*[self.mesh.names[a] for a in axes]) if axes else 0
 
     def overlap(self, lowered: Lowered) -> None:
-        """Let the collectives of parameters run beside the ops of graphs that run eagerly, as far as the plan says."""
+        """Let collectives run beside the ops of graphs that run eagerly, as far as the plan says."""
         if not self.prefetch and not self.reductions:
             return
         begin = Begin(Window(self.reductions))

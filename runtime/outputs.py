@@ -81,7 +81,7 @@ def rebuild(program: Program, flat: Sequence[Any]) -> Any:
 
 
 def update_buffers(program: Program, known: Mapping[str, Any], module: nn.Module) -> None:
-    """What a call makes of buffers (running statistics, counters), written where the module has them; `known` has outputs by name."""
+    """Write what a call makes of buffers (running statistics, counters) where the module has them; `known` are outputs by name."""
     with torch.no_grad():
         for buffer, name in program.writes.items():
             module.get_buffer(buffer).copy_(known[name])
