@@ -81,7 +81,7 @@ def _kept(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     one, takes several times as long. A compiler fuses the plain form."""
     if is_tracing():
         return x * mask * scale
-    return mask.view(torch.uint8).to(x.dtype).mul_(scale).mul_(x)
+    return mask.view(torch.uint8).to(x.dtype).mul_(x).mul_(scale)  # the same roundings as above, in any dtype
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor, salt: int) -> Tensor:
