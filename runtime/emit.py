@@ -53,6 +53,8 @@ class RankEmit:
             self.sum = getattr(torch, sum_dtype(precision))
         self.offload: OffloadEmit | None = None
         self.prefetch, self.reductions = plan.overlap.prefetch, plan.overlap.reductions
+        self.gathers_again = False
+        """Whether a graph emitted so far gathers parameters again in its backward pass."""
 
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement."""
@@ -72,6 +74,7 @@ class RankEmit:
         group, positions = self.mesh.group_name(*names), list(self.mesh.members(*names))
         sizes = [self.mesh.size(name) for name in names]
         again = self.training and not keep
+        self.gathers_again |= again
         return groups.gather, (rows, positions, group, self.compute, self.sum, again, sizes)
 
     def fetched(self, group: Sequence[str], gather: Emitted | None) -> Emitted | None:

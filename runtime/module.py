@@ -56,7 +56,7 @@ class ParallelModule(Tree):
         args, kwargs = core.programs.cast(args, kwargs)
         program = core.programs.get(args, kwargs, train=self.training, grad=torch.is_grad_enabled(), outputs=outputs)
         values = Values(
-            {name: parameters.local(self.get_parameter(fqn)) for name, fqn in program.parameters.items()},
+            {name: parameters.local(core.parameter(self, fqn)) for name, fqn in program.parameters.items()},
             program.whole(args, kwargs, self),
             core.next_seed(),
         )
@@ -190,6 +190,17 @@ class _Core:
         self._calls = 0
         self.unfilled: set[str] = set()
         self._pending: weakref.ref[Tensor] | None = None
+        self._holders: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
+
+    def parameter(self, tree: nn.Module, name: str) -> Tensor:
+        """The parameter of the module; where it is held is looked up once (paths cost more than small ops)."""
+        if name not in self._holders:
+            path, _, last = name.rpartition(".")
+            self._holders[name] = tree.get_submodule(path)._parameters, last
+        held, last = self._holders[name]
+        found = held[last]
+        assert found is not None
+        return found
 
     def first_holder(self, name: str) -> bool:
         """Whether this is the first pipeline rank that holds a parameter."""

@@ -80,9 +80,11 @@ class Program:
     def regather(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which gathered parameters are freed after use and gathered again in backward.
 
-        A compiled body does so itself, by its recompute tags.
+        A compiled body does so itself, by its recompute tags; without anything that is made again or leaves the device, hooks on
+        every saved tensor would do nothing, a tenth of the host's time of a small step.
         """
-        return contextlib.nullcontext() if self.compiled else self.emit.regather()
+        remade = self.emit.gathers_again or self.emit.offload is not None or bool(self.assignment.again.ops)
+        return self.emit.regather() if remade and not self.compiled else contextlib.nullcontext()
 
 
 @dataclass

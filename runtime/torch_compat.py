@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -110,15 +111,76 @@ def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
     stride = torch.empty(shape, device="meta").stride()
     meta = TensorMeta(shape, stride, local.dtype)
     spec = DTensorSpec(mesh, tuple(placements), meta, use_strided_shard_as_shard_order=False)
-    return DTensor(local, spec, requires_grad=local.requires_grad)
+    return Stored(local, spec, requires_grad=local.requires_grad)
 
 
 def like_dtensor(local: Tensor, other: DTensor) -> DTensor:
     """A DTensor with the spec of `other` (its flags included, unlike the gradient that `DTensor.to_local` makes)."""
-    return DTensor(local, other._spec, requires_grad=local.requires_grad)
+    return Stored(local, other._spec, requires_grad=local.requires_grad)
 
 
-class StageGradient(DTensor):
+class Stored(DTensor):
+    """A DTensor whose element-wise ops with others placed alike go straight to this rank's slices.
+
+    An optimizer's step is a dozen such ops for each parameter, and fitting placements to each of them takes several times as
+    long as the op does on a small slice (tried: 2.13, AdamW 180 us a parameter, 100 us like this, 40 us on plain tensors). Never
+    holds partial sums, over which not every such op is right.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing, as in DTensor, whose own passes the compiler's guard against being traced."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _kind(func)
+        local = _slices(args, kwargs) if kind else None
+        if local is None:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        result = func(*local, **kwargs) if kwargs else func(*local)
+        if kind == "in place":
+            return args[0]
+        if (kind == "copy" and _layout(result) != _layout(local[0])) or result.dtype != local[0].dtype:
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        return Stored(result, args[0]._spec, requires_grad=False)
+
+
+_COPIES = frozenset({torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten.zeros_like.default})
+
+
+@functools.cache
+def _kind(func: Any) -> str:
+    """ "in place" or "new" for ops that compute each element from the same element of their operands, and draw nothing; "copy";
+    else nothing."""
+    if func in _COPIES:
+        return "copy"
+    results = func._schema.returns
+    if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags or len(results) != 1:
+        return ""
+    return "in place" if func._schema.is_mutable else "new"
+
+
+def _slices(args: Sequence[Any], kwargs: Any) -> list[Any] | None:
+    """The operands with slices for DTensors; None where one is a plain tensor or placed otherwise than the first."""
+    spec = args[0]._spec if isinstance(args[0], DTensor) else None
+    found = []
+    for x in args:
+        if isinstance(x, DTensor):
+            if x._spec is not spec and x._spec != spec:
+                return None
+            found.append(x._local_tensor)
+        elif isinstance(x, Tensor | list | tuple):
+            return None
+        else:
+            found.append(x)
+    return None if kwargs and any(isinstance(v, Tensor) for v in kwargs.values()) else found
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    """What a spec says of a tensor besides its placements, and where it lies."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+class StageGradient(Stored):
     """A gradient of a run with a pipeline, where other ranks have other parameters: torch's clipping would see its own only.
 
     torch.nn.utils.clip_grad_norm_ has no hook, but computes norms by these two functions, which nothing here calls on DTensors.

@@ -131,6 +131,33 @@ def test_gradients_arrive_as_dtensors(ranks4: Pool) -> None:
     ranks4.run(local_gradient)
 
 
+def element_wise() -> None:
+    """Ops on slices, and those that need DTensor's own way, against ops on whole tensors."""
+    mesh = mesh2x2()
+    for case, u, v, a, b in zip(CASES, values(1), values(2), distributed(1), distributed(2), strict=True):
+        x, y = a.detach(), b.detach()
+        made = [
+            (x.mul(y), u * v),
+            (x.clone().addcmul_(y, y, value=0.5).lerp_(y, 0.1), u.addcmul(v, v, value=0.5).lerp(v, 0.1)),
+        ]
+        for found, expected in [*made, (x.square().sqrt().add_(2.0), u.abs() + 2.0), (torch.zeros_like(x), u * 0)]:
+            assert type(found) is type(x)
+            assert found.placements == x.placements
+            assert torch.allclose(parameters.full(found), expected), case
+        assert x.gt(0).dtype == torch.bool
+        assert torch.equal(x.gt(0).to_local(), own(u > 0, case))
+        assert torch.zeros_like(x, dtype=torch.float32).to_local().dtype == torch.float32
+    case, u, v = CASES[5], values(1)[5], values(2)[5]
+    split_one, whole = (
+        parameters.distribute(t, case.dims, home, (), mesh).detach() for t, home in ((u, case.home), (v, (R, R)))
+    )
+    assert torch.allclose((split_one * whole).full_tensor(), u * v)  # placed otherwise: fitted first
+
+
+def test_element_wise_ops_go_to_slices(ranks4: Pool) -> None:
+    ranks4.run(element_wise)
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),

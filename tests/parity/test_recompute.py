@@ -16,6 +16,7 @@ from shardwright.passes.shard import AGAIN
 from shardwright.planner.plan import Plan
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.monitor import measure_step
+from shardwright.runtime.regather import active_regather
 from test_parity import check, pinned
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,6 +132,13 @@ def test_what_is_marked_is_what_the_plan_says() -> None:
     case, pm = parallel("llama", plan)
     body = pm.program(*case.args, **case.kwargs).lowered.body
     assert sum(bool(node.meta.get(AGAIN)) for node in body.graph.nodes) == 2
+
+
+@pytest.mark.parametrize(("pins", "hooked"), [("recompute=none", False), ("recompute=selective", True)])
+def test_saved_tensors_are_looked_at_where_something_is_made_again(pins: str, hooked: bool) -> None:
+    case, pm = parallel("llama", plan_of("llama", pins, 1))
+    with pm.program(*case.args, **case.kwargs).regather():
+        assert (active_regather() is not None) == hooked
 
 
 def test_two_backward_passes_and_half_of_one() -> None:
