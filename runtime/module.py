@@ -195,6 +195,9 @@ class _Core:
 
     def loaded(self, tensors: Mapping[str, Tensor], values: Iterable[Tensor]) -> None:
         """Some of the module's `tensors` were written to from outside of training."""
+        if self.programs.offload is not None:
+            for name in tensors:
+                self.programs.offload.written(name)
         written = {id(value) for value in values}
         self.unfilled -= {name for name in self.unfilled if id(tensors[name]) in written}
 
@@ -243,7 +246,7 @@ def _through_stages(program: Program, values: Values, core: _Core) -> Any:
         return rebuild(program, [found[name] for name in program.lowered.outputs])
     core.check_order()
     loss = pipeline.train(
-        staged, program.bodies, mesh, values, program.microbatches, program.buckets, program.regather
+        staged, program.bodies, mesh, values, program.microbatches, program.buckets, program.regather, program.emit.offload
     )  # fmt: skip
     return rebuild(program, [core.watch(loss)])
 
