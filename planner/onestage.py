@@ -136,7 +136,7 @@ def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
     low, high, asked, bound = 0.0, math.inf, float(limit), math.inf
     for _ in range(ROUNDS):
         plan = _within(bench, shapes, math.floor(asked), request, outline)
-        if plan is not None and not one_graph(plan):
+        if plan is not None and (not one_graph(plan) or _behind(plan)):
             return _limited(plan, limit, plan.search.bound_seconds)
         peak = 0
         if plan is not None:
@@ -174,13 +174,13 @@ def _within(
     return plan_of(bench, found, found.best, request, outline, limit)
 
 
-def _limited(plan: Plan, limit: int, bound: float) -> Plan:
+def _limited(plan: Plan, limit: int, bound: float, *, counts: bool | None = None) -> Plan:
     """The plan with the limit that was asked for, and the bound that all searches proved."""
     seconds = plan.predicted.step_seconds
     bound = min(bound, seconds)
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, NARROW, *([COUNTED] if one_graph(plan) else [])),
+        given_up=(*plan.search.given_up, NARROW, *([COUNTED] if counts or (counts is None and one_graph(plan) and not _behind(plan)) else [])),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 
@@ -197,7 +197,7 @@ def fitting(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, r
     for _ in range(ROUNDS):
         peak = found.predicted.peak_bytes_per_device
         if peak <= limit:
-            return _limited(found, limit, bound)
+            return _limited(found, limit, bound, counts=one_graph(found))
         allowed = math.floor(allowed * limit / peak / NEAR)
         bench, shapes = make_bench(outline, cluster, prices, request, tiers=True)
         again = _within(bench, shapes, allowed, request, outline)
