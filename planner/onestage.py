@@ -176,11 +176,13 @@ def _within(
 
 def _limited(plan: Plan, limit: int, bound: float, *, counts: bool | None = None) -> Plan:
     """The plan with the limit that was asked for, and the bound that all searches proved."""
-    seconds = plan.predicted.step_seconds
+    seconds, named = plan.predicted.step_seconds, counts is not None
     bound = min(bound, seconds)
+    counts = one_graph(plan) and not _behind(plan) if counts is None else counts
+    told = (*(() if named else (NARROW,)), *((COUNTED,) if counts else ()))
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, NARROW, *([COUNTED] if counts or (counts is None and one_graph(plan) and not _behind(plan)) else [])),
+        given_up=(*plan.search.given_up, *told),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 
