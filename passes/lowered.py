@@ -22,6 +22,9 @@ class Emit(Protocol):
 
     device: torch.device
 
+    def apart(self) -> Emit:
+        """The same for another graph of the program: what comes in ahead within one graph does not reach into the next."""
+
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement of a tensor with global factor sizes `dims`."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..planner.outline import Outline
+from .lowered import Feed, Lowered
 
 Enter = Callable[[int], Callable[[], None]]
 
@@ -26,21 +27,23 @@ def unit_of(outline: Outline) -> dict[str, int]:
     return found
 
 
-def mark_units(module: fx.GraphModule, outline: Outline, enter: Enter, exempt: Callable[[Any], None]) -> None:
-    """Insert the calls into `module`, whose nodes say in their meta which op they are."""
-    graph, units = module.graph, unit_of(outline)
+def mark_units(lowered: Lowered, outline: Outline, enter: Enter, exempt: Callable[[Any], None]) -> None:
+    """Insert the calls into the body, whose nodes say in their meta which op they are.
+
+    What another stage made is an activation of the unit that takes it, as what another unit made is.
+    """
+    graph, units = lowered.body.graph, unit_of(outline)
     made = {op.name: op for op in outline.ops}
     outside: set[fx.Node] = set()
     tables: list[fx.Node] = []
     here = -1
-    given = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in list(graph.nodes):
-        if node.op == "placeholder":
-            outside.add(node)
-            if node is given[-1]:
-                with graph.inserting_after(node):
-                    graph.call_function(exempt, (given,))
-            continue
+    nodes = list(graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    given = [n for n, feed in zip(placeholders, lowered.body_feeds, strict=True) if not _handed_on(feed, outline)]
+    outside |= set(given)
+    with graph.inserting_after(placeholders[-1]):
+        graph.call_function(exempt, (given,))
+    for node in nodes:
         name = node.meta.get("op")
         if node.op != "call_function":
             continue
@@ -59,4 +62,9 @@ def mark_units(module: fx.GraphModule, outline: Outline, enter: Enter, exempt: C
             tables, here = [], unit
         if not any(outline.tensors[use.tensor].differentiable for use in made[name].results):
             tables.append(node)
-    module.recompile()
+    lowered.body.recompile()
+
+
+def _handed_on(feed: Feed, outline: Outline) -> bool:
+    """Whether a placeholder is an activation of another stage."""
+    return feed.kind == "taken" and outline.tensors[feed.tensor].differentiable

@@ -87,7 +87,7 @@ def lower_stage(
         looped,
     )
     return lower(
-        _of_stage(summary, part, loss), _with(assignment, part), axis_sizes, emit,
+        _of_stage(summary, part, loss), _with(assignment, part), axis_sizes, emit.apart(),
         microbatches=microbatches, outputs=results, local_batch=local_batch, share=share,
     )  # fmt: skip
 

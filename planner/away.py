@@ -2,7 +2,8 @@
 
     optimizer     moments and what they update; their step runs on the CPU, or every k-th part of it on the GPU
     gradients     follow the optimizer states: as the backward pass makes them, or once a step
-    params        fetched for the forward and for the backward pass of every microbatch, in as many parts as ZeRO shares them
+    params        fetched for the forward and for the backward pass of every microbatch, in as many parts as ZeRO shares them;
+                  those that are updated lie with the optimizer's states, the others where the word says
     activations   all that a unit saves leaves after its forward pass and is back before its backward pass
 
 One unit takes a class as a whole; a share of it follows from units that do and units that do not. (ZeRO-Offload, Ren et al.
@@ -21,6 +22,7 @@ from .cluster import Host
 from .costs import PriceBook
 from .hostupdate import ALL_CPU, MOST_SUBGROUPS, SLOTS, best_stride, update_rates
 from .offload import (
+    ON_DISK,
     ON_HOST,
     Traffic,
     activation_traffic,
@@ -43,17 +45,20 @@ ADDED = 3
 
 @dataclass(frozen=True, slots=True)
 class Away:
-    """Which classes lie behind the device: `optimizer` is "", "host" or "disk"; `gradients` leave as they are made."""
+    """Which classes lie behind the device; `gradients` leave as they are made.
+
+    `optimizer` and `parameters` are "", "host" or "disk"; what the optimizer updates lies where `optimizer` says.
+    """
 
     optimizer: str = ""
     gradients: bool = False
-    parameters: bool = False
+    parameters: str = ""
     activations: bool = False
 
     @property
     def classes(self) -> frozenset[str]:
         """Names as the `offload` pin spells them."""
-        named = {"optimizer": bool(self.optimizer), "params": self.parameters, "activations": self.activations}
+        named = {"optimizer": bool(self.optimizer), "params": bool(self.parameters), "activations": self.activations}
         return frozenset(name for name, there in named.items() if there)
 
     def told(self, stride: float = math.inf) -> str:
@@ -66,26 +71,41 @@ class Away:
             part = "" if math.isinf(stride) else f"/{stride:g}"
             words.append(f"optimizer{part}" + ("@disk" if self.optimizer == "disk" else ""))
         words += ["gradients"] if self.gradients else []
-        words += ["params"] if self.parameters else []
+        words += [f"params{'@disk' * (self.parameters == 'disk')}"] if self.parameters else []
         return "+".join([*words, "activations"] if self.activations else words)
+
+    def tier(self, *, trained: bool) -> str:
+        """Where parameters lie: "" (on the device), "host" or "disk". `trained`: those that the optimizer updates."""
+        return self.optimizer if trained and self.optimizer else self.parameters
 
 
 HERE = Away()
 """All on the device."""
 
+WINDOW = 2
+"""Units whose parameters are on the device at once where they pass through it: the one that runs, and the next one coming in."""
 
-def updated_on_device(sizes: Sequence[float], strides: Sequence[float], subgroup: float = SUBGROUP) -> list[bool]:
-    """Which parameters of an optimizer, in its order, the device updates: those of every k-th subgroup of `subgroup` elements.
+PENDING = 2
+"""Copies off the device whose source it still holds: one on its way, and the one before it."""
 
-    A subgroup holds whole parameters; a larger one is a subgroup by itself.
-    """
-    found, number, filled = list[bool](), 0, 0.0
-    for size, stride in zip(sizes, strides, strict=True):
-        if filled and filled + size > subgroup:
+
+def subgroups(sizes: Sequence[float]) -> list[int]:
+    """The subgroup of every parameter of an optimizer, in its order: of `SUBGROUP` elements, one larger parameter by itself."""
+    found, number, filled = list[int](), 0, 0.0
+    for size in sizes:
+        if filled and filled + size > SUBGROUP:
             number, filled = number + 1, 0.0
         filled += size
-        found.append(math.isfinite(stride) and number % stride == stride - 1)
+        found.append(number)
     return found
+
+
+def updated_on_device(sizes: Sequence[float], strides: Sequence[float]) -> list[bool]:
+    """Which parameters of an optimizer, in its order, the device updates: those of every k-th subgroup."""
+    return [
+        math.isfinite(stride) and number % stride == stride - 1
+        for number, stride in zip(subgroups(sizes), strides, strict=True)
+    ]
 
 
 def offload_classes(label: str) -> frozenset[str]:
@@ -99,19 +119,22 @@ def read_offload(words: Sequence[str], where: str) -> tuple[Away, float]:
 
     The inverse of `Away.told`; `where` is what PlanError names for a word that is none.
     """
-    tier, stride, plain = "", math.inf, set[str]()
+    tier, stride, parameters, plain = "", math.inf, "", set[str]()
     for word in words:
         name, _, place = word.partition("@")
         name, _, part = name.partition("/")
         if name == "optimizer" and place in ("", "disk") and (not part or (part.isdecimal() and int(part))):
             tier, stride = place or "host", float(part) if part else math.inf
-        elif word in ("gradients", "params", "activations"):
+        elif word in ("params", "params@disk"):
+            parameters = place or "host"
+        elif word in ("gradients", "activations"):
             plain.add(word)
         else:
             raise PlanError(
-                f"{where}: offload {word!r}; expected optimizer, optimizer/K, either with @disk, gradients, params or activations"
+                f"{where}: offload {word!r}; expected optimizer, optimizer/K, params, each with @disk or without, gradients or "
+                "activations"
             )
-    return Away(tier, "gradients" in plain, "params" in plain, "activations" in plain), stride
+    return Away(tier, "gradients" in plain, parameters, "activations" in plain), stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +155,7 @@ def offers(host: Host | None, pins: Pins, case: Case) -> Iterator[Away]:
 
     Few, because units are mixed: parameters, which travel every microbatch, go after the states, which travel once a step, and
     where ZeRO shares them or nobody else has them; activations leave designs that keep everything or their border alone; the
-    disk is for named designs. A pin of a class offers it with every design and level.
+    disk is for named designs, of parameters where nothing is trained. A pin of a class offers it with every design and level.
     """
     if host is None:
         yield HERE
@@ -142,6 +165,7 @@ def offers(host: Host | None, pins: Pins, case: Case) -> Iterator[Away]:
     tiers = ["", "host"] if case.trains else [""]
     if case.trains and host.disk_bytes and apart and case.policy:
         tiers.append("disk")
+    places = ("host", "disk") if host.disk_bytes and not case.trains and case.policy else ("host",)
     alone = not case.trains or pinned == "params" or pins.forbids("offload", "optimizer")
     fetched = case.parameters and (apart or pinned == "params")
     leave = case.saves and (case.policy in ("none", "full") or pinned == "activations")
@@ -150,7 +174,7 @@ def offers(host: Host | None, pins: Pins, case: Case) -> Iterator[Away]:
         ways = _gradients(tier, case)
         for gradients in ways if case.policy else ways[-1:]:
             follow = fetched and (gradients == ways[-1] if tier else alone)
-            for parameters in (False, True) if follow else (False,):
+            for parameters in ("", *places) if follow else ("",):
                 for activations in (False, True) if leave and tier != "disk" else (False,):
                     found = Away(tier, gradients, parameters, activations)
                     if _allowed(found, pins, had):
@@ -239,7 +263,7 @@ class Copies:
         Units of a rank follow each other in one stream, so a long one sets the rate. Parameters that lie on the host need not
         be brought back. Raises TypeError for prices that know no cluster.
         """
-        key = (away.optimizer, away.parameters)
+        key = (away.optimizer, bool(away.parameters))
         if key not in self._rates:
             if not isinstance(self.prices, Prices):
                 raise TypeError(f"the optimizer step of the host is priced by Prices, not {type(self.prices).__name__}")
@@ -261,15 +285,20 @@ class Copies:
             return 0.0
         return SLOTS * min(SUBGROUP, elements) * offloaded_state_bytes(self.state)
 
-    def fetched(self, moved: Moved) -> Traffic:
+    def fetched(self, away: Away, moved: Moved) -> Traffic:
         """Parameters brought in for one pass of one microbatch."""
-        return parameter_traffic(moved.elements, self.state, ON_HOST, moved.ranks if moved.level == 3 else 1)[0]
+        parts = ((moved.trained, True), (moved.elements - moved.trained, False))
+        shards, found = moved.ranks if moved.level == 3 else 1, Traffic()
+        for elements, trained in parts:
+            where = ON_DISK if away.tier(trained=trained) == "disk" else ON_HOST
+            found += parameter_traffic(elements, self.state, where, shards)[0]
+        return replace(found, copies=1 if moved.elements else 0)
 
     def moves(self, away: Away, moved: list[Moved], microbatches: int) -> Moves:
         """What the copies of a unit's parameters take, whatever its design."""
         forward, backward = Traffic(), Traffic()
         if away.parameters:
-            forward += sum((self.fetched(m) for m in moved), Traffic())
+            forward += sum((self.fetched(away, m) for m in moved), Traffic())
             backward += forward
         gradients = sum((self._gradient(m) for m in moved), Traffic()) if away.optimizer else Traffic()
         if away.gradients:

@@ -63,8 +63,11 @@ def executed_pins(pins: Pins) -> Pins:
 _PINNABLE = frozenset(f.name for f in fields(Pins))
 
 
-def check_plan(plan: Plan) -> None:
-    """Raise PlanError naming the first thing in a plan that the runtime does not execute."""
+def check_plan(plan: Plan, *, training: bool = True) -> None:
+    """Raise PlanError naming the first thing in a plan that the runtime does not execute.
+
+    Some of it is executed where the plan is one of inference, which its graph says and the plan does not (`training`).
+    """
     for one in MASK:
         if one.of is not None and one.of(plan) not in one.values:
             better = ", ".join(str(v) for v in one.values if v != "none") if len(one.values) > 1 else ""
@@ -74,7 +77,7 @@ def check_plan(plan: Plan) -> None:
                 else "plan with --cluster local[:N] for a plan that runs here"
             )
             raise PlanError(f"the plan uses {one.name}, which is not supported yet where a plan is run; {fix}")
-    if problem := unexecuted_offload(plan):
+    if problem := unexecuted_offload(plan, training=training):
         raise PlanError(
             f"the plan uses an offload that is not executed: {problem}, which is not supported yet where a plan is run; "
             "plan with --cluster local[:N] for a plan that runs here"
@@ -85,23 +88,21 @@ def check_plan(plan: Plan) -> None:
 class Kept:
     """What decides whether an offload is executed.
 
-    `levels`: ZeRO levels of shared parameters; `whole`: some parameters are whole on several data ranks; `again`: the unit runs
-    something again; `trains`: it has a parameter that trains.
+    `levels`: ZeRO levels of shared parameters; `whole`: some parameters are whole on several data ranks; `splits`: the schedule
+    splits the backward pass, or may; `trains`: the unit has a parameter that trains.
     """
 
     away: Away
     levels: frozenset[int]
     whole: bool
     microbatches: int
-    stages: int
-    again: bool
+    splits: bool
     trains: bool
 
 
 UNEXECUTED: tuple[tuple[str, Callable[[Kept], bool]], ...] = (
-    ("anything off the device in a pipeline (pp=1 is executed)", lambda k: k.away != HERE and k.stages > 1),
-    ("activations off the device beside others that run again (recompute=none is executed)",
-     lambda k: k.away.activations and k.again),
+    ("anything off the device under a schedule that splits the backward pass (schedule=1f1b is executed)",
+     lambda k: k.away != HERE and k.splits),
     ("parameters off the device with ZeRO 1 or 2 (zero=3 is executed)", lambda k: bool(k.away.parameters and k.levels & {1, 2})),
     ("whole parameters off the device over several data ranks and microbatches (zero=3 is)",
      lambda k: bool(k.away.parameters) and k.whole and k.microbatches > 1),
@@ -116,15 +117,16 @@ def why_kept_here(kept: Kept) -> str:
     return next((text for text, holds in UNEXECUTED if holds(kept)), "")
 
 
-def unexecuted_offload(plan: Plan) -> str:
+def unexecuted_offload(plan: Plan, *, training: bool = True) -> str:
     """The first thing a plan offloads in a way that the runtime does not execute; "" where it executes all of it."""
+    splits = plan.pipeline.schedule in SCHEDULES and SCHEDULES[plan.pipeline.schedule].splits_backward
     several = any(axis.role == "data" and axis.size > 1 for axis in plan.mesh)
     for entry in plan.regions:
         away, _ = read_offload(entry.offload, f"region {entry.name}")
         levels = frozenset(p.zero for p in entry.parameters if p.zero_axes)
         whole = several and any(not p.zero for p in entry.parameters)
-        trains = any(p.trainable for p in entry.parameters)
-        kept = Kept(away, levels, whole, plan.pipeline.microbatches, plan.pipeline.ranks, bool(entry.recompute), trains)
+        trains = training and any(p.trainable for p in entry.parameters)
+        kept = Kept(away, levels, whole, plan.pipeline.microbatches, splits, trains)
         if problem := why_kept_here(kept):
             return f"region {entry.name}: {problem}"
     return ""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .assign import Assignment, Storage
+from .behind import Behind, Lying
 from .costs import Call, Costs, replaced
 from .memory import Facts, Held, Point, Setting, held
 from .outline import DTYPE_BYTES, Op
@@ -62,14 +63,18 @@ class Evaluator:
                 float(sum(self.tensors[t].bytes for t in region.parameters[0])) if region.parameters else 0.0
             )
 
-    def evaluate(self, assignment: Assignment) -> Evaluation:
-        """Evaluate; raises ValueError where a choice or storage is not possible on this mesh."""
+    def evaluate(self, assignment: Assignment, lies: Lying | None = None) -> Evaluation:
+        """Evaluate; raises ValueError where a choice or storage is not possible on this mesh.
+
+        Bytes are without what `lies` behind the device, seconds as if nothing did.
+        """
         ledger = _Ledger(self, assignment)
         ledger.ops()
         ledger.transitions()
         ledger.parameters()
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
-        walked = Timeline(self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again)
+        given = self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again
+        walked = Timeline(*given) if lies is None else Behind(lies, *given)
         points, causes = walked.points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)

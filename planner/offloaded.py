@@ -1,25 +1,28 @@
 """What a plan copies between a device and the tiers behind it in one step, by class: the prediction that a run is held against.
 
     optimizer     parameters coming back to the device that the host has updated, once a step
-    gradients     leaving, every microbatch where the plan says `gradients`, else once a step
-    params        coming in for every pass of every microbatch; the backward pass brings in groups whose weights it needs
+    gradients     leaving, every microbatch where the plan says `gradients`, else once a step; one of a parameter that several
+                  pipeline ranks hold comes back and leaves once more, since devices sum it
+    params        coming in (read from disk where they lie there) for every pass of every microbatch; the backward pass brings in
+                  groups whose weights it needs
     activations   leaving and coming back, every microbatch
     states        read from and written to disk around an update; of those that the device updates, coming in (with their gradient)
                   and leaving again
 
-Bytes are of the mean rank: chunks of ZeRO may be uneven.
+Bytes are of the mean rank of a pipeline rank: chunks of ZeRO may be uneven.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from .assign import Assignment, assign, entries_of
 from .away import Away, read_offload, updated_on_device
 from .cluster import Cluster, has_host
 from .costs import PriceBook
-from .memory import facts
+from .memory import Facts, facts
 from .offload import Traffic, offloaded_state_bytes, resident_parameter_bytes
 from .outline import Outline
 from .pins import parse_pins
@@ -29,40 +32,94 @@ from .precision import StateBytes, state_bytes
 from .progress import silent
 from .solve import Request, make_task, workbench
 from .spell import shape_in, units_in
+from .staging import cut, stages_by_runs
 
 
-def copied(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Mapping[str, Traffic]:
-    """Bytes by class of one step of the mean rank; classes without any are left out. `copies` are not counted."""
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What one pipeline rank holds: ops and parameters of its stages, and parameters that other ranks hold too."""
+
+    stages: tuple[tuple[frozenset[str], frozenset[str]], ...]
+    shared: frozenset[str]
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(name for _, names in self.stages for name in names)
+
+
+def copied(
+    plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, pipeline_rank: int = 0
+) -> Mapping[str, Traffic]:
+    """Bytes by class of one step of the mean rank of a pipeline rank; classes without any are left out, `copies` not counted."""
     found: dict[str, Traffic] = {}
     stepped: dict[str, tuple[Away, float, float]] = {}
-    state, own = state_bytes(plan.precision, plan.optimizer), assign(plan, outline)
-    needed, trains = set(facts(outline).saved_parameters), {p.tensor: p.trainable for p in outline.parameters}
+    state, own, known = state_bytes(plan.precision, plan.optimizer), assign(plan, outline), facts(outline)
+    here, trains = _rank(plan, outline, pipeline_rank), {p.tensor: p.trainable for p in outline.parameters}
     for entries, region in zip(entries_of(plan, outline), outline.regions, strict=True):
         for entry, members in zip(entries, region.parameters, strict=True):
             lies = read_offload(entry.offload, f"region {entry.name}")
-            for trained in (True, False):
-                mine = [name for name in members if trains[name] == trained]
-                elements = sum(_elements(plan, outline, own, name) for name in mine)
-                again = outline.training and any(name in needed for name in mine)
-                _add(found, _of_group(lies[0], elements, state, plan.pipeline.microbatches, trained, again))
-                stepped |= {n: (*lies, _elements(plan, outline, own, n)) for n in mine if trained and lies[0].optimizer}
+            sizes = {name: _elements(plan, outline, own, name) for name in members if name in here.parameters}
+            for ops, held in here.stages:
+                needed = _needed(outline, known, ops)
+                for trained in (True, False):
+                    mine = [name for name in sizes if name in held and trains[name] == trained]
+                    again = outline.training and any(name in needed for name in mine)
+                    elements = sum(sizes[name] for name in mine)
+                    _add(found, _of_group(lies[0], elements, state, plan.pipeline.microbatches, trained, again))
+            if lies[0].optimizer:
+                updated = {name: size for name, size in sizes.items() if trains[name]}
+                _add(found, _of_gradients(lies[0], updated, state, here.shared))
+                stepped |= {name: (*lies, size) for name, size in updated.items()}
     _add(found, _of_updates([stepped[p.tensor] for p in outline.parameters if p.tensor in stepped], state))
-    left = _activations(plan, outline, cluster, prices)
+    left = _activations(plan, outline, cluster, prices, pipeline_rank)
     _add(found, {"activations": Traffic(in_bytes=left, out_bytes=left)})
     return {name: t for name, t in found.items() if t != Traffic()}
+
+
+def _rank(plan: Plan, outline: Outline, rank: int) -> _Rank:
+    if plan.pipeline.ranks == 1:
+        everything = frozenset(op.name for op in outline.ops), frozenset(p.tensor for p in outline.parameters)
+        return _Rank((everything,), frozenset())
+    results = [name for name in (outline.loss,) if name] or list(outline.outputs)
+    staging = cut(outline, stages_by_runs(plan, outline), len(plan.stages), results)
+    mine = tuple(
+        (frozenset(part.ops), frozenset(part.parameters))
+        for stage, part in zip(plan.stages, staging.parts, strict=True) if stage.rank == rank
+    )  # fmt: skip
+    shared = (name for name, held in staging.holders.items() if len({plan.stages[s].rank for s in held}) > 1)
+    return _Rank(mine, frozenset(shared))
+
+
+def _needed(outline: Outline, known: Facts, ops: frozenset[str]) -> frozenset[str]:
+    """Parameters that the backward pass of some ops needs."""
+    return frozenset(
+        known.aliases[op.operands[item.index].tensor].root
+        for op in outline.ops if op.name in ops for item in op.saved if item.source == "operand"
+    )  # fmt: skip
 
 
 def _of_group(
     away: Away, elements: float, state: StateBytes, microbatches: int, trained: bool, again: bool
 ) -> Mapping[str, Traffic]:
-    """One parameter group of so many local elements. `again`: its backward pass needs its weights."""
+    """What a stage moves of one parameter group of so many local elements every microbatch. `again`: backward needs its weights."""
     found: dict[str, Traffic] = {}
     if away.parameters:
-        found["params"] = Traffic(in_bytes=elements * (state.copy or state.parameter) * microbatches * (1 + again))
-    if trained and away.optimizer:
-        times = microbatches if away.gradients else 1
-        found["gradients"] = Traffic(out_bytes=elements * state.gradient * times)
+        read = elements * state.parameter * microbatches * (1 + again) if away.tier(trained=trained) == "disk" else 0.0
+        size = elements * (state.copy or state.parameter) * microbatches * (1 + again)
+        found["params"] = Traffic(in_bytes=size, read_bytes=read)
+    if trained and away.gradients:
+        found["gradients"] = Traffic(out_bytes=elements * state.gradient * microbatches)
     return found
+
+
+def _of_gradients(
+    away: Away, updated: Mapping[str, float], state: StateBytes, shared: frozenset[str]
+) -> Mapping[str, Traffic]:
+    """Gradients at the end of a step: those that the device has added up leave; of those that have left, shared ones are summed."""
+    back = sum(size for name, size in updated.items() if name in shared) * state.gradient
+    if away.gradients:
+        return {"gradients": Traffic(in_bytes=back, out_bytes=back)}
+    return {"gradients": Traffic(out_bytes=sum(updated.values()) * state.gradient)}
 
 
 def _of_updates(stepped: Sequence[tuple[Away, float, float]], state: StateBytes) -> Mapping[str, Traffic]:
@@ -93,11 +150,12 @@ def _elements(plan: Plan, outline: Outline, own: Assignment, name: str) -> float
     )
 
 
-def _activations(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> float:
-    """Bytes of activations that leave in a step."""
+def _activations(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, rank: int) -> float:
+    """Bytes of activations that leave a pipeline rank in a step."""
     if not any("activations" in entry.offload for entry in plan.regions):
         return 0.0
     request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
     bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster))
-    _, options = units_in(bench, plan)
-    return shape_in(plan).microbatches * math.fsum(option.host_saved for option in options)
+    cuts, options = units_in(bench, plan)
+    mine = (options[cuts[s] : cuts[s + 1]] for s, stage in enumerate(plan.stages) if stage.rank == rank)
+    return shape_in(plan).microbatches * math.fsum(o.host_saved for held in mine for o in held)

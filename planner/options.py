@@ -23,6 +23,7 @@ from .numbers import Numbers, Weights
 from .overlap import Overlap
 from .pins import Pins
 from .plan import Precision
+from .schedules import SCHEDULES
 from .stored import Data, Keeping, Shared, Stored, Talk, stored_of
 from .unitexperts import spread
 
@@ -134,7 +135,7 @@ class Storing:
         assert self.host is not None
         start, many = (self.prices.optimizer_seconds(n, self.optimizer, self.precision) for n in (1.0, MANY))
         tiers = ("host", "disk") if self.host.disk_bytes else ("host",)
-        rates = [self.copies.update(Away(tier, parameters=p))[1] for tier in tiers for p in (False, True)]
+        rates = [self.copies.update(Away(tier, parameters=p))[1] for tier in tiers for p in ("", "host")]
         return KINDS * start if min(rates) >= (many - start) / MANY else math.inf
 
     @cached_property
@@ -163,7 +164,7 @@ class Storing:
             if found is None:
                 continue
             for lying in shelf.places(named, found, levels):
-                problem = self._unexecuted(named.design, found.weights, lying, data) if self.runnable else ""
+                problem = self._unexecuted(found.weights, lying, data) if self.runnable else ""
                 if not problem:
                     made.append(self._option(region, named, found, lying, data))
                 why = why or problem
@@ -171,12 +172,13 @@ class Storing:
             raise PinError(f"offload={self.pins.offload} does not run here: {why}")
         return made
 
-    def _unexecuted(self, design: Design, weights: Sequence[Weights], lying: _Lying, data: Data) -> str:
-        """Why the runtime does not execute what is kept away; "" where it does."""
-        shared = data.ranks > 1
+    def _unexecuted(self, weights: Sequence[Weights], lying: _Lying, data: Data) -> str:
+        """Why the runtime does not execute what is kept away; "" where it does, under any schedule that the pins leave."""
+        shared, schedule = data.ranks > 1, SCHEDULES.get(self.pins.schedule or "")
+        splits = data.stages > 1 and (schedule is None or schedule.splits_backward)
         kept = Kept(
-            lying.away, frozenset([lying.level] if shared else []), shared and not lying.level, data.microbatches, data.stages,
-            bool(design.again or design.regather), self.training and any(w.trainable for w in weights),
+            lying.away, frozenset([lying.level] if shared else []), shared and not lying.level, data.microbatches, splits,
+            self.training and any(w.trainable for w in weights),
         )  # fmt: skip
         return why_kept_here(kept)
 

@@ -13,6 +13,7 @@ from .appraise import appraise
 from .appraise import predict as predict_joint
 from .assign import Assignment, Storage, assign
 from .attention import GENERATIONS, byte_masks, fused_attention, math_attention
+from .behind import lying
 from .beside import as_found, beside
 from .capability import check_pins
 from .cluster import Cluster, has_host, pool_names, unlike
@@ -27,7 +28,7 @@ from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
 from .objectives import housed
-from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, recounted, solve_here
+from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, fitting, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -136,7 +137,7 @@ def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request:
     bench, found = search(made, shapes, request.progress, tiers_of(cluster, request.pins))
     if found.best is None:
         return None
-    return plan_of(bench, found, found.best, request, outline)
+    return fitting(plan_of(bench, found, found.best, request, outline), outline, cluster, prices, request)
 
 
 def make_bench(
@@ -325,7 +326,8 @@ def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook,
     setting = beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap)
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
-        return evaluator.evaluate(assignment)
+        behind = lying(plan, outline) if any(region.offload for region in plan.regions) else None
+        return evaluator.evaluate(assignment, behind)
     except ValueError as error:
         raise PlanError(f"the edited plan is not legal: {error}") from None
 

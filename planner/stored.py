@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .away import HERE, Away, Moved
+from .away import HERE, WINDOW, Away, Moved
 from .costs import PriceBook
 from .numbers import Weights
 from .offload import offloaded_state_bytes
@@ -208,7 +208,7 @@ class Keeping:
         many = data.microbatches > 1 or data.stages > 1
         gradient = kept.gradient * trained / (data.ranks if level >= 2 or (level == 1 and not many) else 1)
         whole = width * trained if level >= 2 or data.once or away.gradients else 0.0
-        gathered = 2.0 * width * elements if (level == 3 and data.ranks > 1) or away.parameters else 0.0
+        gathered = WINDOW * width * elements if (level == 3 and data.ranks > 1) or away.parameters else 0.0
         at_once = trained if self.foreach else self.temporaries * s.largest
         temporaries = kept.parameter * at_once / share
         host = disk = 0.0
@@ -228,7 +228,9 @@ class Keeping:
             # Between the steps of ZeRO 1 and 2 the shard that the optimizer updates stays.
             left = copy if level in (1, 2) else stored + copy
             uncast = kept.copy * elements / share if level == 3 and not away.optimizer else 0.0
-            host, stored, copy = host + left + uncast, stored + copy - left, 0.0
+            host += uncast + (left if away.parameters == "host" else 0.0)
+            disk += left if away.parameters == "disk" else 0.0
+            stored, copy = stored + copy - left, 0.0
         return {
             "static": stored + states + copy, "gradient": gradient, "work": whole + gathered, "gathered": gathered,
             "step": temporaries, "parameters": stored, "optimizer": states, "copies": copy, "host": host, "disk": disk,

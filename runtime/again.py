@@ -94,11 +94,14 @@ class Rerun(Recipe):
 
 
 class _Operand:
-    """A tensor that an op took: itself, or a handle of what makes it again."""
+    """A tensor that an op took: itself, a handle of what makes it again, or of what has left the device."""
 
     def __init__(self, x: Tensor, regather: Regather) -> None:
         self.requires_grad = x.requires_grad
-        self.held: Tensor | Handle = regather.handle(x) or x.detach()
+        made = regather.handle(x)
+        if made is None and regather.leaving is not None:
+            made = regather.leaving.pack(x)
+        self.held: Any = x.detach() if made is None or isinstance(made, Tensor) else made
         self.version = x._version
 
     def again(self, regather: Regather) -> Tensor:
@@ -107,8 +110,11 @@ class _Operand:
             if self.held._version != self.version:
                 raise UsageError(CHANGED)
             x = self.held
-        else:
+        elif isinstance(self.held, Handle):
             x = regather.resolve(self.held)
+        else:
+            assert regather.leaving is not None
+            x = regather.leaving.unpack(self.held)
         return x.detach().requires_grad_(self.requires_grad)
 
 

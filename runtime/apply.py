@@ -48,7 +48,7 @@ def apply(
     """
     if data not in ("global", "local"):
         raise UsageError(f'data={data!r}: pass "global" or "local"')
-    check_plan(plan)
+    check_plan(plan, training=False)
     check_world(plan.mesh, plan.pipeline.ranks)
     if compile and plan.pipeline.experts > 1:
         raise UsageError(
@@ -67,6 +67,7 @@ def apply(
         return summary, agreed(spread, summary), spread, stages_of(plan, summary.outline)
 
     summary, own, plan, stages = everywhere(matched, "apply the plan", PlanMismatch)
+    check_plan(plan, training=summary.outline.training)
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device(), plan.pipeline)
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))

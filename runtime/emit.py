@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ class RankEmit:
         self.prefetch, self.reductions = plan.overlap.prefetch, plan.overlap.reductions
         self.gathers_again = False
         """Whether a graph emitted so far gathers parameters again in its backward pass."""
+
+    def apart(self) -> RankEmit:
+        """The same for another graph of the program, with an order of its own of what comes in from behind the device."""
+        found = copy.copy(self)
+        found.offload = self.offload.apart() if self.offload is not None else None
+        return found
 
     def transition(self, step: Step, dims: Dims) -> Emitted:
         """One change of placement."""

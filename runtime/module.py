@@ -90,7 +90,8 @@ class ParallelModule(Tree):
             return rebuild(program, [found[name] for name in program.lowered.outputs])
         core.check_order()
         loss, found = pipeline.train(
-            staged, program.bodies, core.mesh, values, program.microbatches, program.buckets, program.regather
+            staged, program.bodies, core.mesh, values, program.microbatches, program.buckets, program.regather,
+            program.emit.offload,
         )  # fmt: skip
         update_buffers(program, found, self)
         return rebuild(program, [core.watch(loss)])
@@ -222,6 +223,9 @@ class _Core:
 
     def loaded(self, tensors: Mapping[str, Tensor], values: Iterable[Tensor]) -> None:
         """Some of the module's `tensors` were written to from outside of training."""
+        if self.programs.offload is not None:
+            for name in tensors:
+                self.programs.offload.written(name)
         written = {id(value) for value in values}
         self.unfilled -= {name for name in self.unfilled if id(tensors[name]) in written}
 

@@ -10,6 +10,7 @@ several ranks hold are then summed over them, and the loss becomes known everywh
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from ..planner.schedules import Action
 from . import collectives
 from .halves import Halves
 from .mesh import Mesh
+from .offload.engine import OffloadEmit
 from .p2p import Arriving, Link
 from .staged import Staged
 from .step import Body, Buckets, Held, Loop, Values, loss_gradient
@@ -39,12 +41,15 @@ def train(
     microbatches: int,
     buckets: Buckets,
     regather: Context,
+    offload: OffloadEmit | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward of all microbatches through all stages.
 
     Returns the whole loss, differentiable in `values.parameters`, and the results beside it, which are equal in all microbatches.
     """
     assert staged.loss is not None
+    if offload is not None:
+        offload.begin()
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     inner = Values(leaves, values.whole, values.seed)
@@ -57,7 +62,7 @@ def train(
         for loop in loops.values():
             loop.finish()
         found = run.known(mesh.device)
-    _sum_ties(staged, leaves)
+    _sum_ties(staged, leaves, offload)
     total = torch.zeros(staged.loss.shape, dtype=staged.loss.dtype, device=mesh.device)
     if staged.loss_stage in staged.own:
         total = _whole_loss(staged.own[staged.loss_stage], run.losses)
@@ -66,7 +71,7 @@ def train(
     anchor = torch.zeros(
         (), device=mesh.device, requires_grad=True
     )  # stages without trained parameters call backward(), too
-    held = [*(leaves[n].grad for n in names), None]
+    held = [*(leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names), None]
     result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names], anchor)
     return result, found
 
@@ -96,13 +101,15 @@ def _whole_loss(lowered: Lowered, losses: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _sum_ties(staged: Staged, leaves: Mapping[str, Tensor]) -> None:
+def _sum_ties(staged: Staged, leaves: Mapping[str, Tensor], offload: OffloadEmit | None) -> None:
     """Gradients of parameters that several pipeline ranks hold, summed over them."""
     for name, group in staged.ties:
         if group:
-            leaf = leaves[name]
-            grad = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-            leaf.grad = collectives.all_reduce(grad, group)
+            leaf, total = leaves[name], functools.partial(collectives.all_reduce, group=group)
+            if offload is not None and offload.is_away(name):
+                leaf.grad = offload.summed(name, leaf.grad, total)
+            else:
+                leaf.grad = total(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
 
 
 @dataclass

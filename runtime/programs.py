@@ -167,7 +167,7 @@ class Programs:
         zigzag = zigzag_axes(summary.outline, assignment.choices)
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact, zigzag=zigzag)
         if self.offload is not None:
-            emit.offload = self.offload.emitter(summary.outline, deferred=microbatches == 1)
+            emit.offload = self.offload.emitter(summary.outline, deferred=microbatches == 1 and self.stages is None)
         others = summary.outline.outputs if outputs or not training else ()
         returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         if self.stages is not None:
@@ -203,6 +203,8 @@ class Programs:
             microbatches=microbatches, training=training, results=returned, local_batch=self.local_batch,
         )  # fmt: skip
         for one in staged.own.values():
+            if emit.offload is not None and training:
+                emit.offload.mark(one)
             emit.overlap(one)
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}

@@ -104,11 +104,13 @@ def load_safetensors(pm: nn.Module, folder: str | Path, *, strict: bool = True) 
     if strict and (missing or unused):
         what = f"no {missing[0]}, which the module has" if missing else f"{unused[0]}, which the module has not"
         raise CheckpointError(f"{folder}: holds {what} (strict=False goes on without)")
-    slices = Slices()
+    slices, offload = Slices(), pm.offload if isinstance(pm, ParallelModule) else None
 
     def read() -> None:
         for name, source in sources.items():
             _read(slices, f"{folder}: {source}", *found[source], named.tensors[name].detach())
+            if offload is not None:
+                offload.written(name)
 
     everywhere(read, "read the weights")
     if isinstance(pm, ParallelModule):

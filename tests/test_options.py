@@ -98,14 +98,14 @@ def _leaves(recipe: str, level: int) -> float:
 
 def test_parameters_on_the_host() -> None:
     store = storing()
-    found = kept(store, 3, Away("host", gradients=True, parameters=True))
+    found = kept(store, 3, Away("host", gradients=True, parameters="host"))
     assert found["static"] == 0.0
     assert found["host"] == pytest.approx((2 + 2 + 12) * ELEMENTS / 8)
     assert found["gathered"] == 2 * 2 * ELEMENTS
-    alone = kept(store, 0, Away(parameters=True), ranks=1)
+    alone = kept(store, 0, Away(parameters="host"), ranks=1)
     assert (alone["static"], alone["host"]) == (12 * ELEMENTS, 2 * ELEMENTS)
     assert alone["gathered"] == 4 * ELEMENTS
-    cast = kept(storing("fsdp-fp32"), 3, Away(parameters=True))
+    cast = kept(storing("fsdp-fp32"), 3, Away(parameters="host"))
     assert cast["host"] == pytest.approx((4 + 2) * ELEMENTS / 8)  # and the copy that is sent
 
 
@@ -264,7 +264,8 @@ def test_few_are_offered() -> None:
     assert [len(list(offers(HOST, Pins(), case))) for case in plain] == [2, 2, 2, 3]
     assert [len(list(offers(HOST, Pins(), replace(case, policy="full")))) for case in plain] == [4, 4, 6, 10]
     alone = Pins(forbidden=(("offload", "optimizer"),))
-    assert list(offers(HOST, alone, plain[3])) == [HERE, Away(parameters=True)]
+    assert list(offers(HOST, alone, plain[3])) == [HERE, Away(parameters="host")]
     still = Case(3, 8, 1, False, True, False, "none")  # inference
-    assert list(offers(HOST, Pins(), still)) == [HERE, Away(parameters=True)]
+    assert list(offers(HOST, Pins(), still)) == [HERE, Away(parameters="host"), Away(parameters="disk")]
+    assert list(offers(replace(HOST, disk_bytes=0), Pins(), still)) == [HERE, Away(parameters="host")]
     assert list(offers(None, Pins(), plain[3])) == [HERE]

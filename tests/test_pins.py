@@ -60,18 +60,20 @@ def with_regions(**changes: object) -> plans.p.Plan:
     return plans.plan(regions=tuple(msgspec.structs.replace(r, **changes) for r in plans.regions()))
 
 
+def staged(words: tuple[str, ...], schedule: str) -> plans.p.Plan:
+    """The hand-made plan with two stages, each with an offload."""
+    pipeline = with_(ranks=2, stages=2, schedule=schedule).pipeline
+    return msgspec.structs.replace(with_regions(offload=words), pipeline=pipeline)
+
+
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
         (with_(chunks=2), "chunks of stages"),
         (with_(ranks=2, stages=2, schedule="forward"), "without backward passes.* pin schedule to .*1f1b"),
         (plans.plan(pools=(plans.p.PoolPlan("a", "x", 1, 1), plans.p.PoolPlan("b", "y", 1, 1))), "kinds of devices"),
-        (with_regions(offload=("params",)), "offload.*parameters off the device"),
-        (with_regions(offload=("activations",), recompute=("gelu",)), "offload.*run again"),
-        (
-            msgspec.structs.replace(with_regions(offload=("optimizer",)), pipeline=with_(ranks=2, stages=2).pipeline),
-            "offload.*in a pipeline",
-        ),
+        (staged(("params",), "1f1b"), "offload.*parameters off the device with ZeRO"),
+        (staged(("optimizer",), "zb-h1"), "offload.*splits the backward pass"),
         (msgspec.structs.replace(plans.plan(), phase="decode"), "phase of inference"),
     ],
 )
@@ -85,6 +87,8 @@ def test_what_runs_passes() -> None:
     check_plan(with_regions(recompute=("gelu",)))
     check_plan(with_regions(offload=("optimizer",)))
     check_plan(with_regions(offload=("optimizer/3@disk",)))
+    check_plan(with_regions(offload=("activations",), recompute=("gelu",)))
+    check_plan(staged(("optimizer", "activations"), "1f1b"))
     check_plan(with_(experts=2))
     check_plan(plans.plan(mesh=(plans.p.MeshAxis("cp", 4, "context", "nvlink"),)))
     for schedule in ("interleaved", "zb-h1", "zbv", "dualpipev"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .activations import Leaving, marks
 from .lanes import Lanes
 from .memory import HostMemory
 from .places import Group, Keeper, Place, fetched, gathered
+from .rounds import adopt
 from .update import HostStep
 
 
@@ -84,14 +85,23 @@ class Offloader:
     def layer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """How this rank's slice of a parameter is put where it lies; None for one on the device."""
         place = self.places.get(name)
-        if place is not None and place.away.optimizer == "disk" and self.step.files is not None:
+        if place is not None and place.on_disk and self.step.files is not None:
             return partial(self.step.files.put, f"{name}.parameter")
         return self.memory.holding if place is not None else None
+
+    def written(self, name: str) -> None:
+        """A parameter was given other values in place: one on disk goes to its file, so that memory keeps nothing of it."""
+        place = self.places.get(name)
+        if place is not None and place.on_disk and place.filed != place.changes:
+            assert self.step.files is not None
+            adopt(place, self.step.files.put(f"{name}.parameter", place.host))
 
     def adopt(self, name: str, parameter: nn.Parameter) -> None:
         """The parameter made of that slice."""
         if name in self.places:
-            self.places[name].parameter = parameter
+            place = self.places[name]
+            place.parameter = parameter
+            place.filed = place.changes
         else:
             self._resident |= parameter.requires_grad
 
@@ -122,7 +132,7 @@ def _place(away: Away, stride: float, parameter: Any, zero: int, compute: torch.
     if not trained and not away.parameters:
         return None
     name = parameter.names[0]
-    return Place(name, away, stride, stays=not away.parameters and zero in (0, 3), dtype=compute)
+    return Place(name, away, stride, not away.parameters and zero in (0, 3), compute, trained)
 
 
 def _close(lanes: Lanes, step: Callable[[], None]) -> None:
@@ -148,13 +158,25 @@ class OffloadEmit:
     def mark(self, lowered: Lowered) -> None:
         """Let the body say where units begin, where any of them leaves."""
         if self.units:
-            mark_units(lowered.body, self.outline, *marks(_leaving_now))
+            mark_units(lowered, self.outline, *marks(_leaving_now))
+
+    def apart(self) -> OffloadEmit:
+        """The same for another graph of the program."""
+        return replace(self, order=[])
 
     def begin(self) -> None:
         """A step of several microbatches begins."""
-        for group in self.order:
-            for place in group.places:
-                place.held = None
+        for place in self.engine.places.values():
+            place.held = None
+
+    def is_away(self, tensor: str) -> bool:
+        """Whether the gradients of a parameter leave the device."""
+        return self.names[tensor] in self.engine.places
+
+    def summed(self, tensor: str, gradient: Tensor | None, total: Callable[[Tensor], Tensor]) -> None:
+        """`total` of a gradient that leaves, or has left: the device computes it, and keeps it until `end`."""
+        place = self.engine.places[self.names[tensor]]
+        place.held = total(self.engine.keeper.on_device(place, gradient))
 
     def end(self, tensor: str, gradient: Tensor | None) -> Tensor | None:
         """The gradient of a parameter at the end of such a step; one that was held on the device leaves now."""
@@ -184,7 +206,7 @@ class OffloadEmit:
         if not places:
             return gather
         holds = not self.deferred and bool(places[0].away.optimizer) and not places[0].away.gradients
-        made = Group(self.engine.keeper, places, self.order, len(self.order), self.deferred, holds)
+        made = Group(self.engine.keeper, places, self.order, len(self.order), deferred=self.deferred, holds=holds)
         self.order.append(made)
         if gather is None:
             return fetched(made), ()

@@ -10,14 +10,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ...planner.away import PENDING
 from ...planner.offload import Traffic
 
-PENDING = 2
-"""Copies out whose source the device still holds: one on its way, and the one before it."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,12 +42,16 @@ class Copy:
         self.ends.clear()
         return self.target
 
-    def arrived(self) -> Tensor:
-        """Wait on this thread: host memory that was written may then be read here."""
+    def ended(self) -> None:
+        """Wait on this thread, whichever it is: host memory that was written may then be read here."""
         if isinstance(self.done, Future):
             self.done.result()
         else:
             self.done.synchronize()
+
+    def arrived(self) -> Tensor:
+        """The same on the thread that asked for the copy, which then lets go of both ends."""
+        self.ended()
         self.ends.clear()
         return self.target
 
@@ -66,10 +71,12 @@ class Lanes:
         self.count(what, Traffic(in_bytes=_bytes(target), copies=1))
         return self._start("in", source, target)
 
-    def out(self, source: Tensor, target: Tensor, what: str) -> Copy:
-        """The device to host memory. At most `PENDING` sources wait for their copy to end."""
+    def out(self, source: Tensor, target: Tensor, what: str, *, bounded: bool = True) -> Copy:
+        """The device to host memory. Of those that are `bounded` at most `PENDING` sources wait for their copy to end."""
         self.count(what, Traffic(out_bytes=_bytes(target), copies=1))
         made = self._start("out", source, target)
+        if not bounded:
+            return made
         self._leaving.append(made)
         while len(self._leaving) > PENDING:
             self._leaving.popleft().arrived()
@@ -84,7 +91,7 @@ class Lanes:
         """Note bytes of a class."""
         self.moved[what] = self.moved.get(what, Traffic()) + traffic
 
-    def run(self, lane: str, action: Callable[[], object]) -> Future[object]:
+    def run(self, lane: str, action: Callable[[], T]) -> Future[T]:
         """Something for the worker of a lane."""
         if lane not in self._workers:
             self._workers[lane] = ThreadPoolExecutor(1, thread_name_prefix=f"offload-{lane}")

@@ -7,6 +7,7 @@ every pass and dropped (the parameters are away too). A copy is fetched when the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...planner.away import Away
+from ...planner.offload import Traffic
 from .. import collectives
 from ..groups import Bucket, gather_wholes, scatter_gradients, views
 from ..regather import Recipe, Regather, active_regather
@@ -29,13 +31,18 @@ OPTIMIZER, PARAMS, GRADIENTS = "optimizer", "params", "gradients"
 
 @dataclass
 class Place:
-    """One parameter. `stays`: the device keeps its copy between passes. `dtype` is what the device computes with."""
+    """One parameter. `stays`: the device keeps its copy between passes. `dtype` is what the device computes with.
+
+    `version` and `filed` are those of the host's values that the device's copy was made of and that the file on disk has.
+    """
 
     name: str
     away: Away
     stride: float
     stays: bool
     dtype: torch.dtype
+    trained: bool = True
+    filed: int = -1
     parameter: nn.Parameter | None = None
     copy: Tensor | None = None
     version: int = -1
@@ -47,6 +54,11 @@ class Place:
     def what(self) -> str:
         """The class its copies onto the device belong to."""
         return PARAMS if self.away.parameters else OPTIMIZER
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it lies in a file."""
+        return self.away.tier(trained=self.trained) == "disk"
 
     @property
     def host(self) -> Tensor:
@@ -90,6 +102,8 @@ class Keeper:
         if place.coming is None:
             place.version = place.changes
             target = torch.empty(place.host.shape, dtype=place.dtype, device=self.device)
+            if place.on_disk:
+                self.lanes.count(place.what, Traffic(read_bytes=place.host.numel() * place.host.element_size()))
             place.coming = self.lanes.into(self._computed(place), target, place.what)
 
     def refresh(self, place: Place) -> None:
@@ -133,13 +147,30 @@ class Keeper:
             on_its_way.arrived()
         return target
 
+    def on_device(self, place: Place, gradient: Tensor | None) -> Tensor:
+        """The gradient of a step, in the parameter's dtype: held here, brought back, or zeros where there is none."""
+        held, place.held = place.held, None
+        if held is None and gradient is None:
+            return torch.zeros(place.host.shape, dtype=place.host.dtype, device=self.device)
+        if held is None and gradient is not None:
+            held = gradient
+            if is_host(gradient):
+                target = torch.empty(gradient.shape, dtype=gradient.dtype, device=self.device)
+                held = self.lanes.into(gradient, target, GRADIENTS).wait()
+        assert held is not None
+        return held.to(place.host.dtype)
+
     def _settle_after_backward(self) -> bool:
         return when_backward_ends(self.lanes.settle)
 
     def _computed(self, place: Place) -> Tensor:
-        """The host's values in the dtype of the device; a cast is made in a buffer of its own."""
+        """The host's values in the dtype of the device; a cast is made in a buffer of its own, which those on disk do not keep."""
         if place.host.dtype == place.dtype:
             return place.host
+        if place.on_disk:
+            made = self.memory.empty(place.host.shape, place.dtype)
+            made.copy_(place.host)
+            return made
         if place.coming is not None:
             place.coming.arrived()
         if place.cast is None:
@@ -162,7 +193,7 @@ class Group:
     at: int
     deferred: bool = True
     holds: bool = False
-    recipe: Recipe | None = field(default=None, repr=False)
+    recipes: weakref.WeakKeyDictionary[Regather, Recipe] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
     @property
     def passes(self) -> bool:
@@ -175,11 +206,11 @@ class Group:
         self._start(self.at + 1)
         return found
 
-    def again(self) -> list[Tensor]:
-        """Device tensors for the backward pass, and those of the group before ahead."""
+    def again(self, manager: Regather | None) -> list[Tensor]:
+        """Device tensors for the backward pass of a forward pass, and those of the group before ahead, where that needs them."""
         found = [self.keeper.fetch(p) for p in self.places]
-        before = self.order[self.at - 1] if self.at else None
-        if before is not None and before.recipe is not None and before.recipe.resolved < before.recipe.handles:
+        before = self.order[self.at - 1].recipes.get(manager) if self.at and manager is not None else None
+        if before is not None and before.resolved < before.handles:
             self._start(self.at - 1)
         return found
 
@@ -188,15 +219,19 @@ class Group:
             for place in self.order[at].places:
                 self.keeper.ahead(place)
 
-    def remember(self, wholes: Sequence[Tensor], make: Callable[[], Sequence[Tensor]], ctx: Any, ledger: Any) -> None:
-        """Let the backward pass make `wholes` again instead of saving them."""
+    def remember(
+        self, wholes: Sequence[Tensor], make: Callable[[list[Tensor]], list[Tensor]], ctx: Any, ledger: Any
+    ) -> None:
+        """Let the backward pass make `wholes`, of what is fetched once more, instead of saving them."""
         manager = active_regather()
         if manager is not None:
-            self.recipe = ctx.recipe = Recipe(
-                lambda: make, [p.parameter for p in self.places if p.parameter is not None], ledger, ahead=False
+            here = weakref.ref(manager)
+            parameters = [p.parameter for p in self.places if p.parameter is not None]
+            ctx.recipe = self.recipes[manager] = Recipe(
+                lambda: lambda: make(self.again(here())), parameters, ledger, ahead=False
             )
             ctx.manager = manager
-            manager.register(wholes, self.recipe)
+            manager.register(wholes, ctx.recipe)
 
     def leave(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients in host memory; None for those that are held."""
@@ -223,7 +258,7 @@ class Fetch(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         found = group.fetch()
         if group.passes:
-            group.remember(found, group.again, ctx, collectives.active_ledger())
+            group.remember(found, list, ctx, collectives.active_ledger())
         return tuple(f if group.passes else f.view_as(f) for f in found)
 
     @staticmethod
@@ -242,7 +277,7 @@ class FetchGather(torch.autograd.Function):
         ctx.ledger = collectives.active_ledger()
         found = gather_wholes(group.fetch(), bucket, name, dtype)
         if regather:
-            group.remember(found, lambda: gather_wholes(group.again(), bucket, name, dtype), ctx, ctx.ledger)
+            group.remember(found, lambda chunks: gather_wholes(chunks, bucket, name, dtype), ctx, ctx.ledger)
         return tuple(found)
 
     @staticmethod

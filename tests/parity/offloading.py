@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from models import build
 from shardwright.api import make_plan
 from shardwright.planner.cluster import Cluster, Host
@@ -32,10 +33,17 @@ def cluster(world: int) -> Cluster:
 def offloaded(name: str, pins: str, world: int, batch: int = 8, **options: Any) -> Plan:
     """The joint search's plan of a case on `cluster(world)` under pins written with spaces between them."""
     case = build(name, batch)
-    texts = ["pp=1", *pins.split()]
+    texts = pins.split()
+    if not any(p.startswith("pp=") for p in texts):
+        texts.append("pp=1")
     if not any(p.startswith("dtype=") for p in texts):
         texts.append("dtype=fp64")
     if not any(p.startswith("recompute=") for p in texts):
         texts.append("recompute=none")
     inputs = dict(case.kwargs) or case.args
     return make_plan(case.model, inputs, cluster(world), pins=texts, loss_fn=case.loss_fn, runnable=False, **options)
+
+
+def saying(plan: Plan, words: tuple[str, ...]) -> Plan:
+    """The plan with these words as the offload of all its regions."""
+    return msgspec.structs.replace(plan, regions=tuple(msgspec.structs.replace(r, offload=words) for r in plan.regions))

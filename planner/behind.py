@@ -1,0 +1,252 @@
+"""Bytes alive at every time point of one assignment that keeps something behind the device (runtime/offload), op by op.
+
+What planner/timeline.py counts of a step, but
+
+    parameters    a copy at the compute dtype of those whose optimizer states are away, for as long as they stay; those that pass
+                  through are there from the beginning of a unit's backward pass to their own op in it, and in the unit after it,
+                  while they come in
+    gradients     until those of their unit have come, and the last that leave while those of the next unit are made; those added up
+                  over microbatches until the end
+    saved         of units whose activations leave, from the beginning of the backward pass of the next such unit to their own op
+    step          nothing of what the host updates; of what visits the device, `SLOTS` subgroups
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from .assign import entries_of
+from .away import HERE, PENDING, Away, read_offload, subgroups, updated_on_device
+from .hostupdate import SLOTS
+from .memory import Buffer, Held, Point, buffer, local_bytes, new_bytes
+from .offload import offloaded_state_bytes
+from .outline import DTYPE_BYTES, Outline, Tensor
+from .placement import R
+from .plan import Plan
+from .precision import StateBytes, state_bytes
+from .timeline import Timeline
+
+Unit = tuple[int, int]
+"""A region and one of its instances."""
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Where a plan has parameters (classes and stride, by tensor), and units whose activations leave."""
+
+    away: Mapping[str, tuple[Away, float]]
+    leaving: frozenset[Unit]
+
+
+def lying(plan: Plan, outline: Outline) -> Lying:
+    """What a plan keeps behind the device; raises PlanMismatch where the plan is of another model."""
+    away: dict[str, tuple[Away, float]] = {}
+    leaving: set[Unit] = set()
+    for r, (entries, region) in enumerate(zip(entries_of(plan, outline), outline.regions, strict=True)):
+        for k, entry in enumerate(entries):
+            found = read_offload(entry.offload, f"region {entry.name}")
+            if found[0].activations:
+                leaving.add((r, k))
+            if region.parameters:
+                away |= dict.fromkeys(region.parameters[k], found)
+    return Lying(away, frozenset(leaving))
+
+
+def kept(h: Held, away: Away, tensor: Tensor, trains: bool, zero: int, state: StateBytes) -> Held:
+    """What a parameter takes on the device where some of it is away."""
+    if not away.parameters and not (trains and away.optimizer):
+        return h
+    count = h.stored // (state.parameter + (state.master if trains else 0))
+    here = count * DTYPE_BYTES[tensor.dtype]
+    stays = not away.parameters and zero in (0, 3)
+    return replace(
+        h, stored=here if stays else 0, moments=0, step=0, copy=h.copy if zero in (1, 2) else 0,
+        gathered=here if away.parameters and not h.gathered else h.gathered,
+    )  # fmt: skip
+
+
+class Behind(Timeline):
+    """One assignment's memory over its time points, with what lies behind the device left out."""
+
+    def __init__(self, lies: Lying, *args: Any) -> None:
+        super().__init__(*args)
+        self.lies = lies
+        state = state_bytes(self.setting.precision, self.setting.optimizer)
+        self.trains = {p.tensor: p.trainable and self.training for p in self.outline.parameters}
+        self.zero = {name: storage.zero for name, storage in self.assignment.storage.items()}
+        self.elements = {n: h.stored // state.parameter for n, h in self.held.items()}
+        self.held = {
+            name: kept(h, self.away(name), self.tensors[name], self.trains[name], self.zero.get(name, 0), state)
+            for name, h in self.held.items()
+        }
+        self.state = state
+        spans: dict[Unit, tuple[int, int]] = {}
+        for i, unit in enumerate(self.facts.instance):
+            spans[unit] = (spans[unit][0] if unit in spans else i, i)
+        self.spans = spans
+        self.order = sorted(spans, key=lambda unit: spans[unit])
+
+    def away(self, name: str) -> Away:
+        """Which classes of a parameter lie behind the device."""
+        return self.lies.away.get(name, (HERE, math.inf))[0]
+
+    def leaves(self, name: str) -> bool:
+        """Whether the gradient of a parameter leaves."""
+        return bool(self.trains[name] and self.away(name).optimizer)
+
+    def every(self, name: str) -> bool:
+        """Whether its gradient leaves as every microbatch makes it."""
+        return self.leaves(name) and (self.m == 1 or self.away(name).gradients)
+
+    # -- gradients
+
+    def _gradients(self) -> None:
+        found, m, last = self.facts, self.m, self.count - 1
+        for name, h in self.held.items():
+            if not h.whole or not found.uses[name]:
+                continue
+            every = self.every(name)
+            if m > 1 and self.zero[name] < 2 and not every:
+                self._over("gradients", 0, last, h.whole)
+                continue
+            self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
+            if not every:
+                self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
+        if self.setting.reductions:
+            self._flying()
+        groups = [g for g in self.groups if self.every(g[0])]
+        groups.sort(key=lambda g: found.low[g[0]])
+        for before, group in pairwise(groups):
+            # Chunks of ZeRO are parts of one buffer.
+            waiting = group if self.zero[group[0]] else group[-PENDING:]
+            amount = sum(self.held[t].final if self.zero[t] else self.held[t].whole for t in waiting)
+            self._over("gradients", found.low[before[0]], found.low[group[0]] - 1, amount)
+
+    def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
+        held = self.held
+        self.held = {n: replace(h, whole=0, final=0) if self.every(n) else h for n, h in held.items()}
+        super()._reductions(points, lanes)
+        self.held = held
+
+    # -- parameters
+
+    def _gathered(self) -> None:
+        passing = [g for g in self.groups if self.away(g[0]).parameters]
+        held = self.held
+        self.held = {
+            n: replace(h, gathered=0) if self.away(n).parameters and not self.zero.get(n) else h
+            for n, h in held.items()
+        }
+        super()._gathered()
+        self.held = held
+        uses = self.facts.uses
+        passing.sort(key=lambda g: min(uses[t][0] for t in g if uses[t]))
+        needed = [any(t in self.facts.saved_parameters for t in g) or not self.training for g in passing]
+        for at, group in enumerate(passing):
+            if not self.zero[group[0]]:
+                for name in group:
+                    self._passing(name)
+            beside = at + 1 if self.training else at - 1
+            if 0 <= beside < len(passing) and needed[at] and needed[beside]:
+                low, high = self.spans[self._unit(passing[beside])]
+                self._over("gathered", low, high, sum(self._chunk(t) for t in group))
+
+    def _passing(self, name: str) -> None:
+        """A parameter while the units that use it run: in the backward pass until its op, in inference from the unit's first op."""
+        for unit in self.facts.touched[name]:
+            low, high = self.spans[unit]
+            mine = [i for i in self.facts.uses[name] if low <= i <= high]
+            if not mine:
+                continue
+            if self.training and name in self.facts.saved_parameters:
+                self._over("gathered", mine[0], high, self.held[name].gathered)
+            elif not self.training:
+                self._over("gathered", low, mine[-1], self.held[name].gathered)
+
+    def _chunk(self, name: str) -> float:
+        """Bytes of what comes in ahead."""
+        return self.elements[name] * DTYPE_BYTES[self.tensors[name].dtype]
+
+    def _unit(self, group: Sequence[str]) -> Unit:
+        return self.facts.instance[min(self.facts.uses[t][0] for t in group if self.facts.uses[t])]
+
+    # -- saved
+
+    def _saved(self) -> None:
+        if not self.lies.leaving:
+            super()._saved()
+            return
+        found, again, last = self.facts, self.assignment.again, self.count - 1
+        remade = self._made_again() if again else None
+        savers: dict[Buffer, dict[Unit, int]] = defaultdict(dict)
+        for i, op in enumerate(self.ops):
+            for item in op.saved:
+                if item.source == "new":
+                    if op.name not in again.ops:
+                        amount = new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
+                        self._over("saved", i, self._back_by(found.instance[i], last), amount)
+                    continue
+                own = item.source == "operand"
+                use = (op.operands if own else op.results)[item.index]
+                placement = self.uses.wanted[op.name][item.index] if own else self.uses.produced[use.tensor]
+                savers[buffer(found, use.tensor, placement)].setdefault(found.instance[i], i)
+        whole = (R,) * len(self.sizes)
+        for (name, placement), units in savers.items():
+            root = self.tensors[name]
+            if root.role == "parameter" or (root.role != "activation" and placement == whole):
+                continue
+            if remade is not None and (name, placement) not in remade:
+                continue
+            amount = found.parts(root) * local_bytes(root, placement, self.sizes)
+            staying = [i for unit, i in units.items() if not self._goes(unit, root)]
+            if staying:
+                self._over("saved", min(staying), last, amount)
+            else:
+                for unit, i in units.items():
+                    self._over("saved", i, self._back_by(unit, last), amount)
+
+    def _goes(self, unit: Unit, root: Tensor) -> bool:
+        """Whether a storage that a unit saves leaves: not what came from outside, nor tables of an earlier unit."""
+        if unit not in self.lies.leaving or root.role != "activation":
+            return False
+        maker = next((i for i, op in enumerate(self.ops) if any(u.tensor == root.name for u in op.results)), -1)
+        return root.differentiable or (maker >= 0 and self.facts.instance[maker] == unit)
+
+    def _back_by(self, unit: Unit, last: int) -> int:
+        """The op whose backward has what a unit saved back on the device: the last of the next unit that leaves, or its own."""
+        if unit not in self.lies.leaving:
+            return last
+        later = [u for u in self.order if u in self.lies.leaving and self.spans[u] > self.spans[unit]]
+        return self.spans[later[0] if later else unit][1]
+
+    # -- the optimizer's step
+
+    def _steps(self, points: dict[Point, dict[str, float]]) -> None:
+        held = self.held
+        self.held = {n: replace(h, final=0) if self.leaves(n) else h for n, h in held.items()}
+        super()._steps(points)
+        self.held = held
+        if self.m > 1:
+            points["held", 0]["gradients"] += sum(h.final for n, h in held.items() if self.leaves(n))
+        visiting = self._visiting()
+        if visiting:
+            final = sum(h.final for n, h in held.items() if not self.leaves(n))
+            points["step", len(self.outline.parameters)] = {"gradients": final, "temporaries": visiting}
+
+    def _visiting(self) -> float:
+        """Bytes of the subgroups that are on the device at once: parameter, gradient, states, and what the update makes."""
+        mine = [p.tensor for p in self.outline.parameters if self.leaves(p.tensor)]
+        sizes = [float(self.elements[n]) for n in mine]
+        here = updated_on_device(sizes, [self.lies.away[n][1] for n in mine])
+        each = offloaded_state_bytes(self.state) + self.state.gradient
+        filled: dict[int, float] = defaultdict(float)
+        for number, size, visits in zip(subgroups(sizes), sizes, here, strict=True):
+            if visits:
+                filled[number] += size * each
+        ordered = [filled[n] for n in sorted(filled)]
+        return max((sum(ordered[i : i + SLOTS]) for i in range(len(ordered))), default=0.0)
