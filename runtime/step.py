@@ -77,7 +77,7 @@ def run_microbatches(
         with loop:
             for i in range(microbatches):
                 with regather():
-                    loss, *rest = body(*loop.feeds(i))
+                    loss, *others = body(*loop.feeds(i))
                     torch.autograd.backward(loss, torch.full_like(loss, seed))
                 total = loss.detach() if total is None else total + loss.detach()
             loop.finish()
@@ -86,7 +86,7 @@ def run_microbatches(
         total = target(total, *rest)
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
     result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
-    return [result, *rest]
+    return [result, *others]
 
 
 def loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
