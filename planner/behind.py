@@ -135,6 +135,10 @@ class Behind(Timeline):
 
     # -- parameters
 
+    def _early(self, name: str) -> bool:
+        """What is fetched from behind the device is gathered where it is fetched."""
+        return self.away(name) == HERE
+
     def _gathered(self) -> None:
         passing = [g for g in self.groups if self.away(g[0]).parameters]
         held = self.held

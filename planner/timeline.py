@@ -185,10 +185,15 @@ class Timeline:
             if self.m > 1 and amount and low == when[0]:
                 self._over("flying", when[-1], self.count - 1, amount)
 
+    def _early(self, name: str) -> bool:
+        """Whether a parameter may be gathered ahead."""
+        return True
+
     def _ahead(self) -> None:
         """Groups of ZeRO-3 that are gathered while those before them are used: in the backward pass the ones after them."""
         found, ahead = self.facts, self.setting.prefetch
-        names = [n for n, s in self.assignment.storage.items() if s.zero == 3 and self.held[n].gathered]
+        storage = self.assignment.storage
+        names = [n for n, s in storage.items() if s.zero == 3 and self.held[n].gathered and self._early(n)]
         if self.training:
             names = [n for n in names if n in self.regathered]
         spans: dict[tuple[int, int], list[int]] = {}
