@@ -302,14 +302,6 @@ def has_host(cluster: Cluster) -> bool:
     return any(pool.host is not None for pool in cluster.pool_list())
 
 
-def spare_host_bytes(cluster: Cluster) -> int:
-    """Bytes of host memory that a rank may use; 0 without a host. CPU ranks have their own memory out of it."""
-    if cluster.host is None:
-        return 0
-    mine = default_limit_bytes(cluster) if cluster.device.kind == "cpu" else 0
-    return max(0, cluster.host.rank_host_bytes - mine)
-
-
 def unlike(cluster: Cluster) -> bool:
     """Whether a cluster has several pools."""
     return len(cluster.pools) > 1

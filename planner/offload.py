@@ -219,3 +219,11 @@ def need_disk(host: Host) -> None:
     """Raises ClusterError where the node has no disk."""
     if not host.disk_bytes:
         raise ClusterError("no disk to offload to; describe it as disk_bytes in a [host] table")
+
+
+def spare_host_bytes(cluster: Cluster) -> int:
+    """Bytes of host memory that a rank may use; 0 without a host. CPU ranks have their own memory out of it."""
+    if cluster.host is None:
+        return 0
+    mine = default_limit_bytes(cluster) if cluster.device.kind == "cpu" else 0
+    return max(0, cluster.host.rank_host_bytes - mine)

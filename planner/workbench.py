@@ -10,11 +10,12 @@ from functools import cached_property
 
 from ..errors import PinError
 from .arcs import Line
-from .cluster import Cluster, Device, spare_host_bytes
+from .cluster import Cluster, Device
 from .costs import PriceBook
 from .front import Design, crossing_state, ways_of
 from .fronts import Fronts, Named
 from .memory import Setting
+from .offload import spare_host_bytes
 from .options import Option, Storing
 from .outline import Outline
 from .overlap import Overlap

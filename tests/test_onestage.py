@@ -11,7 +11,8 @@ import pytest
 from shardwright.errors import Infeasible, PinError, PlanError
 from shardwright.planner.assign import assign
 from shardwright.planner.capability import check_plan
-from shardwright.planner.cluster import Cluster, Host, spare_host_bytes
+from shardwright.planner.cluster import Cluster, Host
+from shardwright.planner.offload import spare_host_bytes
 from shardwright.planner.onestage import COUNTED, beyond_one_stage, searches
 from shardwright.planner.outline import Outline
 from shardwright.planner.pins import parse_pins
