@@ -29,7 +29,7 @@ CASES = [
     ([BUILD, "--cluster", "cpu:2", "--pin", "tpp=2"], "unknown pin 'tpp'"),
     ([BUILD, "--cluster", "cpu:2", "--pin", "tp"], "is not K=V"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "zero=5"], "zero is one of 0, 1, 2, 3"),
-    ([BUILD, "--cluster", "local-cpu:4", "--pin", "pp=2"], "pp=2 is not supported"),
+    ([BUILD, "--cluster", "cpu:4", "--pin", "pp=2"], "pp=2 x 1 chunks is more stages than the model has units to cut"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "tp=4"], "contradict each other: tp=2 and tp=4"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "tp!=2"], "contradict each other"),
     ([BUILD, "--cluster", "cpu:4", "--pin", "tp=2", "--pin", "dp=4"], "needs 8 devices, the cluster has 4"),
