@@ -127,6 +127,7 @@ class _Counter:
         self.cluster, self.prices = cluster, prices
         self.own, self.axes = assign(plan, outline), plan.mesh
         self.bytes = counts_bytes(plan, cluster)
+        self.lies = lying(plan, outline) if any(entry.offload for entry in plan.regions) else None
         grouped = repeated(outline) if any(axis.role == "context" for axis in plan.mesh) else {}
         self.costs = Costs(
             prices, Shape(plan.mesh), outline.training, repeated=grouped, summed=sum_ratio(plan.precision)
@@ -158,9 +159,8 @@ class _Counter:
         """Of a plan without pipeline ranks."""
         evaluator = self._evaluator(self.outline, Borders())
         if not self.bytes:
-            return Counted((evaluator.ledger(self.own).traffic(),), ())
-        lies = lying(self.plan, self.outline) if any(entry.offload for entry in self.plan.regions) else None
-        whole = evaluator.evaluate(self.own, lies)
+            return Counted((evaluator.ledger(self.own, self.lies).traffic(),), ())
+        whole = evaluator.evaluate(self.own, self.lies)
         return Counted((whole.traffic,), (whole.memory,))
 
     def _stage(
@@ -174,7 +174,7 @@ class _Counter:
         storage = {name: self.own.storage[name] for group in groups for name in group}
         own = replace(self.own, groups=groups, storage=storage, again=again_in(outline, self.own, takes))
         evaluator = self._evaluator(outline, Borders(takes, gives))
-        ledger = evaluator.ledger(own)
+        ledger = evaluator.ledger(own, self.lies)
         if not self.bytes:
             return ledger.traffic(), None
         took = sum(self._size(name, at) for name, at in takes.items())

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .assign import Assignment, Storage
+from .away import HERE
 from .behind import Behind, Lying
 from .costs import Call, Costs, replaced
 from .memory import Facts, Held, Point, Setting, held
@@ -71,16 +72,16 @@ class Evaluator:
     def evaluate(self, assignment: Assignment, lies: Lying | None = None) -> Evaluation:
         """Evaluate; raises ValueError where a choice or storage is not possible on this mesh.
 
-        Bytes are without what `lies` behind the device, seconds as if nothing did.
+        Bytes are without what `lies` behind the device, seconds as if nothing did but for collectives that it asks for.
         """
-        ledger = self.ledger(assignment)
+        ledger = self.ledger(assignment, lies)
         points, causes = self.timeline(assignment, ledger, lies).points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
 
-    def ledger(self, assignment: Assignment) -> Ledger:
+    def ledger(self, assignment: Assignment, lies: Lying | None = None) -> Ledger:
         """Seconds and collectives alone; raises ValueError where a choice or storage is not possible on this mesh."""
-        ledger = Ledger(self, assignment)
+        ledger = Ledger(self, assignment, lies)
         ledger.ops()
         ledger.transitions()
         ledger.parameters()
@@ -119,8 +120,8 @@ Run = tuple[tuple[float, float, tuple[Call, ...]], tuple[Placement, ...], tuple[
 class Ledger:
     """Seconds and collectives of one assignment."""
 
-    def __init__(self, owner: Evaluator, assignment: Assignment) -> None:
-        self.owner, self.assignment = owner, assignment
+    def __init__(self, owner: Evaluator, assignment: Assignment, lies: Lying | None = None) -> None:
+        self.owner, self.assignment, self.lies = owner, assignment, lies
         causes = ("compute", "activation_communication", "parameter_communication", "copies", "optimizer")
         self.seconds: dict[str, float] = dict.fromkeys(causes, 0.0)
         self._calls: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -207,11 +208,15 @@ class Ledger:
         )
 
     def _times(self, name: str) -> Times:
-        owner = self.owner
-        again = name in self.again
-        return times(
-            self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again
-        )
+        owner, again = self.owner, name in self.again
+        trains = owner.parameters[name].trainable and owner.training
+        found = times(self.assignment.storage[name].zero, owner.m, owner.training, trains, again)
+        away = self.lies.away[name][0] if self.lies is not None else HERE
+        if away.gradients and trains:  # they leave as every microbatch makes them, summed
+            found = replace(found, scatter=owner.m, backward=owner.m)
+        if away.parameters:
+            found = replace(found, gather=(2 if again and owner.training else 1) * owner.m)
+        return found
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
         owner, storage = self.owner, self.assignment.storage[group[0]]

@@ -17,6 +17,9 @@ from .plan import Plan
 ROUNDS = 6
 """Searches at most."""
 
+NEAR = 1.02
+"""Ratio of two allowances between which no third is tried."""
+
 LESS = "options are compared by bytes of units, under less than the limit since what was found needs more, counted op by op"
 
 
@@ -32,7 +35,7 @@ def fitting(within: Callable[[int], Plan | None], limit: int) -> Plan | None:
             return plan
         if peak <= limit:
             return _held(plan, limit, bound)
-        allowed = math.floor(allowed * limit / peak)
+        allowed = math.floor(allowed * limit / peak / NEAR)
     return None
 
 

@@ -25,6 +25,7 @@ from .cluster import Cluster, has_host
 from .costs import PriceBook
 from .counted import one_graph
 from .evaluate import Evaluation
+from .fitting import NEAR
 from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 7
 """Searches at most: what the joint search is allowed is raised or lowered until its plans, counted, come near the limit."""
-
-NEAR = 1.02
-"""Ratio of two allowances between which no third is tried."""
 
 WIDER = 1.3
 """Factor on the allowance after a search that found nothing."""
@@ -150,7 +148,8 @@ def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
             best = plan if best is None or plan.predicted.step_seconds < best.predicted.step_seconds else best
             if same:
                 break
-        asked = _next(low, high, asked, limit / peak if peak else WIDER, tried=best is not None)
+        ratio = limit / peak / (NEAR if peak > limit else 1.0) if peak else WIDER
+        asked = _next(low, high, asked, ratio, tried=best is not None)
         if not low * NEAR < asked < high / NEAR:
             break
     return _limited(best, limit, bound) if best is not None else None
