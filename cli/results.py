@@ -41,7 +41,7 @@ def comparison(plan: Plan, result: Mapping[str, Any]) -> list[tuple[str, str, st
                 change_text(size / peak - 1) if peak else "",
             )
         )
-    expected = {(row.collective, row.axis): (row.count, row.bytes) for row in predicted.traffic}
+    expected = {(row.collective, row.axis): (row.count, row.bytes) for row in predicted.traffic_of(0)}
     found = {(row["collective"], row["axis"]): (row["count"], row["bytes"]) for row in result.get("collectives", ())}
     for key in [*expected, *(k for k in found if k not in expected)]:
         said, ran = _calls(expected.get(key)), _calls(found.get(key))

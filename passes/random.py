@@ -132,14 +132,14 @@ torch itself does for dropout on a CPU."""
 
 
 def seeded_op(
-    target: Callable[..., Any], seed: Tensor, salt: int, device: torch.device, *args: Any, **kwargs: Any
+    target: Callable[..., Any], seed: Tensor, salt: int, device: torch.device, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Any random op under the seed (eagerly; a compiler breaks the graph here)."""
+    """Any random op under the seed (eagerly; a compiler breaks the graph here). `args` and `kwargs` are its own."""
     with seeded(device, seed, salt):
         return target(*args, **kwargs)
 
 
-def drawn(target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def drawn(target: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor:
     """What verification takes for the numbers that an op draws."""
     return torch.full_like(target(*args, **kwargs), DRAWN)
 

@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..planner.assign import Assignment
 from ..planner.choices import implementation, placed, states
 from ..planner.outline import Op
-from ..planner.placement import Placement, R, State, V, local_dims, shape_of, split, steps
+from ..planner.placement import Placement, R, State, V, local_dims, reduced_over, shape_of, split, steps
 from ..planner.ring import split_by
 from .experiment import fill
 from .factories import on_device
@@ -149,18 +149,12 @@ class _Shop:
     def reductions(self, pairs: Sequence[tuple[Placement, Placement]]) -> list[tuple[int, ...]]:
         """Sets of axes over which gradients are summed together: data and context axes in one, every other axis alone."""
         shared = self.assignment.shared_axes
-        found: dict[tuple[int, ...], None] = {}
-        for at, want in pairs:
-            axes = [a for a in range(len(self.sizes)) if at[a] == R and want[a] == V]
-            together = tuple(a for a in axes if a in shared)
-            found |= dict.fromkeys([together] if together else []) | dict.fromkeys(
-                (a,) for a in axes if a not in shared
-            )
+        found = {axes for at, want in pairs for axes in reduced_over(at, want, shared)}
         return sorted(found)
 
     def reduced(self, at: Placement, want: Placement, axes: tuple[int, ...]) -> bool:
         """Whether a tensor's gradient is summed over exactly these axes, as `reductions` puts them together."""
-        return axes in self.reductions([(at, want)])
+        return axes in reduced_over(at, want, self.assignment.shared_axes)
 
     def _parameter_wants(self) -> dict[str, list[Placement]]:
         found: dict[str, list[Placement]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from .evaluate import Evaluation, Evaluator
 from .memory import Setting
@@ -18,9 +19,18 @@ WAYS = tuple(OverlapPlan(prefetch, reductions) for prefetch, reductions in ((1, 
 """Most first. Reductions come before gathers: the copy of one group's gradients is less than another group gathered."""
 
 
-def most_overlap(
-    limit: int, objective: str, evaluate: Callable[[OverlapPlan], Evaluation]
-) -> tuple[OverlapPlan, Evaluation]:
+class Figures(Protocol):
+    """What a plan comes to."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment of the fullest device."""
+
+
+F = TypeVar("F", bound=Figures)
+
+
+def most_overlap(limit: int, objective: str, evaluate: Callable[[OverlapPlan], F]) -> tuple[OverlapPlan, F]:
     """The most that stays within `limit` bytes, and what the plan comes to with it; none at all where least memory is the aim."""
     for way in WAYS[:-1] if objective != "memory" else ():
         found = evaluate(way)

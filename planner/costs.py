@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from .choices import placed
+from .dispatch import DISPATCH
 from .inside import INSIDE
 from .outline import DTYPE_BYTES, Op, Tensor
 from .overlap import NONE, Overlap
@@ -256,12 +257,13 @@ class Costs:
             factor = by_name.get(name)
             if name == RING:
                 calls += self._passes(op, tensors, axis, sizes)
-            if factor is not None and self.shape.sizes[axis] > 1 and (inside := INSIDE.get(factor.split)):
-                n = self.shape.sizes[axis]
+            inside = INSIDE.get(name if name == DISPATCH else factor.split if factor is not None else "")
+            if inside is not None and self.shape.sizes[axis] > 1:
                 calls += [
-                    Call(c.collective, axis, c.bytes, c.backward) for c in inside(op, tensors, sizes, n)
+                    Call(c.collective, axis, c.bytes, c.backward)
+                    for c in inside(op, tensors, sizes, self.shape.sizes[axis])
                     if self.training or not c.backward
-                ]  # fmt: skip
+                ]
         return tuple(calls)
 
     def _passes(self, op: Op, tensors: Mapping[str, Tensor], axis: int, sizes: tuple[int, ...]) -> list[Call]:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .assign import Assignment, Storage
+from .away import HERE
 from .behind import Behind, Lying
 from .costs import Call, Costs, replaced
 from .memory import Facts, Held, Point, Setting, held
 from .outline import DTYPE_BYTES, Op
-from .placement import Placement, R, V, local_elements
+from .placement import Placement, R, V, local_elements, reduced_over
 from .plan import Traffic
 from .precision import state_bytes
+from .ring import RING
+from .ring import scratch_bytes as ring_scratch
 from .space import Option, Times, stored_elements, times
 from .template import Template
-from .timeline import Timeline, Uses
+from .timeline import Borders, Timeline, Uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,13 @@ class Evaluation:
 class Evaluator:
     """Evaluates assignments of one outline, cut into microbatches, on one mesh."""
 
-    def __init__(self, template: Template, found: Facts, costs: Costs, setting: Setting) -> None:
+    def __init__(
+        self, template: Template, found: Facts, costs: Costs, setting: Setting, borders: Borders | None = None
+    ) -> None:  # fmt: skip
+        """`borders` are those of an outline that is a part of another."""
         cut = template.cut
+        self.borders = borders
         self.class_of = template.class_of
-        self.representatives = tuple(item.op for item in template.ops)
         self.cut, self.facts, self.costs, self.setting = cut, found, costs, setting
         self.outline, self.m, self.sizes = cut.outline, cut.microbatches, costs.shape.sizes
         self.tensors = dict(self.outline.tensors)
@@ -66,20 +72,36 @@ class Evaluator:
     def evaluate(self, assignment: Assignment, lies: Lying | None = None) -> Evaluation:
         """Evaluate; raises ValueError where a choice or storage is not possible on this mesh.
 
-        Bytes are without what `lies` behind the device, seconds as if nothing did.
+        Bytes are without what `lies` behind the device, seconds as if nothing did but for collectives that it asks for.
         """
-        ledger = _Ledger(self, assignment)
-        ledger.ops()
-        ledger.transitions()
-        ledger.parameters()
-        held = {name: self._held(name, assignment, ledger) for name in self.parameters}
-        given = self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again
-        walked = Timeline(*given) if lies is None else Behind(lies, *given)
-        points, causes = walked.points()
+        ledger = self.ledger(assignment, lies)
+        points, causes = self.timeline(assignment, ledger, lies).points()
         peak = max(points, key=lambda p: (points[p], p))
         return Evaluation(dict(ledger.seconds), ledger.traffic(), points, causes(peak), peak)
 
-    def _held(self, name: str, assignment: Assignment, ledger: _Ledger) -> Held:
+    def ledger(self, assignment: Assignment, lies: Lying | None = None) -> Ledger:
+        """Seconds and collectives alone; raises ValueError where a choice or storage is not possible on this mesh."""
+        ledger = Ledger(self, assignment, lies)
+        ledger.ops()
+        ledger.transitions()
+        ledger.parameters()
+        return ledger
+
+    def timeline(self, assignment: Assignment, ledger: Ledger, lies: Lying | None = None) -> Timeline:
+        """Bytes alone, without what `lies` behind the device."""
+        held = {name: self._held(name, assignment, ledger) for name in self.parameters}
+        given = (
+            self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again, self.borders
+        )  # fmt: skip
+        line = Timeline(*given) if lies is None else Behind(lies, *given)
+        for i, op in enumerate(self.outline.ops):
+            choice = assignment.choices[op.name]
+            if RING in choice:
+                share = self.costs.repeated.get(op.name, 1.0)
+                line.moment[i] += ring_scratch(op, self.tensors, choice, self.sizes, self.training, share)
+        return line
+
+    def _held(self, name: str, assignment: Assignment, ledger: Ledger) -> Held:
         bytes_ = state_bytes(self.setting.precision, self.setting.optimizer)
         tensor, storage = self.tensors[name], assignment.storage.get(name)
         if storage is None:
@@ -95,19 +117,20 @@ Run = tuple[tuple[float, float, tuple[Call, ...]], tuple[Placement, ...], tuple[
 """Price of an op, placements it wants of operands and makes of results."""
 
 
-class _Ledger:
+class Ledger:
     """Seconds and collectives of one assignment."""
 
-    def __init__(self, owner: Evaluator, assignment: Assignment) -> None:
-        self.owner, self.assignment = owner, assignment
+    def __init__(self, owner: Evaluator, assignment: Assignment, lies: Lying | None = None) -> None:
+        self.owner, self.assignment, self.lies = owner, assignment, lies
         causes = ("compute", "activation_communication", "parameter_communication", "copies", "optimizer")
         self.seconds: dict[str, float] = dict.fromkeys(causes, 0.0)
         self._calls: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         self.wanted: dict[str, tuple[Placement, ...]] = {}
-        self.produced: dict[str, Placement] = {}
+        self.produced: dict[str, Placement] = dict(owner.borders.takes) if owner.borders else {}
         self.wants: dict[str, dict[Placement, None]] = defaultdict(dict)
         self.reduced: dict[str, set[Placement]] = defaultdict(set)
         self.fresh: dict[str, list[Placement]] = defaultdict(list)
+        self.turned: dict[str, int] = defaultdict(int)
         read = {owner.region_of.get(name) for name in assignment.again.parameters}
         self.again = owner.again | frozenset(t for t, r in owner.region_of.items() if r in read)
 
@@ -130,11 +153,10 @@ class _Ledger:
     def _op(self, op: Op, choice: tuple[str, ...], known: dict[tuple[int, tuple[str, ...]], Run]) -> Run:
         owner, key = self.owner, (self.owner.class_of[op.name], choice)
         if key not in known:
-            stands = owner.representatives[key[0]]
-            price = owner.costs.op(stands, owner.tensors, choice)
+            price = owner.costs.op(op, owner.tensors, choice)
             if price is None:
                 raise ValueError(f"{op.name}: a split by {', '.join(choice)} does not divide")
-            known[key] = (price, *owner.costs.placed(stands, owner.tensors, choice))
+            known[key] = (price, *owner.costs.placed(op, owner.tensors, choice))
         return known[key]
 
     def _once(self, op: Op) -> bool:
@@ -150,6 +172,9 @@ class _Ledger:
                 runs = 1 if outside or name in owner.cut.once else owner.m
                 for want in wants:
                     self._chain(name, self.produced.get(name, whole), want, runs)
+        for name, want in owner.borders.gives.items() if owner.borders else ():
+            if want not in self.wants[name]:
+                self._chain(name, self.produced[name], want, owner.m)
         for name in (*([owner.outline.loss] if owner.training else owner.outline.outputs), *owner.outline.writes):
             if name in self.produced:
                 self._chain(name, self.produced[name], whole, 1)
@@ -164,12 +189,13 @@ class _Ledger:
 
     def parameters(self) -> None:
         """Gathers, reductions and transitions of every parameter group, and the optimizer."""
-        owner = self.owner
         for group in self.assignment.groups:
             used = {t: self._used(t) for t in group}
             self._gather(group, used)
-            for axis in range(len(owner.sizes)):
-                self._reduce(group, used, axis)
+            wants = [(t, want) for t in group for want in self.wants[t]]
+            summed = {(t, want): self._summed(t, want) for t, want in wants}
+            for axes in sorted({axes for found in summed.values() for axes in found}):
+                self._reduce([(t, want) for t, want in wants if axes in summed[t, want]], used, axes)
             for name in group:
                 self._optimizer(name)
                 self._entries(name)
@@ -182,11 +208,15 @@ class _Ledger:
         )
 
     def _times(self, name: str) -> Times:
-        owner = self.owner
-        again = name in self.again
-        return times(
-            self.assignment.storage[name].zero, owner.m, owner.training, owner.parameters[name].trainable, again
-        )
+        owner, again = self.owner, name in self.again
+        trains = owner.parameters[name].trainable and owner.training
+        found = times(self.assignment.storage[name].zero, owner.m, owner.training, trains, again)
+        away = self.lies.away[name][0] if self.lies is not None else HERE
+        if away.gradients and trains:  # they leave as every microbatch makes them, summed
+            found = replace(found, scatter=owner.m, backward=owner.m)
+        if away.parameters:
+            found = replace(found, gather=(2 if again and owner.training else 1) * owner.m)
+        return found
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
         owner, storage = self.owner, self.assignment.storage[group[0]]
@@ -197,22 +227,38 @@ class _Ledger:
         padded = chunks * sum(self.stored(t) * DTYPE_BYTES[owner.tensors[t].dtype] for t in group)
         for name, runs in (("all_gather", often.gather), ("reduce_scatter", often.scatter)):
             bucket = owner.costs.bucket(name, storage.zero_axes, reference)
-            self._bucket(name, storage.zero_axes, runs, bucket.fixed + bucket.slope * sum(used.values()), padded)
+            sent = padded if name == "all_gather" else self._sent(group[0], padded)
+            self._bucket(name, storage.zero_axes, runs, bucket.fixed + bucket.slope * sum(used.values()), sent)
 
-    def _reduce(self, group: tuple[str, ...], used: Mapping[str, float], axis: int) -> None:
-        owner = self.owner
-        members = [(t, want) for t in group for want in self.wants[t] if self._needs(t, want, axis)]
-        if not members:
-            return
+    def _reduce(
+        self, members: Sequence[tuple[str, Placement]], used: Mapping[str, float], axes: tuple[int, ...]
+    ) -> None:
+        owner, first = self.owner, members[0][0]
         for name, want in members:
             self.reduced[name].add(want)
-        bucket = owner.costs.bucket("all_reduce", (axis,), owner.references[owner.region_of[group[0]]])
+        bucket = owner.costs.bucket("all_reduce", axes, owner.references[owner.region_of[first]])
         total = sum(used[t] for t, _ in members)
-        self._bucket("all_reduce", (axis,), self._times(group[0]).backward, bucket.fixed + bucket.slope * total, total)
+        self._bucket(
+            "all_reduce",
+            axes,
+            self._times(first).backward,
+            bucket.fixed + bucket.slope * total,
+            self._sent(first, total),
+        )
 
-    def _needs(self, name: str, want: Placement, axis: int) -> bool:
-        storage, tensor = self.assignment.storage[name], self.owner.tensors[name]
-        return tensor.differentiable and self._now(storage, name)[axis] == R and want[axis] == V
+    def _summed(self, name: str, want: Placement) -> tuple[tuple[int, ...], ...]:
+        """The sets of axes over which the gradient of a use is summed."""
+        if not self.owner.tensors[name].differentiable:
+            return ()
+        now = self._now(self.assignment.storage[name], name)
+        return reduced_over(now, want, self.assignment.shared_axes)
+
+    def _sent(self, name: str, total: float) -> float:
+        """Bytes of gradients, `total` in the compute dtype; where that is not the stored one, they are summed in their own."""
+        precision = self.owner.setting.precision
+        if precision.compute == precision.parameter:
+            return total
+        return total * DTYPE_BYTES[precision.gradient] / DTYPE_BYTES[self.owner.tensors[name].dtype]
 
     def _now(self, storage: Storage, name: str) -> Placement:
         owner = self.owner
@@ -244,9 +290,8 @@ class _Ledger:
         now = self._now(self.assignment.storage[name], name)
         for want in self.wants[name]:
             at = now
-            for axis in range(len(owner.sizes)):
-                if self._needs(name, want, axis):
-                    at = replaced(at, axis, V)
+            for axis in (a for axes in self._summed(name, want) for a in axes):
+                at = replaced(at, axis, V)
             chain = owner.costs.chain(tensor, at, want)
             if chain is None:
                 raise ValueError(f"parameter {name} cannot go from {now} to {want}")
@@ -255,6 +300,8 @@ class _Ledger:
             self._count(chain.calls, often.forward, often.backward)
             if chain.fresh:
                 self.fresh[name].append(want)
+            if chain.copies_backward or any(call.backward for call in chain.calls):
+                self.turned[name] += 1
 
     def _count(self, calls: tuple[Call, ...], forward: int, backward: int) -> None:
         for call in calls:
@@ -270,7 +317,7 @@ class _Ledger:
 
     def uses(self) -> Uses:
         """The placements memory depends on."""
-        return Uses(self.wanted, self.produced, self.fresh)
+        return Uses(self.wanted, self.produced, self.fresh, self.turned)
 
     def traffic(self) -> tuple[Traffic, ...]:
         """Collectives of one step by kind and axis."""

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .dispatch import DISPATCH
 from .outline import DTYPE_BYTES, Op, Tensor
+from .rule_experts import letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +38,25 @@ def _batch_norm(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: 
     return [Inside("all_gather", n * pair), Inside("all_reduce", pair, backward=True)]
 
 
-INSIDE = {"vocab_loss": _vocab_loss, "batch_norm": _batch_norm}
-"""Collectives of implementations that reduce inside, of an op on local `sizes` split over an axis of n ranks."""
+def _exchanges(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: int) -> list[Inside]:
+    """Counts, rows and weights of tokens to the ranks of their experts, outputs back, and gradients the other way.
+
+    Bytes are those of the mean rank: where tokens go depends on the data (runtime/kernels/dispatch.py).
+    """
+    x, index, weight = (use for use in op.operands[:3])
+    slots = [f for dim in index.factors for f in dim]
+    width = math.prod(sizes[f] for dim in x.factors for f in dim if f not in slots)
+    rows = n * math.prod(sizes[f] for f in slots)
+    row_bytes = float(rows * width * DTYPE_BYTES[tensors[x.tensor].dtype])
+    weight_bytes = float(rows * DTYPE_BYTES[tensors[weight.tensor].dtype])
+    counts = float(n * 8 * math.prod(op.factors[f].size for f in letters(op.factors, "e")))
+    back = [size for use, size in ((x, row_bytes), (weight, weight_bytes)) if tensors[use.tensor].differentiable]
+    return [
+        *(Inside("all_to_all", size) for size in (counts, row_bytes, weight_bytes, row_bytes)),
+        *(Inside("all_to_all", size, backward=True) for size in (row_bytes, *back)),
+    ]
+
+
+INSIDE = {"vocab_loss": _vocab_loss, "batch_norm": _batch_norm, DISPATCH: _exchanges}
+"""Collectives of implementations that reduce or exchange inside, of an op on local `sizes` split over an axis of n ranks: by what
+the split factor is split by, or by the choice of an op that is not one factor."""

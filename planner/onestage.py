@@ -23,7 +23,9 @@ from .beside import most_overlap
 from .capability import executed_pins
 from .cluster import Cluster, has_host
 from .costs import PriceBook
+from .counted import one_graph
 from .evaluate import Evaluation
+from .fitting import NEAR
 from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
@@ -40,9 +42,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 7
 """Searches at most: what the joint search is allowed is raised or lowered until its plans, counted, come near the limit."""
-
-NEAR = 1.02
-"""Ratio of two allowances between which no third is tried."""
 
 WIDER = 1.3
 """Factor on the allowance after a search that found nothing."""
@@ -97,12 +96,6 @@ def searches(pins: Pins) -> list[Pins]:
     return list(found)
 
 
-def one_graph(plan: Plan) -> bool:
-    """Whether a plan's step is one graph on every rank, so that it can be counted op by op."""
-    apart = any(axis.role == "context" for axis in plan.mesh) or plan.pipeline.experts > 1
-    return plan.pipeline.stages == 1 and not apart
-
-
 def solve_here(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The fastest plan found within the limit that the runtime executes; None where there is none.
 
@@ -136,7 +129,11 @@ def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
     low, high, asked, bound = 0.0, math.inf, float(limit), math.inf
     for _ in range(ROUNDS):
         plan = _within(bench, shapes, math.floor(asked), request, outline)
-        if plan is not None and (not one_graph(plan) or _behind(plan)):
+        if (
+            plan is not None
+            and (not one_graph(plan) or _behind(plan))
+            and plan.predicted.peak_bytes_per_device <= limit
+        ):
             return _limited(plan, limit, plan.search.bound_seconds)
         peak = 0
         if plan is not None:
@@ -151,7 +148,8 @@ def _solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reque
             best = plan if best is None or plan.predicted.step_seconds < best.predicted.step_seconds else best
             if same:
                 break
-        asked = _next(low, high, asked, limit / peak if peak else WIDER, tried=best is not None)
+        ratio = limit / peak / (NEAR if peak > limit else 1.0) if peak else WIDER
+        asked = _next(low, high, asked, ratio, tried=best is not None)
         if not low * NEAR < asked < high / NEAR:
             break
     return _limited(best, limit, bound) if best is not None else None
@@ -174,39 +172,16 @@ def _within(
     return plan_of(bench, found, found.best, request, outline, limit)
 
 
-def _limited(plan: Plan, limit: int, bound: float, *, counts: bool | None = None) -> Plan:
+def _limited(plan: Plan, limit: int, bound: float) -> Plan:
     """The plan with the limit that was asked for, and the bound that all searches proved."""
-    seconds, named = plan.predicted.step_seconds, counts is not None
+    seconds = plan.predicted.step_seconds
     bound = min(bound, seconds)
-    counts = one_graph(plan) and not _behind(plan) if counts is None else counts
-    told = (*(() if named else (NARROW,)), *((COUNTED,) if counts else ()))
+    counts = one_graph(plan) and not _behind(plan)
     search = msgspec.structs.replace(
         plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, *told),
+        given_up=(*plan.search.given_up, NARROW, *((COUNTED,) if counts else ())),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
-
-
-def fitting(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
-    """The joint search's plan; one of one graph that keeps something behind devices of which the outline has the ops as they run
-    (CPUs: a GPU's kernels are others) with its bytes counted, or else the fastest whose bytes are then within the limit."""
-    from .solve import make_bench
-
-    if cluster.device.kind != "cpu" or not outline.training or not _behind(plan):
-        return plan
-    limit = allowed = request.memory_limit_bytes
-    bound, found = plan.search.bound_seconds, counted(plan, outline, cluster, prices)
-    for _ in range(ROUNDS):
-        peak = found.predicted.peak_bytes_per_device
-        if peak <= limit:
-            return _limited(found, limit, bound, counts=one_graph(found))
-        allowed = math.floor(allowed * limit / peak / NEAR)
-        bench, shapes = make_bench(outline, cluster, prices, request, tiers=True)
-        again = _within(bench, shapes, allowed, request, outline)
-        if again is None:
-            return None
-        found = counted(again, outline, cluster, prices) if _behind(again) else again
-    return None
 
 
 def _behind(plan: Plan) -> bool:

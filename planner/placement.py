@@ -186,3 +186,13 @@ def steps(dims: Dims, source: Placement, target: Placement, axis_sizes: tuple[in
                     step = Step(axis, here[axis], state, here)
                     heapq.heappush(queue, (price, pushed, there, (*path, step)))
     raise ValueError(f"no chain of transitions from {source} to {target}")
+
+
+def reduced_over(at: Placement, want: Placement, shared: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Sets of axes over which the gradient of a parameter that is R is summed where it is wanted V, one all-reduce each.
+
+    Those of the axes `shared` (data and context) are summed together, every other one alone.
+    """
+    axes = [a for a in range(len(at)) if at[a] == R and want[a] == V]
+    together = tuple(a for a in axes if a in shared)
+    return (*([together] if together else []), *((a,) for a in axes if a not in shared))

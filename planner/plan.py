@@ -164,7 +164,8 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Predicted figures of one step. `memory` and `seconds` are by cause; `sources` says where prices came from.
 
-    `host_bytes_per_device` and `disk_bytes_per_device` lie behind the rank that has the most there.
+    `host_bytes_per_device` and `disk_bytes_per_device` lie behind the rank that has the most there. `traffic` is of the pipeline
+    rank whose collectives take longest; `rank_traffic` has every pipeline rank's where there are several.
     """
 
     step_seconds: float
@@ -180,6 +181,11 @@ class Prediction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk_bytes_per_device: int = 0
     step_seconds_low: float = 0.0
     step_seconds_high: float = 0.0
+    rank_traffic: tuple[tuple[Traffic, ...], ...] = ()
+
+    def traffic_of(self, rank: int) -> tuple[Traffic, ...]:
+        """The collectives of a step on one pipeline rank."""
+        return self.rank_traffic[rank] if self.rank_traffic else self.traffic
 
 
 class ShapeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,7 +18,9 @@ from .beside import as_found, beside
 from .capability import check_pins
 from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
+from .counted import with_counts
 from .evaluate import Evaluation, Evaluator
+from .fitting import fitting, within_limit
 from .fusedsaves import fused_saves
 from .fusing import fusions
 from .infeasible import explain
@@ -27,8 +29,8 @@ from .joint import search
 from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
-from .objectives import housed
-from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, fitting, recounted, solve_here
+from .objectives import housed, limited
+from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, recounted, solve_here
 from .outline import Outline
 from .pins import Pins, parse_pins
 from .plan import (
@@ -134,10 +136,13 @@ def solve_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: 
 def search_joint(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
     """The same, None where nothing fits."""
     made, shapes = make_bench(outline, cluster, prices, request, tiers=False)
-    bench, found = search(made, shapes, request.progress, tiers_of(cluster, request.pins))
-    if found.best is None:
-        return None
-    return fitting(plan_of(bench, found, found.best, request, outline), outline, cluster, prices, request)
+
+    def within(limit: int) -> Plan | None:
+        under = made if limit == request.memory_limit_bytes else limited(made, limit)
+        bench, found = search(under, shapes, request.progress, tiers_of(cluster, request.pins))
+        return None if found.best is None else plan_of(bench, found, found.best, request, outline, limit)
+
+    return fitting(within, request.memory_limit_bytes)
 
 
 def make_bench(
@@ -254,19 +259,11 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
     check_choices(outline, assignment, shape.sizes)
     _check_roles(outline, assignment, shape)
     evaluation = evaluated(plan, outline, cluster, prices, assignment)
-    if evaluation.peak_bytes > plan.memory_limit_bytes:
-        cause = max(evaluation.memory, key=lambda c: evaluation.memory[c])
-        raise Infeasible(
-            f"the edited plan needs {evaluation.peak_bytes} bytes per device, its limit is {plan.memory_limit_bytes} "
-            f"(most of it: {cause})",
-            cause=cause,
-            nearest=(f"--memory-limit {evaluation.peak_bytes}",),
-        )
     predicted = predict(
         outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error
     )
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
-    return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
+    return within_limit(msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True))
 
 
 def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
@@ -282,14 +279,6 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
-    if figures.peak_bytes > figures.limit_bytes and COUNTED not in plan.search.given_up:
-        cause = max(figures.memory, key=lambda c: figures.memory[c])
-        raise Infeasible(
-            f"the edited plan needs {figures.peak_bytes} bytes per device, its limit is {figures.limit_bytes} "
-            f"(most of it: {cause})",
-            cause=cause,
-            nearest=(f"--memory-limit {figures.peak_bytes}",),
-        )
     if not housed(bench, shape, cuts, options):
         raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
     op_by_op = (COUNTED,) if COUNTED in plan.search.given_up else ()
@@ -299,7 +288,10 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     priced = msgspec.structs.replace(
         plan, predicted=predicted, stages=stages, search=search, memory_limit_bytes=figures.limit_bytes, edited=True
     )
-    return recounted(priced, outline, cluster, prices) if op_by_op else priced
+    if op_by_op:
+        return recounted(priced, outline, cluster, prices)
+    mine = bench.on(shape, 0).task
+    return within_limit(with_counts(priced, bench.task.outline, mine.cluster, mine.prices, mine.setting, edited=True))
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

@@ -12,6 +12,7 @@ from .appraise import Appraisal, appraise, predict
 from .bench import home_of
 from .choices import states
 from .cluster import Cluster, pool_names
+from .counted import with_counts
 from .front import Design
 from .joint import Found, Solved
 from .options import Option
@@ -50,7 +51,7 @@ POOLED = (
     "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
 )
 
-ROUTED = "all-to-alls of experts are in the predicted seconds but not in the predicted traffic: their bytes depend on routing"
+ROUTED = "bytes of all-to-alls of experts are those of the mean rank: those of each rank depend on routing"
 
 MOST_RECORDS = 60
 """Shapes listed in a plan: the best, and of those that were cut the ones with the smallest bounds."""
@@ -71,7 +72,7 @@ def plan_of(
     entries, stages = _entries(bench, shape, cuts, options, figures)
     given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()))
     solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
-    return Plan(
+    plan = Plan(
         version=VERSION, source=request.source, graph=outline.fingerprint, cluster=task.cluster.to_dict(),
         cluster_fingerprint=task.cluster.fingerprint(), objective=request.objective, optimizer=task.setting.optimizer,
         precision=task.setting.precision, semantics=semantics_of(task.setting.precision),
@@ -82,6 +83,8 @@ def plan_of(
         runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
         notes=(*outline.notes, *_unpriced(bench, shape)),
     )  # fmt: skip
+    mine = bench.on(shape, 0).task
+    return with_counts(plan, task.outline, mine.cluster, mine.prices, mine.setting)
 
 
 def _unpriced(bench: Workbench, shape: Arrangement) -> tuple[str, ...]:

@@ -139,11 +139,11 @@ class Cut:
     once: frozenset[str]
 
 
-def cut_outline(outline: Outline, microbatches: int) -> Cut:
-    """Cut the batch of `outline` into `microbatches`, which must divide every batch factor."""
+def cut_outline(outline: Outline, microbatches: int, cut: BatchCut | None = None) -> Cut:
+    """Cut the batch of `outline` into `microbatches`, which must divide every batch factor; `cut` is that of the whole model."""
     if microbatches == 1:
         return Cut(outline, 1, frozenset())
-    cut = batch_cut(outline)
+    cut = cut or batch_cut(outline)
     once = hoisted(outline, cut)
     tensors = {n: cut_tensor(t, cut, once, microbatches) for n, t in outline.tensors.items()}
     ops = tuple(cut_op(op, cut, once, microbatches) for op in outline.ops)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .assign import Assignment
+from .dispatch import DISPATCH, dispatched
 from .memory import (
     CAUSES,
     Facts,
@@ -18,6 +19,7 @@ from .memory import (
     new_bytes,
     operand_gradients,
 )
+from .outline import Op
 from .placement import Placement, R
 from .remake import Values, rerun
 from .rule_experts import scratch_bytes
@@ -26,11 +28,23 @@ from .template import Cut
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """Placements wanted of operands by op, produced by tensor, and those of parameters that take a buffer of their own."""
+    """Placements wanted of operands by op, produced by tensor, and those of parameters that take a buffer of their own.
+
+    `turned` are uses of parameters whose gradient is turned into that of the stored placement in a buffer of its own.
+    """
 
     wanted: Mapping[str, tuple[Placement, ...]]
     produced: Mapping[str, Placement]
     fresh: Mapping[str, list[Placement]]
+    turned: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Borders:
+    """What a part of a model takes from other parts and gives to them, by tensor, in the placement in which it crosses."""
+
+    takes: Mapping[str, Placement] = field(default_factory=dict)
+    gives: Mapping[str, Placement] = field(default_factory=dict)
 
 
 LANES = ("gradients", "saved", "gathered", "temporaries")
@@ -43,8 +57,9 @@ class Timeline:
 
     def __init__(
         self, cut: Cut, found: Facts, setting: Setting, sizes: tuple[int, ...], assignment: Assignment,
-        held: Mapping[str, Held], uses: Uses, regathered: frozenset[str],
+        held: Mapping[str, Held], uses: Uses, regathered: frozenset[str], borders: Borders | None = None,
     ) -> None:  # fmt: skip
+        """`borders` are those of a stage of a pipeline, whose parameters are gathered and reduced as around a microbatch loop."""
         self.outline, self.m, self.facts, self.setting, self.sizes = (
             cut.outline,
             cut.microbatches,
@@ -53,10 +68,12 @@ class Timeline:
             sizes,
         )
         self.assignment, self.held, self.uses, self.regathered = assignment, held, uses, regathered
+        self.borders, self.looped = borders or Borders(), self.m > 1 or borders is not None
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
         self.training = self.outline.training
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in (*LANES, *BESIDE)}
+        self.standing = {"gradients": 0.0, "gathered": 0.0}
         self.moment = [0.0] * self.count
         self.making = [0.0] * self.count
 
@@ -68,24 +85,7 @@ class Timeline:
 
     def points(self) -> tuple[dict[Point, float], Callable[[Point], dict[str, int]]]:
         """(bytes by point, function giving the causes at a point)."""
-        (self._training if self.training else self._inference)()
-        known = {cause: _accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
-        lanes = {cause: known[cause] for cause in LANES}
-        base = {
-            "parameters": sum(h.stored for h in self.held.values()),
-            "optimizer": sum(h.moments for h in self.held.values()),
-            "buffers": sum(self.facts.given.values()),
-            "reserve": self.setting.reserve,
-        }
-        points: dict[Point, dict[str, float]] = {}
-        for v in range(self.count):
-            points["op", v] = {c: lanes[c][v] for c in lanes}
-            points["op", v]["temporaries"] += max(self.moment[v], self.making[v])
-            for lane, cause in BESIDE.items():
-                points["op", v][cause] += known[lane][v]
-        if self.training:
-            self._reductions(points, lanes)
-            self._steps(points)
+        base, points = self.base(), self.changing()
         fixed = sum(base.values())
         totals = {p: fixed + sum(c.values()) for p, c in points.items()}
 
@@ -97,11 +97,36 @@ class Timeline:
 
         return totals, causes
 
+    def base(self) -> dict[str, float]:
+        """What is there all the time, by cause."""
+        return {
+            "parameters": sum(h.stored for h in self.held.values()),
+            "optimizer": sum(h.moments for h in self.held.values()),
+            "buffers": sum(self.facts.given.values()),
+            "reserve": self.setting.reserve,
+        }
+
+    def changing(self) -> dict[Point, dict[str, float]]:
+        """Bytes by cause at every time point, beside what is there all the time."""
+        (self._training if self.training else self._inference)()
+        known = {cause: accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
+        lanes = {cause: known[cause] for cause in LANES}
+        points: dict[Point, dict[str, float]] = {}
+        for v in range(self.count):
+            points["op", v] = {c: lanes[c][v] for c in lanes}
+            points["op", v]["temporaries"] += max(self.moment[v], self.making[v])
+            for lane, cause in BESIDE.items():
+                points["op", v][cause] += known[lane][v]
+        if self.training:
+            self._reductions(points, lanes)
+            self._steps(points)
+        return points
+
     def backward(self) -> float:
         """The most saved and temporary bytes at once, over the backward pass of all ops."""
         self._saved()
         self._temporaries()
-        saved, held = (_accumulated(self.lanes[cause]) for cause in ("saved", "temporaries"))
+        saved, held = (accumulated(self.lanes[cause]) for cause in ("saved", "temporaries"))
         return max((saved[v] + held[v] + self.moment[v] for v in range(self.count)), default=0.0)
 
     def passing(self) -> float:
@@ -111,7 +136,7 @@ class Timeline:
             amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
             lane[span.start] += amount
             lane[min(span.end, self.count) + 1] -= amount
-        return max(_accumulated(lane), default=0.0)
+        return max(accumulated(lane), default=0.0)
 
     # -- lanes
 
@@ -149,9 +174,20 @@ class Timeline:
             if root.role == "parameter" or (root.role != "activation" and placement == whole):
                 continue
             self._over("saved", i, self.count - 1, found.parts(root) * local_bytes(root, placement, self.sizes))
+        self._crossing(first)
         for name, i in found.saved_parameters.items():
-            for want in self.uses.fresh[name] if self.m == 1 or self.assignment.storage[name].zero == 3 else ():
+            for want in self.uses.fresh[name] if not self.looped or self.assignment.storage[name].zero == 3 else ():
                 self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
+
+    def _crossing(self, kept: Mapping[tuple[str, Placement], int]) -> None:
+        """What a stage took and gives lives until its backward is over, and so do the gradients of both."""
+        last = self.count - 1
+        for name, placement in (*self.borders.takes.items(), *self.borders.gives.items()):
+            size = local_bytes(self.tensors[name], placement, self.sizes)
+            at = buffer(self.facts, name, placement)
+            self._over("saved", 0, kept[at] - 1 if at in kept else last, size)
+            if self.tensors[name].differentiable:
+                self._over("temporaries", 0, last, size)
 
     def _made_again(self) -> dict[tuple[str, Placement], int]:
         """Count what is made again, with the gradients that the op makes after it; returns what is kept."""
@@ -163,21 +199,23 @@ class Timeline:
         return found.kept
 
     def _gradients(self) -> None:
-        found, m, last = self.facts, self.m, self.count - 1
+        found, last = self.facts, self.count - 1
         for name, h in self.held.items():
             if not h.whole or not found.uses[name]:
                 continue
-            if m > 1 and self.assignment.storage[name].zero < 2:
-                self._over("gradients", 0, last, h.whole)
+            if self.looped and self.assignment.storage[name].zero < 2:
+                self._over("gradients", 0, last if self.m > 1 else found.uses[name][-1], h.whole)
+                self.standing["gradients"] += h.whole
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
-            self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
+            self._over("gradients", 0, last if self.looped else found.low[name] - 1, h.final)
+            self.standing["gradients"] += h.final
         if self.setting.reductions:
             self._flying()
 
     def _flying(self) -> None:
         """Packed gradients, from the reduction of their group to that of the next; those of the last into the next microbatch."""
-        groups = [g for g in self.groups if self.assignment.storage[g[0]].zero >= (2 if self.m > 1 else 1)]
+        groups = [g for g in self.groups if self.assignment.storage[g[0]].zero >= (2 if self.looped else 1)]
         when = sorted({self.facts.low[g[0]] for g in groups if any(self.held[t].whole for t in g)})
         for group in groups:
             amount, low = sum(self.held[t].whole for t in group), self.facts.low[group[0]]
@@ -215,15 +253,20 @@ class Timeline:
         span = {}
         for r, region in enumerate(self.outline.regions):
             for k, ops in enumerate(region.instances):
+                if not ops:  # parameters of a unit that another stage runs
+                    continue
                 span[r, k] = (found.order[ops[0]], found.order[ops[-1]])
         for name, storage in self.assignment.storage.items():
             h = self.held[name]
-            if found.lasting(name, self.training, self.m) or name in self.assignment.again.parameters:
-                self._over("gathered", 0 if self.m > 1 else found.low[name], last, h.copy)
+            if found.lasting(name, self.training, 2 if self.looped else 1) or name in self.assignment.again.parameters:
+                self._over("gathered", 0 if self.looped else found.low[name], last, h.copy)
+                self.standing["gathered"] += h.copy
             for key in sorted(found.touched[name]):
                 self._over("gathered", *span[key], h.gathered)
-            for want in self.uses.fresh[name] if self.m > 1 and storage.zero < 3 else ():
-                self._over("gathered", 0, last, local_bytes(self.tensors[name], want, self.sizes))
+            for want in self.uses.fresh[name] if self.looped and storage.zero < 3 else ():
+                size = local_bytes(self.tensors[name], want, self.sizes)
+                self._over("gathered", 0, last, size)
+                self.standing["gathered"] += size
 
     def _temporaries(self) -> None:
         for span in self.facts.spans:
@@ -231,13 +274,20 @@ class Timeline:
             self._over("temporaries", span.start, span.end - 1, amount)
         for i, op in enumerate(self.ops):
             choice = self.assignment.choices[op.name]
-            self.moment[i] += scratch_bytes(op, self.tensors, choice, self.sizes, training=True)
+            self.moment[i] += scratch_bytes(op, self.tensors, *self._spread(op, choice), training=True)
             copies = gradient_copies(op, choice)
             for j in operand_gradients(op, self.tensors):
                 amount = copies * local_bytes(
                     self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes
                 )
                 self.moment[i] += amount
+
+    def _spread(self, op: Op, choice: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """(choices, sizes) with the two splits of experts whose tokens are sent to them as two axes."""
+        pairs = [(name, n) for name, n in zip(choice, self.sizes, strict=True) if name != DISPATCH]
+        ways = [n for name, n in zip(choice, self.sizes, strict=True) if name == DISPATCH]
+        pairs += [(op.factors[f].name, n) for n in ways for f in dispatched(op) or ()]
+        return tuple(name for name, _ in pairs), tuple(n for _, n in pairs)
 
     def _inference(self) -> None:
         self._gathered()
@@ -258,17 +308,19 @@ class Timeline:
     # -- other time points
 
     def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
-        found, m = self.facts, self.m
-        final = sum(h.final for h in self.held.values())
-        waiting = sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2)
+        found = self.facts
         copies = sum(h.copy for h in self.held.values())
         for g, group in enumerate(self.groups):
             if self.assignment.storage[group[0]].zero == 3 and group[0] in self.regathered:
                 there = {c: lanes[c][found.high[group[0]]] for c in lanes}
                 points["gather", g] = {"reserve": sum(self.held[t].arrival for t in group), **there}
             bucket = sum(self.held[t].bucket for t in group)
-            if m > 1 and self.assignment.storage[group[0]].zero < 2:
-                points["finish", g] = {"gradients": waiting + final, "gathered": copies, "reserve": bucket}
+            if self.looped and self.assignment.storage[group[0]].zero < 2:
+                own = sum(self.held[t].final for t in group if self.held[t].bucket)
+                bucket += sum(self.uses.turned.get(t, 0) * self.held[t].whole for t in group)
+                points["finish", g] = {
+                    "gradients": self.waiting + self._made_before(group), "gathered": copies, "reserve": bucket - own
+                }  # fmt: skip
                 continue
             v = found.low[group[0]]
             before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
@@ -276,9 +328,21 @@ class Timeline:
             now["gathered"] -= sum(self.held[t].gathered for t in group)  # all that backward needs of them is done
             points["reduce", g] = {"reserve": bucket, **now, **before}
 
+    @property
+    def waiting(self) -> float:
+        """Bytes of the gradients that are reduced once a step, before they are."""
+        return sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2 and t in self.held)
+
+    def _made_before(self, group: Sequence[str]) -> float:
+        """Bytes of final gradients once those of `group` are there: autograd follows its graph from what was made last."""
+        first = {name: min(self.facts.uses[name], default=0) for name in self.held}
+        start = min(first[name] for name in group)
+        once = {t for t, s in self.assignment.storage.items() if s.zero < 2}
+        return sum(h.final for t, h in self.held.items() if t not in once or not h.bucket or first[t] >= start)
+
     def _steps(self, points: dict[Point, dict[str, float]]) -> None:
         final = sum(h.final for h in self.held.values())
-        if self.m > 1:
+        if self.looped:
             points["held", 0] = {"gradients": 2 * final}
         if self.setting.foreach:
             points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
@@ -288,7 +352,8 @@ class Timeline:
                 points["step", i] = {"gradients": final, "temporaries": self.held[p.tensor].step}
 
 
-def _accumulated(differences: list[float]) -> list[float]:
+def accumulated(differences: list[float]) -> list[float]:
+    """The running sums."""
     total, found = 0.0, []
     for d in differences:
         total += d

@@ -189,6 +189,7 @@ class Mesh:
             if watch is not None and own is not None:
                 watch.hold(own, "pp")
             self._between[members] = own.group_name if own is not None else ""
+            self._named |= {own.group_name: "pp"} if own is not None else {}
         return self._between[members]
 
     def members(self, *axes: str) -> tuple[int, ...]:
@@ -208,7 +209,6 @@ class Mesh:
         self._named |= {self.group_name(a.name): a.name for a in self.axes if a.size > 1}
         if self.pipeline_mesh is not None:
             self._named[self.pipeline_mesh.get_group("pp").group_name] = "pp"
-        self._named |= {group: "pp" for group in self._between.values() if group}
         return self._named
 
     def _create_flat(self, axes: tuple[str, ...]) -> tuple[str, ...]:

@@ -156,6 +156,9 @@ FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
         "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     }),
+    "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {
+        **GROUPED, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
+    }),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "pad_token_id": 0}),
     "gptj": ("GPTJConfig", "GPTJForCausalLM", {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "rotary_dim": 4, "use_cache": False,
@@ -171,6 +174,15 @@ FURTHER: dict[str, tuple[str, str, dict[str, Any]]] = {
     "swin": ("SwinConfig", "SwinForImageClassification", {
         "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
         "num_labels": 10,
+    }),
+    "resnet": ("ResNetConfig", "ResNetForImageClassification", {
+        "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10,
+    }),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 96, "num_mel_bins": 8,
+        "max_source_positions": 16, "max_target_positions": 16, "use_cache": False, "pad_token_id": 1,
+        "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 1,
     }),
     "convnext": ("ConvNextConfig", "ConvNextForImageClassification", {
         "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 10,
@@ -189,6 +201,9 @@ def further(name: str, batch: int) -> Case:
         return Case(
             made, kwargs={"pixel_values": torch.randn(batch, 3, 32, 32), "labels": torch.randint(0, 10, (batch,))}
         )
+    if made.main_input_name == "input_features":
+        features = torch.randn(batch, made.config.num_mel_bins, 2 * made.config.max_source_positions)
+        return Case(made, kwargs={"input_features": features, "labels": tokens(batch, 96)["labels"]})
     return Case(made, kwargs=tokens(batch, 96))
 
 

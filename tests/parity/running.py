@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from models import Case, build
 from shardwright.api import make_plan
+from shardwright.planner.cluster import Cluster
+from shardwright.planner.offload import Traffic
 from shardwright.planner.plan import Plan
 from shardwright.runtime import parameters
 from shardwright.runtime.apply import apply
 from shardwright.runtime.collectives import CommLedger
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.module import ParallelModule
+from shardwright.runtime.monitor import measure_step
 from shardwright.runtime.verify import verify
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+Moved = dict[str, tuple[float, ...]]
+"""Bytes in, out, read and written, by class."""
 TIGHT = {"atol": 1e-11, "rtol": 1e-11}
 
 
 @functools.cache
-def plan_of(name: str, pins: str, world: int, batch: int = 8, device: str = "h100-sxm", **options: Any) -> Plan:
-    """The plan of a case under pins written with spaces between them; computes in float64 unless a dtype is pinned."""
+def plan_of(
+    name: str, pins: str, world: int, batch: int = 8, device: str | Callable[[int], Cluster] = "h100-sxm", **options: Any
+) -> Plan:  # fmt: skip
+    """The plan of a case under pins written with spaces between them; computes in float64 unless a dtype is pinned.
+
+    `device` is the name of a device, or makes the cluster of so many.
+    """
     case = build(name, batch)
     texts = pins.split()
     if not any(p.startswith("dtype=") for p in texts):
         texts.append("dtype=fp64")
     inputs = dict(case.kwargs) or case.args
-    return make_plan(case.model, inputs, f"{device}:{world}", pins=texts, loss_fn=case.loss_fn, **options)
+    where = f"{device}:{world}" if isinstance(device, str) else device(world)
+    return make_plan(case.model, inputs, where, pins=texts, loss_fn=case.loss_fn, **options)
 
 
 def differences(name: str, plan: Plan, batch: int = 8) -> list[dict[str, Any]]:
@@ -70,6 +82,57 @@ def traffic(found: Sequence[tuple[str, str, int, str]]) -> dict[tuple[str, str],
         count, bytes_ = total.get((collective, axis), (0, 0))
         total[collective, axis] = count + 1, bytes_ + size
     return total
+
+
+def moved_bytes(moved: Traffic, before: Traffic | None = None) -> tuple[float, ...]:
+    """Bytes in, out, read and written since `before`."""
+    then = before or Traffic()
+    return tuple(
+        getattr(moved, field) - getattr(then, field) for field in ("in_bytes", "out_bytes", "read_bytes", "write_bytes")
+    )
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one rank saw: differences to the eager module, collectives by (collective, axis), copies, peak, its pipeline rank."""
+
+    wrong: list[dict[str, Any]]
+    traffic: Mapping[tuple[str, str], tuple[int, int]]
+    moved: Moved
+    peak: int
+    stage: int
+
+
+def observe(name: str, plan: Plan, batch: int = 8) -> Observed:
+    """Rank function: run a plan as it is and measure it, then verify it."""
+    ran, moved, peak, stage = _measured(name, plan, batch)
+    return Observed([d for d in differences(name, plan, batch) if not d["ok"]], ran, moved, peak, stage)
+
+
+def _measured(name: str, plan: Plan, batch: int) -> tuple[Mapping[tuple[str, str], tuple[int, int]], Moved, int, int]:
+    """Collectives, copies and peak of a step in steady state, on inputs in the dtype that is computed in; the pipeline rank."""
+    case, pm = parallel(name, plan, batch)
+    compute = getattr(torch, plan.precision.compute)
+
+    def own(value: Any) -> Any:
+        return value.to(compute) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    args, kwargs = tree_map(own, (case.args, dict(case.kwargs)))
+    optimizer = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of(pm(*args, **kwargs)).backward()
+        optimizer.step()
+
+    step()
+    seen = dict(pm.offload.moved) if pm.offload is not None else {}
+    with CommLedger(pm.axis_names) as ledger:
+        step()
+    now = dict(pm.offload.moved) if pm.offload is not None else {}
+    ran = traffic([(r.collective, r.axis, r.bytes, r.phase) for r in ledger.records])
+    moved = {what: moved_bytes(t, seen.get(what)) for what, t in now.items()}
+    return ran, moved, measure_step(step, pm, optimizer, args, kwargs).bytes, pm._core.mesh.stage
 
 
 def eager(name: str, batch: int = 8) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

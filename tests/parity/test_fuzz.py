@@ -1,28 +1,28 @@
-"""Random feasible plans over all dimensions and families at parity with the eager modules: loss, gradients, three steps."""
+"""Random feasible plans over all dimensions and families: parity with the eager modules, and every prediction against the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from fuzz import draw
+from fuzz import draw, faults
 from pool import Pool
-from running import differences
+from running import observe
 from shardwright.planner.planfile import save_plan
 
-SAMPLE = range(6)
-NIGHTLY = (*range(6, 16), *range(100, 390))
+SAMPLE = range(12)
+NIGHTLY = (*range(12, 50), *range(100, 362))
 
 
 def check(seed: int, pools: dict[int, Pool], folder: Path) -> None:
     drawn = draw(seed)
-    found = pools[drawn.world].run(differences, drawn.name, drawn.plan)
-    wrong = [d for d in found[0] if not d["ok"]]
-    if wrong or any(answer != found[0] for answer in found):
-        save_plan(drawn.plan, folder / "plan.json")
-        pytest.fail(
-            f"seed {seed}: {drawn.name} on {drawn.world} ranks, {drawn.pins}: {folder / 'plan.json'}: {wrong[:3]}"
-        )
+    save_plan(drawn.plan, folder / "plan.json")
+    try:
+        wrong = faults(drawn, pools[drawn.world].run(observe, drawn.name, drawn.plan))
+    except AssertionError as error:
+        wrong = [str(error)]
+    if wrong:
+        pytest.fail(f"{drawn}: {folder / 'plan.json'}:\n" + "\n".join(wrong))
 
 
 @pytest.mark.parametrize("seed", SAMPLE)

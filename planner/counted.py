@@ -1,0 +1,359 @@
+"""What a plan's step really is on every pipeline rank, counted op by op over the whole graph: its collectives and its bytes.
+
+The joint search adds up units, each priced apart from its neighbours. What runs is the graph that the plan's choices make of the
+model, cut into the plan's stages: tensors cross at borders in one placement, masks and counts are made again in every stage that
+reads them, parameters that several ranks hold are summed between them, and the loss becomes known everywhere. That is what is
+followed here, stage by stage (planner/evaluate.py), and it is what a plan predicts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ..errors import PlanError
+from .assign import Assignment, assign
+from .behind import lying
+from .beside import most_overlap
+from .choices import states
+from .cluster import Cluster
+from .costs import Costs, PriceBook, Shape
+from .dispatch import expert_stacks, spread_experts
+from .evaluate import Evaluator, option
+from .exchanges import with_messages
+from .front import crossing_state
+from .memory import CAUSES, Setting, facts, local_bytes
+from .outline import Op, Outline, Region, Tensor
+from .placement import Placement
+from .placing import axis_strides, send_seconds
+from .plan import MeshAxis, OverlapPlan, Plan, Traffic
+from .precision import state_bytes, sum_ratio
+from .rankmemory import RankMemory, StageMemory, endings
+from .remake import Again, Values, standing
+from .ring import repeated
+from .schedules import SCHEDULES, actions
+from .space import stored_elements
+from .staging import StagePart, Staging, cut, stages_by_runs
+from .template import batch_cut, cut_outline, tie
+from .timeline import Borders
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Collectives of one step, and bytes by cause at its fullest moment, of every pipeline rank, first to last.
+
+    `memory` is empty where bytes are not counted.
+    """
+
+    traffic: tuple[tuple[Traffic, ...], ...]
+    memory: tuple[Mapping[str, int], ...]
+
+    @property
+    def peaks(self) -> tuple[int, ...]:
+        """Bytes at the fullest moment of every rank."""
+        return tuple(sum(causes.values()) for causes in self.memory)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment of the fullest rank; 0 where they are not counted."""
+        return max(self.peaks, default=0)
+
+
+def one_graph(plan: Plan) -> bool:
+    """Whether a plan's step is one graph on every rank, without what a graph alone does not show."""
+    apart = any(axis.role == "context" for axis in plan.mesh) or plan.pipeline.experts > 1
+    return plan.pipeline.stages == 1 and not apart
+
+
+def counts_bytes(plan: Plan, cluster: Cluster) -> bool:
+    """Whether a plan's bytes are counted: on devices whose kernels are the outline's own (CPUs), where runs confirmed them."""
+    offloads = any(entry.offload for entry in plan.regions)
+    halves = SCHEDULES[plan.pipeline.schedule].splits_backward
+    return cluster.device.kind == "cpu" and not plan.pools and not halves and (one_graph(plan) or not offloads)
+
+
+def with_counts(
+    plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting, *, edited: bool = False
+) -> Plan:  # fmt: skip
+    """A plan that predicts what is counted; itself for inference. `outline` is its graph at the compute dtype.
+
+    Where bytes are counted, as much runs beside computing as fits, or what an edited plan says. Raises PlanError where a choice is
+    not possible.
+    """
+    if not outline.training:
+        return plan
+
+    def counted(way: OverlapPlan) -> Counted:
+        return count(msgspec.structs.replace(plan, overlap=way), outline, cluster, prices, setting)
+
+    try:
+        if edited or not counts_bytes(plan, cluster):
+            overlap, found = plan.overlap, counted(plan.overlap)
+        else:
+            overlap, found = most_overlap(plan.memory_limit_bytes, plan.objective, counted)
+    except ValueError as error:
+        raise PlanError(f"the plan is not legal: {error}") from None
+    return _predicting(msgspec.structs.replace(plan, overlap=overlap), found)
+
+
+def _predicting(plan: Plan, found: Counted) -> Plan:
+    """The plan with what was counted in its prediction."""
+    rank = max(range(len(found.traffic)), key=lambda r: (sum(row.seconds for row in found.traffic[r]), -r))
+    ranks = found.traffic if len(found.traffic) > 1 else ()
+    predicted = msgspec.structs.replace(plan.predicted, traffic=found.traffic[rank], rank_traffic=ranks)
+    if not found.memory:
+        return msgspec.structs.replace(plan, predicted=predicted)
+    fullest = max(range(len(found.peaks)), key=lambda r: (found.peaks[r], -r))
+    predicted = msgspec.structs.replace(
+        predicted, memory=dict(found.memory[fullest]), peak_bytes_per_device=found.peaks[fullest]
+    )
+    stages = tuple(msgspec.structs.replace(stage, peak_bytes=found.peaks[stage.rank]) for stage in plan.stages)
+    return msgspec.structs.replace(plan, predicted=predicted, stages=stages)
+
+
+def count(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting) -> Counted:
+    """Count a plan; `outline` is its graph at the compute dtype. Raises PlanError or ValueError where a choice is not possible."""
+    plan = spread_experts(plan, expert_stacks(outline))
+    return _Counter(plan, outline, cluster, prices, setting).count()
+
+
+class _Counter:
+    def __init__(self, plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting) -> None:
+        self.plan, self.outline = plan, outline
+        self.setting = replace(setting, prefetch=plan.overlap.prefetch, reductions=plan.overlap.reductions)
+        self.cluster, self.prices = cluster, prices
+        self.own, self.axes = assign(plan, outline), plan.mesh
+        self.bytes = counts_bytes(plan, cluster)
+        self.lies = lying(plan, outline) if any(entry.offload for entry in plan.regions) else None
+        grouped = repeated(outline) if any(axis.role == "context" for axis in plan.mesh) else {}
+        self.costs = Costs(
+            prices, Shape(plan.mesh), outline.training, repeated=grouped, summed=sum_ratio(plan.precision)
+        )
+        self.m = plan.pipeline.microbatches
+        self.batch = batch_cut(outline) if self.m > 1 else None
+        self.rank_of = [stage.rank for stage in plan.stages]
+        self.small = cut_outline(outline, self.m, self.batch).outline.tensors
+
+    def count(self) -> Counted:
+        if self.plan.pipeline.ranks == 1:
+            return self._one()
+        outline = self.outline
+        staging = cut(outline, stages_by_runs(self.plan, outline), len(self.rank_of), outline.whole)
+        crossing = self._crossing(staging)
+        rows: list[list[Traffic]] = [[] for _ in range(self.plan.pipeline.ranks)]
+        lines: list[dict[int, StageMemory]] = [{} for _ in rows]
+        for s, part in enumerate(staging.parts):
+            traffic, line = self._stage(part, crossing)
+            rows[self.rank_of[s]] += traffic
+            if line is not None:
+                lines[self.rank_of[s]][s] = line
+        for r, found in enumerate(rows):
+            found += self._sends(staging, crossing, r) + self._between(staging, r)
+        memory = self._memory(staging, crossing, lines) if self.bytes else ()
+        return Counted(tuple(added(found) for found in rows), memory)
+
+    def _one(self) -> Counted:
+        """Of a plan without pipeline ranks."""
+        evaluator = self._evaluator(self.outline, Borders())
+        if not self.bytes:
+            return Counted((evaluator.ledger(self.own, self.lies).traffic(),), ())
+        whole = evaluator.evaluate(self.own, self.lies)
+        return Counted((whole.traffic,), (whole.memory,))
+
+    def _stage(
+        self, part: StagePart, crossing: Mapping[str, Placement]
+    ) -> tuple[tuple[Traffic, ...], StageMemory | None]:
+        """Collectives of one stage inside itself, and its bytes."""
+        takes = {c.tensor: crossing[c.tensor] for c in part.takes}
+        gives = {c.tensor: crossing[c.tensor] for c in part.gives}
+        outline, mine = part_outline(self.outline, part), frozenset(part.parameters)
+        groups = tuple(g for group in self.own.groups if (g := tuple(n for n in group if n in mine)))
+        storage = {name: self.own.storage[name] for group in groups for name in group}
+        own = replace(self.own, groups=groups, storage=storage, again=again_in(outline, self.own, takes))
+        evaluator = self._evaluator(outline, Borders(takes, gives))
+        ledger = evaluator.ledger(own, self.lies)
+        if not self.bytes:
+            return ledger.traffic(), None
+        took = sum(self._size(name, at) for name, at in takes.items())
+        return ledger.traffic(), StageMemory.of(evaluator.timeline(own, ledger), took)
+
+    def _evaluator(self, outline: Outline, borders: Borders) -> Evaluator:
+        template = tie(cut_outline(outline, self.m, self.batch))
+        staged = borders if self.plan.pipeline.ranks > 1 else None
+        return Evaluator(template, facts(outline), self.costs, self.setting, staged)
+
+    def _size(self, name: str, placement: Placement) -> float:
+        """Bytes of a tensor that crosses, of one microbatch on one rank."""
+        return local_bytes(self.small[name], placement, self.costs.shape.sizes)
+
+    def _memory(
+        self, staging: Staging, crossing: Mapping[str, Placement], lines: Sequence[Mapping[int, StageMemory]]
+    ) -> tuple[Mapping[str, int], ...]:  # fmt: skip
+        """Bytes by cause at the fullest moment of every rank."""
+        p, edges = self.plan.pipeline, dict[tuple[int, int], tuple[str, ...]]()
+        for c in staging.crossings:
+            edges[c.source, c.target] = (*edges.get((c.source, c.target), ()), c.tensor)
+        training = self.outline.training
+        returning = {
+            edge: tuple(n for n in names if training and self.small[n].differentiable) for edge, names in edges.items()
+        }
+        back = {edge: names for edge, names in returning.items() if names}
+        lists = actions(p.schedule if training else "forward", p.ranks, p.chunks, self.m)
+        steps = with_messages(lists, self.rank_of, {edge: edge in back for edge in edges})
+        sizes = {name: self._size(name, at) for name, at in crossing.items()}
+        given = float(sum(facts(self.outline).given.values()))
+        found: list[Mapping[str, int]] = []
+        for r, mine in enumerate(lines):
+            moments = RankMemory(mine, steps[r], self.rank_of, edges, back, sizes).play()
+            if training:
+                moments += endings(mine.values(), foreach=self.setting.foreach)
+            held = {name: h for stage in mine.values() for name, h in stage.held.items()}
+            base = {
+                "parameters": sum(h.stored for h in held.values()), "optimizer": sum(h.moments for h in held.values()),
+                "buffers": given, "reserve": self.setting.reserve,
+            }  # fmt: skip
+            most = max(moments, key=lambda m: sum(m.values()))
+            found.append({c: round(base.get(c, 0.0) + most.get(c, 0.0)) for c in CAUSES})
+        return tuple(found)
+
+    def _crossing(self, staging: Staging) -> Mapping[str, Placement]:
+        """The placement in which each tensor crosses between stages."""
+        makers = {use.tensor: op for op in self.outline.ops for use in op.results}
+        exits = {entry.name: entry.exit for entry in self.plan.regions}
+        layouts = [exits[stage.runs[-1].use] if stage.runs else "R" for stage in self.plan.stages]
+        return {
+            c.tensor: crossing_placement(self.outline, self.own, makers[c.tensor], c.tensor, self.axes, layouts[c.source])
+            for c in staging.crossings
+        }  # fmt: skip
+
+    def _sends(self, staging: Staging, crossing: Mapping[str, Placement], rank: int) -> list[Traffic]:
+        """What a rank sends to the ranks of other stages, forward and backward."""
+        found = []
+        for c in staging.crossings:
+            ends = self.rank_of[c.source], self.rank_of[c.target]
+            back = self.outline.training and self.small[c.tensor].differentiable
+            times = self.m * ((ends[0] == rank) + (back and ends[1] == rank)) if ends[0] != ends[1] else 0
+            if times:
+                size = round(self._size(c.tensor, crossing[c.tensor]))
+                each = send_seconds(self.cluster, size, self.stride, size=self.plan.pipeline.ranks)
+                found.append(Traffic("send", "pp", times, times * size, times * each))
+        return found
+
+    @property
+    def stride(self) -> int:
+        """Distance of neighbouring pipeline ranks."""
+        sizes = {"pp": self.plan.pipeline.ranks} | {axis.name: axis.size for axis in self.axes}
+        order = [name for name in self.plan.pipeline.order if name in sizes]
+        return axis_strides((*order, *(name for name in sizes if name not in order)), sizes)["pp"]
+
+    def _between(self, staging: Staging, rank: int) -> list[Traffic]:
+        """The sums over pipeline ranks: the loss, and gradients of parameters that several of them hold."""
+        if not self.outline.training:
+            return []
+        loss = self.outline.tensors[self.outline.loss]
+        found = [self._sum(round(loss.bytes))]
+        everything = [name for name in (self.outline.loss, *self.outline.outputs) if name]
+        all_holders = cut(self.outline, stages_by_runs(self.plan, self.outline), len(self.rank_of), everything).holders
+        width = state_bytes(self.setting.precision, self.setting.optimizer).parameter
+        for p in self.outline.parameters:
+            held = {self.rank_of[s] for s in all_holders.get(p.tensor, ())}
+            trains = p.trainable and self.outline.tensors[p.tensor].differentiable
+            if trains and p.tensor in staging.holders and len(held) > 1 and rank in held:
+                found.append(self._sum(width * self._stored(p.tensor)))
+        return found
+
+    def _sum(self, size: int) -> Traffic:
+        """One all-reduce between pipeline ranks, priced as if all of them took part."""
+        price = self.prices.collective("all_reduce", size, self.stride, self.plan.pipeline.ranks)
+        return Traffic("all_reduce", "pp", 1, size, price.seconds)
+
+    def _stored(self, name: str) -> int:
+        storage, sizes = self.own.storage[name], self.costs.shape.sizes
+        return stored_elements(self.outline.tensors[name], option(storage, sizes), sizes)
+
+
+def part_outline(outline: Outline, part: StagePart) -> Outline:
+    """The outline of one stage: its ops, and the parameters it uses, in regions of instances that are cut alike."""
+    ops, held = frozenset(part.ops), frozenset(part.parameters)
+    regions: dict[tuple[object, ...], list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
+    for region in outline.regions:
+        members = region.parameters or ((),) * len(region.instances)
+        for names, parameters in zip(region.instances, members, strict=True):
+            mine = tuple(n for n in names if n in ops)
+            own = tuple(n for n in parameters if n in held)
+            if mine or own:
+                cut_ = (region.name, *(n in ops for n in names), *(n in held for n in parameters))
+                regions.setdefault(cut_, []).append((mine, own))
+    return replace(
+        outline, ops=tuple(op for op in outline.ops if op.name in ops),
+        regions=tuple(
+            Region(str(key[0]), tuple(i for i, _ in found), tuple(p for _, p in found)) for key, found in regions.items()
+        ),
+        parameters=tuple(p for p in outline.parameters if p.tensor in held),
+        loss=outline.loss if outline.loss in part.results else "",
+        outputs=tuple(n for n in outline.outputs if n in part.results), trains=outline.training,
+        writes=tuple(n for n in outline.writes if n in part.results),
+    )  # fmt: skip
+
+
+def _arrived(outline: Outline, part: StagePart) -> Mapping[str, Tensor]:
+    """The tensors of one stage: what it takes has memory of its own, in which the views of the same storage lie."""
+    takes = tuple(dict.fromkeys(c.tensor for c in part.takes))
+    lies: dict[str, str] = {}
+    for name in takes:
+        root = outline.tensors[name].storage
+        if root not in takes:
+            lies.setdefault(root, name)
+    own = {name: name for name in takes}
+    return {
+        name: replace(t, storage=own.get(name, lies[t.storage])) if t.storage in lies else t
+        for name, t in outline.tensors.items()
+    }
+
+
+def again_in(part: Outline, own: Assignment, takes: Mapping[str, Placement]) -> Again:
+    """What of a plan's recompute one stage runs."""
+    if not own.again:
+        return own.again
+    ops = own.again.ops & part.by_name.keys()
+    wanted, produced = standing(part, own.choices)
+    used = {use.tensor for op in part.ops for use in op.operands}
+    copies = frozenset(copy for copy in own.again.copies if copy[0] in used)
+    return Values(part, facts(part), wanted, {**produced, **takes}).needed(Again(ops, copies))
+
+
+def crossing_placement(
+    outline: Outline, own: Assignment, maker: Op, name: str, axes: Sequence[MeshAxis], layout: str
+) -> Placement:  # fmt: skip
+    """How a tensor crosses to another stage: as it is made, and on the model axis in the layout of the border."""
+    tensors = dict(outline.tensors)
+    index = next(i for i, use in enumerate(maker.results) if use.tensor == name)
+    made = [states(maker, tensors, choice)[1][index] for choice in own.choices[maker.name]]
+    use = maker.results[index]
+    places = [
+        (d, i)
+        for d, members in enumerate(use.factors)
+        for i, f in enumerate(members)
+        if maker.factors[f].token and not maker.factors[f].batch
+    ]
+    return tuple(
+        crossing_state(tensors[name], layout, places, axis.size) if axis.role == "model" else state
+        for axis, state in zip(axes, made, strict=True)
+    )
+
+
+def added(rows: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """One row per collective and axis."""
+    total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for row in rows:
+        entry = total[row.collective, row.axis]
+        entry[0] += row.count
+        entry[1] += row.bytes
+        entry[2] += row.seconds
+    return tuple(
+        Traffic(name, axis, int(times), round(size), seconds)
+        for (name, axis), (times, size, seconds) in sorted(total.items())
+    )

@@ -1,0 +1,155 @@
+"""Bytes of one pipeline rank over its list of actions: what its stages keep, what is between them, and what runs now.
+
+A microbatch that went forward through a stage leaves what its backward needs there, what the stage took, and what it gave; all of
+it goes when its backward pass through the stage is over. What was received waits for the action that takes it, gradients that
+were handed back wait for theirs, and the last few tensors that were sent stay until others follow (runtime/p2p.py). Beside that
+every stage has its gathered parameters throughout and its gradients from its first backward on. The running action adds what its
+stage's time line says (planner/timeline.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .exchanges import Message, Receive, Send, Step
+from .memory import CAUSES, Held
+from .schedules import Action
+from .timeline import Timeline, accumulated
+
+IN_FLIGHT = 8
+"""Sends whose tensors a rank may hold (runtime/p2p.py)."""
+
+Key = tuple[str, int, int, str]
+"""What, the stage it belongs to, microbatch, tensor."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One stage: what it keeps of a microbatch beside what it takes, what crosses, and bytes by cause over a backward pass.
+
+    `fixed` are gradients and copies that stay from microbatch to microbatch; `passes` has what a backward pass holds beside these.
+    """
+
+    kept: float
+    fixed: Mapping[str, float]
+    passes: Sequence[Mapping[str, float]]
+    held: Mapping[str, Held]
+    waiting: float
+    ends: Sequence[Mapping[str, float]]
+
+    @classmethod
+    def of(cls, line: Timeline, took: float) -> StageMemory:
+        """Of a stage that takes `took` bytes with every microbatch."""
+        points = line.changing()
+        last = accumulated(line.lanes["saved"])[line.count - 1] if line.count else 0.0
+        passes = [
+            {c: b - line.standing.get(c, 0.0) for c, b in causes.items()}
+            for (kind, _), causes in points.items() if kind in ("op", "gather", "reduce")
+        ]  # fmt: skip
+        ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
+        return cls(last - took, dict(line.standing), passes, line.held, line.waiting, ends)
+
+
+@dataclass
+class RankMemory:
+    """Plays one rank's steps. `sizes` are bytes of crossing tensors, `edges` what a message from one stage to another holds."""
+
+    stages: Mapping[int, StageMemory]
+    steps: Sequence[Step]
+    rank_of: Sequence[int]
+    edges: Mapping[tuple[int, int], tuple[str, ...]]
+    back: Mapping[tuple[int, int], tuple[str, ...]]
+    sizes: Mapping[str, float]
+    alive: dict[Key, float] = field(default_factory=dict)
+    sending: deque[Key] = field(default_factory=deque)
+    done: set[Key] = field(default_factory=set)
+    begun: set[int] = field(default_factory=set)
+    peaks: list[dict[str, float]] = field(default_factory=list)
+
+    def play(self) -> list[dict[str, float]]:
+        """Bytes by cause at every action, beside what is there all the time."""
+        for step in self.steps:
+            if isinstance(step, Action):
+                self._forward(step) if step.kind == "F" else self._backward(step)
+            elif isinstance(step, Send):
+                for key in self._sent(step.message):
+                    self._flown(IN_FLIGHT - 1)
+                    self.sending.append(key)
+            elif isinstance(step, Receive):
+                self.alive |= {key: self.sizes[key[3]] for key in self._received(step.message)}
+        return self.peaks
+
+    def _forward(self, step: Action) -> None:
+        stage, i = step.stage, step.microbatch
+        self.alive["kept", stage, i, ""] = self.stages[stage].kept
+        self._note({})
+
+    def _backward(self, step: Action) -> None:
+        stage, i = step.stage, step.microbatch
+        mine = [k for k in self.alive if k[1:3] == (stage, i) and k[0] in ("kept", "take", "come")]
+        for key in mine:
+            del self.alive[key]
+        self.begun.add(stage)
+        for causes in self.stages[stage].passes:
+            self._note(causes)
+        for (source, target), names in self.back.items():
+            if target == stage:
+                kind = "come" if self.rank_of[source] == self.rank_of[stage] else "back"
+                self.alive |= {(kind, source, i, name): self.sizes[name] for name in names}
+        self.done |= {("give", stage, i, name) for name in self._given(stage)}
+
+    def _given(self, stage: int) -> Iterable[str]:
+        return {name for (source, _), names in self.edges.items() if source == stage for name in names}
+
+    def _sent(self, message: Message) -> list[Key]:
+        names = self._names(message)
+        if message.back:
+            return [("back", message.target, message.microbatch, name) for name in names]
+        return [("give", message.source, message.microbatch, name) for name in names]
+
+    def _received(self, message: Message) -> list[Key]:
+        kind = "come" if message.back else "take"
+        return [(kind, message.target, message.microbatch, name) for name in self._names(message)]
+
+    def _names(self, message: Message) -> tuple[str, ...]:
+        if message.back:
+            return self.back[message.target, message.source]
+        return self.edges[message.source, message.target]
+
+    def _flown(self, left: int) -> None:
+        while len(self.sending) > left:
+            self.alive.pop(self.sending.popleft(), None)
+
+    def _note(self, causes: Mapping[str, float]) -> None:
+        """One moment: what is alive, with what the running action holds."""
+        late = sum(self.sizes[k[3]] for k in self.sending if k in self.done)
+        found = {c: 0.0 for c in CAUSES}
+        found["saved"] = math.fsum(b for k, b in self.alive.items() if k[0] in ("kept", "take"))
+        found["temporaries"] = math.fsum(b for k, b in self.alive.items() if k[0] in ("come", "back")) + late
+        for s, stage in self.stages.items():
+            found["gathered"] += stage.fixed["gathered"]
+            found["gradients"] += stage.fixed["gradients"] if s in self.begun else 0.0
+        for cause, amount in causes.items():
+            found[cause] += amount
+        self.peaks.append(found)
+
+
+def endings(stages: Iterable[StageMemory], *, foreach: bool) -> list[dict[str, float]]:
+    """Bytes by cause after the last action: the reductions that come once a step, stage after stage, and the optimizer step."""
+    stages = list(stages)
+    held = {name: h for stage in stages for name, h in stage.held.items()}
+    final = sum(h.final for h in held.values())
+    copies = sum(stage.fixed["gathered"] for stage in stages)
+    found: list[dict[str, float]] = []
+    for k, stage in enumerate(stages):
+        before = sum(h.final for done in stages[:k] for h in done.held.values())
+        others = before + sum(later.waiting for later in stages[k + 1 :])
+        found += [{**end, "gradients": end["gradients"] + others, "gathered": copies} for end in stage.ends]
+    found.append({"gradients": 2 * final})
+    steps = [float(h.step) for h in held.values() if h.step]
+    if foreach:
+        return [*found, {"gradients": final, "temporaries": sum(steps)}]
+    return [*found, *({"gradients": final, "temporaries": size} for size in steps)]
