@@ -205,16 +205,22 @@ def _train(
         "seconds": seconds[WARMUP:], "waited_seconds": waited[WARMUP:], "peak_bytes": peak.bytes,
         "collectives": _traffic(ledger), "phases": steps[WARMUP:],
     }  # fmt: skip
-    ranks = gathered(mine)
     return {
         "losses": losses,
         "checkpoints": {"resumed_from": keeping.resumed, "saved_step": keeping.saved},
+        **_together(gathered(mine), timed),
+        "predicted": {"step_seconds": plan.predicted.step_seconds, "peak_bytes": plan.predicted.peak_bytes_per_device},
+    }
+
+
+def _together(ranks: list[dict[str, Any]], timed: int) -> dict[str, Any]:
+    """What all ranks measured in `timed` steps: the slowest rank counts."""
+    return {
         "step_seconds": statistics.median(max(r["seconds"][i] for r in ranks) for i in range(timed)),
         "phase_seconds": slowest([r.pop("phases") for r in ranks]),
         "peak_bytes": [r["peak_bytes"] for r in ranks],
         "collectives": ranks[0]["collectives"],
         "ranks": ranks,
-        "predicted": {"step_seconds": plan.predicted.step_seconds, "peak_bytes": plan.predicted.peak_bytes_per_device},
     }
 
 

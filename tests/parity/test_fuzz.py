@@ -10,8 +10,8 @@ from pool import Pool
 from running import observe
 from shardwright.planner.planfile import save_plan
 
-SAMPLE = range(12)
-NIGHTLY = (*range(12, 50), *range(100, 362))
+SAMPLE = range(8)
+NIGHTLY = (*range(8, 50), *range(100, 358))
 
 
 def check(seed: int, pools: dict[int, Pool], folder: Path) -> None:
