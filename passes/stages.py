@@ -16,7 +16,7 @@ import torch
 from ..errors import UsageError
 from ..planner.assign import Assignment
 from ..planner.choices import states
-from ..planner.front import crossing_state
+from ..planner.front import crossing_placement
 from ..planner.outline import Op
 from ..planner.placement import Placement, R, V, local_dims, shape_of
 from ..planner.plan import MeshAxis
@@ -116,19 +116,9 @@ def _border(
 ) -> Border:
     tensors = dict(summary.outline.tensors)
     tensor = tensors[crossing.tensor]
-    index = next(i for i, r in enumerate(maker.results) if r.tensor == crossing.tensor)
-    made = [states(maker, tensors, choice)[1][index] for choice in assignment.choices[maker.name]]
-    use = maker.results[index]
-    places = [
-        (d, i)
-        for d, members in enumerate(use.factors)
-        for i, f in enumerate(members)
-        if maker.factors[f].token and not maker.factors[f].batch
-    ]
-    placement = [
-        crossing_state(tensor, layout, places, axis.size) if axis.role == "model" else state
-        for axis, state in zip(axes, made, strict=True)
-    ]
+    choice = assignment.choices[maker.name]
+    placement = crossing_placement(maker, crossing.tensor, tensors, choice, axes, layout)
+    index = next(i for i, use in enumerate(maker.results) if use.tensor == crossing.tensor)
     micro = states(maker, tensors, summary.batch_cut.choice[maker.name])[1][index] if m > 1 else R
     micro = R if micro == V else micro
     sizes = (*(axis.size for axis in axes), m)

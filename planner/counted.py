@@ -17,19 +17,18 @@ import msgspec
 from ..errors import PlanError
 from .assign import Assignment, assign
 from .behind import lying
-from .beside import most_overlap
-from .choices import states
+from .beside import beside, most_overlap
 from .cluster import Cluster
 from .costs import Costs, PriceBook, Shape
 from .dispatch import expert_stacks, spread_experts
 from .evaluate import Evaluator, option
 from .exchanges import with_messages
-from .front import crossing_state
+from .front import crossing_placement
 from .memory import CAUSES, Setting, facts, local_bytes
-from .outline import Op, Outline, Region, Tensor
+from .outline import Outline, Region
 from .placement import Placement
-from .placing import axis_strides, send_seconds
-from .plan import MeshAxis, OverlapPlan, Plan, Traffic
+from .placing import axis_strides, join_seconds, send_seconds
+from .plan import OverlapPlan, Plan, Traffic
 from .precision import state_bytes, sum_ratio
 from .rankmemory import RankMemory, StageMemory, endings
 from .remake import Again, Values, standing
@@ -39,6 +38,15 @@ from .space import stored_elements
 from .staging import StagePart, Staging, cut, stages_by_runs
 from .template import batch_cut, cut_outline, tie
 from .timeline import Borders
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The equal devices that pipeline ranks stand on, with their prices and what they keep of a parameter."""
+
+    cluster: Cluster
+    prices: PriceBook
+    setting: Setting
 
 
 @dataclass(frozen=True)
@@ -72,22 +80,22 @@ def counts_bytes(plan: Plan, cluster: Cluster) -> bool:
     """Whether a plan's bytes are counted: on devices whose kernels are the outline's own (CPUs), where runs confirmed them."""
     offloads = any(entry.offload for entry in plan.regions)
     halves = SCHEDULES[plan.pipeline.schedule].splits_backward
-    return cluster.device.kind == "cpu" and not plan.pools and not halves and (one_graph(plan) or not offloads)
+    return not plan.pools and cluster.device.kind == "cpu" and not halves and (one_graph(plan) or not offloads)
 
 
 def with_counts(
-    plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting, *, edited: bool = False
+    plan: Plan, outline: Outline, cluster: Cluster, grounds: Sequence[Ground], *, edited: bool = False
 ) -> Plan:  # fmt: skip
     """A plan that predicts what is counted; itself for inference. `outline` is its graph at the compute dtype.
 
-    Where bytes are counted, as much runs beside computing as fits, or what an edited plan says. Raises PlanError where a choice is
-    not possible.
+    `grounds` are those of the plan's pools, in the order of the pipeline, one where all devices are equal. Where bytes are
+    counted, as much runs beside computing as fits, or what an edited plan says. Raises PlanError where a choice is not possible.
     """
     if not outline.training:
         return plan
 
     def counted(way: OverlapPlan) -> Counted:
-        return count(msgspec.structs.replace(plan, overlap=way), outline, cluster, prices, setting)
+        return count(msgspec.structs.replace(plan, overlap=way), outline, cluster, grounds)
 
     try:
         if edited or not counts_bytes(plan, cluster):
@@ -114,27 +122,29 @@ def _predicting(plan: Plan, found: Counted) -> Plan:
     return msgspec.structs.replace(plan, predicted=predicted, stages=stages)
 
 
-def count(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting) -> Counted:
-    """Count a plan; `outline` is its graph at the compute dtype. Raises PlanError or ValueError where a choice is not possible."""
+def count(plan: Plan, outline: Outline, cluster: Cluster, grounds: Sequence[Ground]) -> Counted:
+    """Count a plan, as `with_counts` says. Raises PlanError or ValueError where a choice is not possible."""
     plan = spread_experts(plan, expert_stacks(outline))
-    return _Counter(plan, outline, cluster, prices, setting).count()
+    return _Counter(plan, outline, cluster, grounds).count()
 
 
 class _Counter:
-    def __init__(self, plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, setting: Setting) -> None:
-        self.plan, self.outline = plan, outline
-        self.setting = replace(setting, prefetch=plan.overlap.prefetch, reductions=plan.overlap.reductions)
-        self.cluster, self.prices = cluster, prices
+    def __init__(self, plan: Plan, outline: Outline, cluster: Cluster, grounds: Sequence[Ground]) -> None:
+        self.plan, self.outline, self.cluster = plan, outline, cluster
+        self.grounds = [replace(ground, setting=beside(ground.setting, plan.overlap)) for ground in grounds]
         self.own, self.axes = assign(plan, outline), plan.mesh
         self.bytes = counts_bytes(plan, cluster)
         self.lies = lying(plan, outline) if any(entry.offload for entry in plan.regions) else None
         grouped = repeated(outline) if any(axis.role == "context" for axis in plan.mesh) else {}
-        self.costs = Costs(
-            prices, Shape(plan.mesh), outline.training, repeated=grouped, summed=sum_ratio(plan.precision)
-        )
+        self.costs = [
+            Costs(g.prices, Shape(plan.mesh), outline.training, repeated=grouped, summed=sum_ratio(plan.precision))
+            for g in self.grounds
+        ]
+        self.sizes = tuple(axis.size for axis in plan.mesh)
         self.m = plan.pipeline.microbatches
         self.batch = batch_cut(outline) if self.m > 1 else None
         self.rank_of = [stage.rank for stage in plan.stages]
+        self.at = [i for i, pool in enumerate(plan.pools) for _ in range(pool.ranks)] or [0] * plan.pipeline.ranks
         self.small = cut_outline(outline, self.m, self.batch).outline.tensors
 
     def count(self) -> Counted:
@@ -146,7 +156,7 @@ class _Counter:
         rows: list[list[Traffic]] = [[] for _ in range(self.plan.pipeline.ranks)]
         lines: list[dict[int, StageMemory]] = [{} for _ in rows]
         for s, part in enumerate(staging.parts):
-            traffic, line = self._stage(part, crossing)
+            traffic, line = self._stage(part, crossing, self.at[self.rank_of[s]])
             rows[self.rank_of[s]] += traffic
             if line is not None:
                 lines[self.rank_of[s]][s] = line
@@ -157,14 +167,14 @@ class _Counter:
 
     def _one(self) -> Counted:
         """Of a plan without pipeline ranks."""
-        evaluator = self._evaluator(self.outline, Borders())
+        evaluator = self._evaluator(self.outline, Borders(), 0)
         if not self.bytes:
             return Counted((evaluator.ledger(self.own, self.lies).traffic(),), ())
         whole = evaluator.evaluate(self.own, self.lies)
         return Counted((whole.traffic,), (whole.memory,))
 
     def _stage(
-        self, part: StagePart, crossing: Mapping[str, Placement]
+        self, part: StagePart, crossing: Mapping[str, Placement], pool: int
     ) -> tuple[tuple[Traffic, ...], StageMemory | None]:
         """Collectives of one stage inside itself, and its bytes."""
         takes = {c.tensor: crossing[c.tensor] for c in part.takes}
@@ -173,27 +183,28 @@ class _Counter:
         groups = tuple(g for group in self.own.groups if (g := tuple(n for n in group if n in mine)))
         storage = {name: self.own.storage[name] for group in groups for name in group}
         own = replace(self.own, groups=groups, storage=storage, again=again_in(outline, self.own, takes))
-        evaluator = self._evaluator(outline, Borders(takes, gives))
+        evaluator = self._evaluator(outline, Borders(takes, gives), pool)
         ledger = evaluator.ledger(own, self.lies)
         if not self.bytes:
             return ledger.traffic(), None
         took = sum(self._size(name, at) for name, at in takes.items())
         return ledger.traffic(), StageMemory.of(evaluator.timeline(own, ledger), took)
 
-    def _evaluator(self, outline: Outline, borders: Borders) -> Evaluator:
+    def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))
         staged = borders if self.plan.pipeline.ranks > 1 else None
-        return Evaluator(template, facts(outline), self.costs, self.setting, staged)
+        return Evaluator(template, facts(outline), self.costs[pool], self.grounds[pool].setting, staged)
 
     def _size(self, name: str, placement: Placement) -> float:
         """Bytes of a tensor that crosses, of one microbatch on one rank."""
-        return local_bytes(self.small[name], placement, self.costs.shape.sizes)
+        return local_bytes(self.small[name], placement, self.sizes)
 
     def _memory(
         self, staging: Staging, crossing: Mapping[str, Placement], lines: Sequence[Mapping[int, StageMemory]]
     ) -> tuple[Mapping[str, int], ...]:  # fmt: skip
         """Bytes by cause at the fullest moment of every rank."""
-        p, edges = self.plan.pipeline, dict[tuple[int, int], tuple[str, ...]]()
+        p, setting = self.plan.pipeline, self.grounds[0].setting
+        edges: dict[tuple[int, int], tuple[str, ...]] = {}
         for c in staging.crossings:
             edges[c.source, c.target] = (*edges.get((c.source, c.target), ()), c.tensor)
         training = self.outline.training
@@ -209,11 +220,11 @@ class _Counter:
         for r, mine in enumerate(lines):
             moments = RankMemory(mine, steps[r], self.rank_of, edges, back, sizes).play()
             if training:
-                moments += endings(mine.values(), foreach=self.setting.foreach)
+                moments += endings(mine.values(), foreach=setting.foreach)
             held = {name: h for stage in mine.values() for name, h in stage.held.items()}
             base = {
                 "parameters": sum(h.stored for h in held.values()), "optimizer": sum(h.moments for h in held.values()),
-                "buffers": given, "reserve": self.setting.reserve,
+                "buffers": given, "reserve": setting.reserve,
             }  # fmt: skip
             most = max(moments, key=lambda m: sum(m.values()))
             found.append({c: round(base.get(c, 0.0) + most.get(c, 0.0)) for c in CAUSES})
@@ -225,7 +236,10 @@ class _Counter:
         exits = {entry.name: entry.exit for entry in self.plan.regions}
         layouts = [exits[stage.runs[-1].use] if stage.runs else "R" for stage in self.plan.stages]
         return {
-            c.tensor: crossing_placement(self.outline, self.own, makers[c.tensor], c.tensor, self.axes, layouts[c.source])
+            c.tensor: crossing_placement(
+                makers[c.tensor], c.tensor, self.outline.tensors, self.own.choices[makers[c.tensor].name], self.axes,
+                layouts[c.source],
+            )
             for c in staging.crossings
         }  # fmt: skip
 
@@ -238,9 +252,15 @@ class _Counter:
             times = self.m * ((ends[0] == rank) + (back and ends[1] == rank)) if ends[0] != ends[1] else 0
             if times:
                 size = round(self._size(c.tensor, crossing[c.tensor]))
-                each = send_seconds(self.cluster, size, self.stride, size=self.plan.pipeline.ranks)
-                found.append(Traffic("send", "pp", times, times * size, times * each))
+                found.append(Traffic("send", "pp", times, times * size, times * self._send_seconds(size, *ends)))
         return found
+
+    def _send_seconds(self, size: int, source: int, target: int) -> float:
+        """Seconds of a message between pipeline ranks, inside a pool or over the link that joins two."""
+        pool = self.at[source]
+        if pool != self.at[target]:
+            return join_seconds(self.cluster, size)
+        return send_seconds(self.grounds[pool].cluster, size, self.stride, size=self.at.count(pool))
 
     @property
     def stride(self) -> int:
@@ -257,7 +277,8 @@ class _Counter:
         found = [self._sum(round(loss.bytes))]
         everything = [name for name in (self.outline.loss, *self.outline.outputs) if name]
         all_holders = cut(self.outline, stages_by_runs(self.plan, self.outline), len(self.rank_of), everything).holders
-        width = state_bytes(self.setting.precision, self.setting.optimizer).parameter
+        setting = self.grounds[0].setting
+        width = state_bytes(setting.precision, setting.optimizer).parameter
         for p in self.outline.parameters:
             held = {self.rank_of[s] for s in all_holders.get(p.tensor, ())}
             trains = p.trainable and self.outline.tensors[p.tensor].differentiable
@@ -266,12 +287,19 @@ class _Counter:
         return found
 
     def _sum(self, size: int) -> Traffic:
-        """One all-reduce between pipeline ranks, priced as if all of them took part."""
-        price = self.prices.collective("all_reduce", size, self.stride, self.plan.pipeline.ranks)
-        return Traffic("all_reduce", "pp", 1, size, price.seconds)
+        """One all-reduce between pipeline ranks, priced as if all of them took part.
+
+        Over several pools a ring, as fast as the link that joins them (2 (n-1)/n of the bytes pass every rank).
+        """
+        ranks = self.plan.pipeline.ranks
+        if len(self.grounds) > 1:
+            seconds = join_seconds(self.cluster, 2 * (ranks - 1) / ranks * size)
+        else:
+            seconds = self.grounds[0].prices.collective("all_reduce", size, self.stride, ranks).seconds
+        return Traffic("all_reduce", "pp", 1, size, seconds)
 
     def _stored(self, name: str) -> int:
-        storage, sizes = self.own.storage[name], self.costs.shape.sizes
+        storage, sizes = self.own.storage[name], self.sizes
         return stored_elements(self.outline.tensors[name], option(storage, sizes), sizes)
 
 
@@ -299,21 +327,6 @@ def part_outline(outline: Outline, part: StagePart) -> Outline:
     )  # fmt: skip
 
 
-def _arrived(outline: Outline, part: StagePart) -> Mapping[str, Tensor]:
-    """The tensors of one stage: what it takes has memory of its own, in which the views of the same storage lie."""
-    takes = tuple(dict.fromkeys(c.tensor for c in part.takes))
-    lies: dict[str, str] = {}
-    for name in takes:
-        root = outline.tensors[name].storage
-        if root not in takes:
-            lies.setdefault(root, name)
-    own = {name: name for name in takes}
-    return {
-        name: replace(t, storage=own.get(name, lies[t.storage])) if t.storage in lies else t
-        for name, t in outline.tensors.items()
-    }
-
-
 def again_in(part: Outline, own: Assignment, takes: Mapping[str, Placement]) -> Again:
     """What of a plan's recompute one stage runs."""
     if not own.again:
@@ -323,26 +336,6 @@ def again_in(part: Outline, own: Assignment, takes: Mapping[str, Placement]) -> 
     used = {use.tensor for op in part.ops for use in op.operands}
     copies = frozenset(copy for copy in own.again.copies if copy[0] in used)
     return Values(part, facts(part), wanted, {**produced, **takes}).needed(Again(ops, copies))
-
-
-def crossing_placement(
-    outline: Outline, own: Assignment, maker: Op, name: str, axes: Sequence[MeshAxis], layout: str
-) -> Placement:  # fmt: skip
-    """How a tensor crosses to another stage: as it is made, and on the model axis in the layout of the border."""
-    tensors = dict(outline.tensors)
-    index = next(i for i, use in enumerate(maker.results) if use.tensor == name)
-    made = [states(maker, tensors, choice)[1][index] for choice in own.choices[maker.name]]
-    use = maker.results[index]
-    places = [
-        (d, i)
-        for d, members in enumerate(use.factors)
-        for i, f in enumerate(members)
-        if maker.factors[f].token and not maker.factors[f].batch
-    ]
-    return tuple(
-        crossing_state(tensors[name], layout, places, axis.size) if axis.role == "model" else state
-        for axis, state in zip(axes, made, strict=True)
-    )
 
 
 def added(rows: Iterable[Traffic]) -> tuple[Traffic, ...]:

@@ -34,17 +34,18 @@ def fitting(within: Callable[[int], Plan | None], limit: int) -> Plan | None:
         if allowed == limit and peak <= plan.memory_limit_bytes:
             return plan
         if peak <= limit:
-            return _held(plan, limit, bound)
+            return held_to(plan, limit, bound, LESS)
         allowed = math.floor(allowed * limit / peak / NEAR)
     return None
 
 
-def _held(plan: Plan, limit: int, bound: float) -> Plan:
-    """A plan of a narrower search, with the limit that was asked for and the bound that holds for it."""
+def held_to(plan: Plan, limit: int, bound: float, *given_up: str) -> Plan:
+    """A plan of several searches, with the limit that was asked for, the bound that all of them proved, and what they give up."""
     seconds = plan.predicted.step_seconds
-    gap = (seconds - bound) / seconds if seconds else 0.0
+    bound = min(bound, seconds)
     search = msgspec.structs.replace(
-        plan.search, bound_seconds=bound, gap=max(gap, 0.0), given_up=(*plan.search.given_up, LESS)
+        plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
+        given_up=(*plan.search.given_up, *given_up),
     )  # fmt: skip
     return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
 

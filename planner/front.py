@@ -27,7 +27,8 @@ from .memory import buffer, local_bytes, new_bytes
 from .outline import Op, Tensor
 from .part import Part
 from .pins import Pins
-from .placement import R, State, V, split
+from .placement import Placement, R, State, V, split
+from .plan import MeshAxis
 from .program import INFINITE, Program
 from .space import restrict
 
@@ -70,6 +71,29 @@ def crossing_state(tensor: Tensor, layout: str, places: Sequence[tuple[int, int]
             if tensor.dims[dim][factor] % ways == 0:
                 return split(dim, factor)
     return R
+
+
+def crossing_placement(
+    maker: Op, name: str, tensors: Mapping[str, Tensor], choice: Sequence[str], axes: Sequence[MeshAxis], layout: str
+) -> Placement:
+    """How a tensor of `maker`, which runs as `choice` says (by axis), crosses to another stage.
+
+    As it is made, and on the model axis in the layout of the border.
+    """
+    index = next(i for i, use in enumerate(maker.results) if use.tensor == name)
+    use, known = maker.results[index], dict(tensors)
+    places = [
+        (d, i)
+        for d, members in enumerate(use.factors)
+        for i, f in enumerate(members)
+        if maker.factors[f].token and not maker.factors[f].batch
+    ]
+    return tuple(
+        crossing_state(tensors[name], layout, places, axis.size)
+        if axis.role == "model"
+        else states(maker, known, mine)[1][index]
+        for axis, mine in zip(axes, choice, strict=True)
+    )
 
 
 def ways_of(op: Op, tensors: Mapping[str, Tensor], costs: Costs, pins: Pins, residual: frozenset[str]) -> list[Way]:
@@ -314,6 +338,15 @@ class FrontProgram:
             row = self.x[op.name]
             picks[op.name] = max(range(len(row)), key=lambda s: values[row[s]])
         again = frozenset(n for n, row in self.q.items() if row and sum(values[v] for v in row) > 0.5)
+        ways = {op.name: self.ways[op.name][picks[op.name]] for op in self.part.outline.ops}
         regather = frozenset((root, str(q)) for (root, _, q), v in self.g.items() if values[v] > 0.5)
-        chosen = tuple(self.ways[op.name][picks[op.name]].choice for op in self.part.outline.ops)
-        return Design("", "", chosen, again, regather)
+        return Design("", "", tuple(way.choice for way in ways.values()), again, regather & self._taken(ways))
+
+    def _taken(self, ways: Mapping[str, Way]) -> frozenset[Regathered]:
+        """Copies that an op takes: one that costs nothing may be set in the program without a taker."""
+        found = (
+            self._canon(use.tensor, state)
+            for op in self.part.outline.ops
+            for use, state in zip(op.operands, ways[op.name].operands, strict=True)
+        )
+        return frozenset((root, str(state)) for root, state in found)

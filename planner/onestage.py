@@ -25,7 +25,7 @@ from .cluster import Cluster, has_host
 from .costs import PriceBook
 from .counted import one_graph
 from .evaluate import Evaluation
-from .fitting import NEAR
+from .fitting import NEAR, held_to, within_limit
 from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
@@ -173,15 +173,8 @@ def _within(
 
 
 def _limited(plan: Plan, limit: int, bound: float) -> Plan:
-    """The plan with the limit that was asked for, and the bound that all searches proved."""
-    seconds = plan.predicted.step_seconds
-    bound = min(bound, seconds)
     counts = one_graph(plan) and not _behind(plan)
-    search = msgspec.structs.replace(
-        plan.search, bound_seconds=bound, gap=(seconds - bound) / seconds if seconds else 0.0,
-        given_up=(*plan.search.given_up, NARROW, *((COUNTED,) if counts else ())),
-    )  # fmt: skip
-    return msgspec.structs.replace(plan, memory_limit_bytes=limit, search=search)
+    return held_to(plan, limit, bound, NARROW, *((COUNTED,) if counts else ()))
 
 
 def _behind(plan: Plan) -> bool:
@@ -237,12 +230,4 @@ def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook)
         raise PlanError(
             "search.given_up: bytes are counted op by op, which needs one stage, and no context axis or split experts"
         )
-    plan = counted(plan, outline, cluster, prices, edited=True)
-    peak, memory = plan.predicted.peak_bytes_per_device, plan.predicted.memory
-    if peak > plan.memory_limit_bytes:
-        cause = max(memory, key=lambda c: memory[c])
-        raise Infeasible(
-            f"the edited plan needs {peak} bytes per device, its limit is {plan.memory_limit_bytes} (most of it: {cause})",
-            cause=cause, nearest=(f"--memory-limit {peak}",),
-        )  # fmt: skip
-    return plan
+    return within_limit(counted(plan, outline, cluster, prices, edited=True))

@@ -55,7 +55,7 @@ from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
 from .shapes import Arrangement, Room, arrangements, mesh_shapes
-from .spell import plan_of, shape_in, stages_of, units_in
+from .spell import grounds, plan_of, shape_in, stages_of, units_in
 from .template import build, retyped
 from .unitexperts import expert_sizes
 from .unlike import UnlikeBench, pool_limits, pool_prices
@@ -290,8 +290,7 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     )
     if op_by_op:
         return recounted(priced, outline, cluster, prices)
-    mine = bench.on(shape, 0).task
-    return within_limit(with_counts(priced, bench.task.outline, mine.cluster, mine.prices, mine.setting, edited=True))
+    return within_limit(with_counts(priced, bench.task.outline, cluster, grounds(bench, shape), edited=True))
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

@@ -12,7 +12,7 @@ from .appraise import Appraisal, appraise, predict
 from .bench import home_of
 from .choices import states
 from .cluster import Cluster, pool_names
-from .counted import with_counts
+from .counted import Ground, with_counts
 from .front import Design
 from .joint import Found, Solved
 from .options import Option
@@ -83,8 +83,14 @@ def plan_of(
         runners_up=tuple(r for r in found.records if r.status == "solved")[1:4], stages=stages, pools=_pools(bench, shape),
         notes=(*outline.notes, *_unpriced(bench, shape)),
     )  # fmt: skip
-    mine = bench.on(shape, 0).task
-    return with_counts(plan, task.outline, mine.cluster, mine.prices, mine.setting)
+    return with_counts(plan, task.outline, task.cluster, grounds(bench, shape))
+
+
+def grounds(bench: Workbench, shape: Arrangement) -> tuple[Ground, ...]:
+    """What the ranks of every pool stand on, in the order of the pipeline."""
+    first = [shape.pools.index(p) for p in shape.pool_order] or [0]
+    tasks = [bench.on(shape, rank).task for rank in first]
+    return tuple(Ground(task.cluster, task.prices, task.setting) for task in tasks)
 
 
 def _unpriced(bench: Workbench, shape: Arrangement) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def time_machine() -> dict[str, float]:
     figures = {f"matmul.{name}": _matmul(name) for name in ("float32", "float64", "bfloat16")}
     x, y = torch.rand(STREAM_ELEMENTS), torch.rand(STREAM_ELEMENTS)
     z = torch.empty_like(x)
-    moved = x.numel() * x.element_size()
+    moved = x.nbytes
     figures["memory"] = 3 * moved / _seconds(lambda: torch.add(x, y, out=z))
     a, b = torch.rand(ACTIVATION_ELEMENTS), torch.rand(ACTIVATION_ELEMENTS)
     figures["elementwise"] = 12 * ACTIVATION_ELEMENTS / _seconds(lambda: a + b)

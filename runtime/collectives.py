@@ -125,10 +125,6 @@ def release(x: Tensor) -> None:
         x.untyped_storage().resize_(0)
 
 
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
 Launch = Callable[[list[Tensor]], Sequence[Tensor]]
 """Operands -> results that are to be waited for (`_c10d_functional` ops)."""
 
@@ -227,7 +223,7 @@ def start_all_reduce(x: Tensor, group: str, op: str = "sum", *, own: bool = Fals
     operand = _counted(x)
     own = (own or operand is not x) and not is_tracing()
     call = c10d.all_reduce_ if own else c10d.all_reduce
-    pending = Pending("all_reduce", _bytes(x), group, lambda t: [call(t[0], op, group)], [operand])
+    pending = Pending("all_reduce", x.nbytes, group, lambda t: [call(t[0], op, group)], [operand])
     return _as(x.dtype, lambda: pending.wait()[0])
 
 
@@ -240,14 +236,14 @@ def start_all_gather(x: Tensor, n: int, group: str) -> Arriving:
     """`all_gather`, launched."""
     operands = [x.contiguous().reshape(1, *x.shape)]
     pending = Pending(
-        "all_gather", n * _bytes(x), group, lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], operands
+        "all_gather", n * x.nbytes, group, lambda t: [c10d.all_gather_into_tensor(t[0], n, group)], operands
     )
     return lambda: pending.wait()[0]
 
 
 def start_all_gather_each(shards: Sequence[Tensor], n: int, group: str) -> Callable[[], list[Tensor]]:
     """For each shard the shards of all ranks joined on dim 0, by rank; one collective, each result in memory of its own."""
-    full, operands = n * sum(_bytes(s) for s in shards), [s.contiguous() for s in shards]
+    full, operands = n * sum(s.nbytes for s in shards), [s.contiguous() for s in shards]
     return Pending(
         "all_gather", full, group, lambda t: c10d.all_gather_into_tensor_coalesced(t, n, group), operands
     ).wait
@@ -262,7 +258,7 @@ def start_reduce_scatter(x: Tensor, n: int, group: str) -> Arriving:
     """`reduce_scatter`, launched."""
     operands = [_counted(x)]
     pending = Pending(
-        "reduce_scatter", _bytes(x), group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], operands
+        "reduce_scatter", x.nbytes, group, lambda t: [c10d.reduce_scatter_tensor(t[0], "sum", n, group)], operands
     )
     return _as(x.dtype, lambda: pending.wait()[0][0])
 
@@ -274,7 +270,7 @@ def all_to_all(x: Tensor, n: int, group: str) -> Tensor:
 
 def start_all_to_all(x: Tensor, n: int, group: str) -> Arriving:
     """`all_to_all`, launched."""
-    return start_exchange(x, [1] * n, [1] * n, n * _bytes(x), group)
+    return start_exchange(x, [1] * n, [1] * n, n * x.nbytes, group)
 
 
 def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], full: int, group: str) -> Arriving:

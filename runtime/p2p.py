@@ -56,7 +56,7 @@ class Link:
                 continue
             self._sent(IN_FLIGHT - 1)
             x = x.detach().contiguous()
-            collectives.record("send", x.numel() * x.element_size(), self.group.group_name)
+            collectives.record("send", x.nbytes, self.group.group_name)
             work = dist.isend(x, self.peers[to], group=self.group)
             assert work is not None
             self._sending.append((work, x))
@@ -79,7 +79,7 @@ class Link:
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """x of pipeline rank `source`, on all of them (in place)."""
-        collectives.record("broadcast", x.numel() * x.element_size(), self.group.group_name)
+        collectives.record("broadcast", x.nbytes, self.group.group_name)
         with waiting("broadcast", self.group.group_name):
             dist.broadcast(x, self.peers[source], group=self.group)
         return x

@@ -169,7 +169,7 @@ class _Ring(torch.autograd.Function):
         total = q.new_full(q.shape[:-1], NEVER, dtype=work.sums)
         ctx.ledger = collectives.active_ledger()
         block = _packed(k, v)
-        collectives.record("all_gather", at.ways * block.numel() * block.element_size(), at.group)
+        collectives.record("all_gather", at.ways * block.nbytes, at.group)
         for turn in range(at.ways):
             coming = pass_on(block, at.ways, at.index, at.group) if turn + 1 < at.ways else None
             keys, values = _opened(block, k, v)

@@ -44,7 +44,7 @@ class Files:
         data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
         fresh = path.with_suffix(".new")
         with fresh.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, value.numel() * value.element_size(), zlib.crc32(data)))
+            file.write(HEADER.pack(MAGIC, value.nbytes, zlib.crc32(data)))
             file.write(data)
         os.replace(fresh, path)
         return from_file(path, tuple(value.shape), value.dtype, HEADER.size)

@@ -68,12 +68,12 @@ class Lanes:
 
     def into(self, source: Tensor, target: Tensor, what: str) -> Copy:
         """Host memory to the device."""
-        self.count(what, Traffic(in_bytes=_bytes(target), copies=1))
+        self.count(what, Traffic(in_bytes=target.nbytes, copies=1))
         return self._start("in", source, target)
 
     def out(self, source: Tensor, target: Tensor, what: str, *, bounded: bool = True) -> Copy:
         """The device to host memory. Of those that are `bounded` at most `PENDING` sources wait for their copy to end."""
-        self.count(what, Traffic(out_bytes=_bytes(target), copies=1))
+        self.count(what, Traffic(out_bytes=target.nbytes, copies=1))
         made = self._start("out", source, target)
         if not bounded:
             return made
@@ -122,7 +122,3 @@ class Lanes:
 def _copy(lane: str, ends: list[Tensor]) -> None:
     with torch.profiler.record_function(f"offload {lane}"):
         ends[1].copy_(ends[0])
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -103,7 +103,7 @@ class Keeper:
             place.version = place.changes
             target = torch.empty(place.host.shape, dtype=place.dtype, device=self.device)
             if place.on_disk:
-                self.lanes.count(place.what, Traffic(read_bytes=place.host.numel() * place.host.element_size()))
+                self.lanes.count(place.what, Traffic(read_bytes=place.host.nbytes))
             place.coming = self.lanes.into(self._computed(place), target, place.what)
 
     def refresh(self, place: Place) -> None:

@@ -133,7 +133,7 @@ class Rounds:
                 for name, v in m.own.items()
             }
             if m.place.on_disk:
-                moved = _bytes(m.twin) + sum(_bytes(v) for v in m.states.values() if large(v, m.twin))
+                moved = m.twin.nbytes + sum(v.nbytes for v in m.states.values() if large(v, m.twin))
                 self.keeper.lanes.count(STATES, Traffic(read_bytes=moved))
 
     def _copy(self, member: Member, source: Tensor, kind: str) -> Tensor:
@@ -194,7 +194,7 @@ class Rounds:
                 after.ended()
             return files.put(at, value)
 
-        self.keeper.lanes.count(STATES, Traffic(write_bytes=_bytes(value)))
+        self.keeper.lanes.count(STATES, Traffic(write_bytes=value.nbytes))
         return self.keeper.lanes.run("write", write)
 
     def _home(self, subgroup: Subgroup) -> None:
@@ -259,7 +259,3 @@ def large(value: Any, parameter: Tensor) -> bool:
 def _range(kind: str) -> torch.profiler.record_function:
     """What is allocated and freed for a visit is the device's."""
     return torch.profiler.record_function(ON_DEVICE if kind == DEVICE else "shardwright::update_from_disk")
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
