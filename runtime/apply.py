@@ -26,6 +26,7 @@ from ..planner.outline import Outline
 from ..planner.plan import MeshAxis, Plan, Precision
 from ..planner.planfile import dump_plan, parse_plan
 from ..planner.prices import Prices
+from ..planner.schedules import SCHEDULES
 from ..planner.solve import solve_fixed
 from .mesh import Mesh, check_world, rank, world_size
 from .module import ParallelModule
@@ -54,8 +55,11 @@ def apply(
         raise UsageError(
             "expert parallelism sends uneven numbers of tokens, which a compiled graph cannot: use compile=False"
         )
-    if compile and plan.pipeline.ranks > 1:
-        raise UsageError("compile=True is not supported yet for plans with a pipeline; leave it out, or plan with pp=1")
+    if compile and SCHEDULES[plan.pipeline.schedule].splits_backward:
+        raise UsageError(
+            f"schedule {plan.pipeline.schedule} splits the backward pass, which a compiled graph does not: use compile=False, "
+            "or plan with --pin schedule=1f1b"
+        )
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 

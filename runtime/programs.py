@@ -180,11 +180,7 @@ class Programs:
             emit.offload.mark(lowered)
         if not self.compile:
             emit.overlap(lowered)
-        body: Callable[..., Any] = lowered.body
-        if training and not self.compile:
-            body = with_recipes(lowered.body)
-        if self.compile:
-            body = compiled(lowered.body, tagged=bool(assignment.again))
+        body = self._body(lowered, assignment, training=training)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         return Program(
             captured, summary, assignment, lowered, body, emit, training, microbatches, _buckets(assignment, emit), names,
@@ -205,18 +201,25 @@ class Programs:
         for one in staged.own.values():
             if emit.offload is not None and training:
                 emit.offload.mark(one)
-            emit.overlap(one)
+            if not self.compile:
+                emit.overlap(one)
         lowered = replace(staged.first, outputs=tuple(others))
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter" and e.node in staged.parameters}
         buckets = _buckets(assignment, emit)
-        bodies: dict[int, Body] = {s: with_recipes(one.body) if training else one.body for s, one in staged.own.items()}
+        bodies = {s: self._body(one, assignment, training=training) for s, one in staged.own.items()}
         if training and emit.divided:
             own, outline = staged.own, summary.outline
             bodies = {s: with_halves(own[s].body, own[s].body_feeds, outline, buckets) for s in own}
         return Program(
             captured, summary, assignment, lowered, lowered.body, emit, training, microbatches, buckets, names,
-            self.mesh.device, others=others, writes=captured.writes, staged=staged, bodies=bodies,
+            self.mesh.device, self.compile, others, captured.writes, staged, bodies,
         )  # fmt: skip
+
+    def _body(self, lowered: Lowered, assignment: Assignment, *, training: bool) -> Body:
+        """What runs a lowered body: compiled, or with what it makes again in the backward pass."""
+        if self.compile:
+            return compiled(lowered.body, tagged=bool(assignment.again))
+        return with_recipes(lowered.body) if training else lowered.body
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
         """The plan's own where the call is as the example was, else a capture of it."""

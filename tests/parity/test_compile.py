@@ -77,3 +77,20 @@ def test_two_ranks(name: str, pins: str, ranks2: Pool) -> None:
         # The gathers of ZeRO-3 run again in backward, compiled as eager.
         for kind in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
             assert count(compiled, kind) == count(eager, kind), (kind, compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "world"),
+    [
+        ("llama", "pp=2 schedule=1f1b micro_batch=4", 2),
+        pytest.param("gpt2", "pp=2 schedule=gpipe micro_batch=2 recompute=full", 2, marks=pytest.mark.nightly),
+        pytest.param("llama", "pp=2 dp=2 zero=3 schedule=1f1b micro_batch=2", 4, marks=pytest.mark.nightly),
+        pytest.param("t5", "pp=2 tp=2 schedule=1f1b micro_batch=4", 4, marks=pytest.mark.nightly),
+        pytest.param("llama-deep", "pp=2 vpp=2 schedule=interleaved micro_batch=2", 2, marks=pytest.mark.nightly),
+    ],
+)
+def test_stages(name: str, pins: str, world: int, pools: dict[int, Pool]) -> None:
+    """Every stage of a pipeline is a graph of its own; their collectives are those of the eager stages."""
+    for compiled, eager in pools[world].run(compared, name, plan_of(name, f"{pins} dtype=fp32", world)):
+        for kind in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            assert count(compiled, kind) == count(eager, kind), (kind, compiled, eager)
