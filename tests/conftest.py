@@ -21,12 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch sees no device."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` are skipped where torch sees no device; where several processes share the tests, each has whole groups."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests that share what is dear to make: pools of ranks and captured models, or what a file keeps."""
+    shares_ranks = "parity" in item.path.parts or {"ranks2", "ranks4"} & set(getattr(item, "fixturenames", ()))
+    return "ranks" if shares_ranks else item.path.name
 
 
 def _pool(world_size: int) -> Iterator[Pool]:
