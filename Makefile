@@ -11,9 +11,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/shardwright demo
 
-# Two processes: one has the tests with ranks of their own, the other the rest (tests/conftest.py).
+# Two processes share the tests (tests/conftest.py).
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from pool import Pool
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -20,19 +22,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "nightly: too slow for every run")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch sees no device; where several processes share the tests, each has whole groups."""
+    """Tests marked `gpu` are skipped where torch sees no device."""
+    if torch.cuda.is_available():
+        return
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests that share what is dear to make: pools of ranks and captured models, or what a file keeps."""
-    shares_ranks = "parity" in item.path.parts or {"ranks2", "ranks4"} & set(getattr(item, "fixturenames", ()))
-    return "ranks" if shares_ranks else item.path.name
+class Shares(LoadScopeScheduling):  # type: ignore[misc]
+    """Tests by process: files go whole, and those in folders (parity) with their folder, as they share captured models."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, name = nodeid.partition("::")[0].rpartition("/")
+        return name if folder.endswith("tests") else folder
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares:
+    return Shares(config, log)
 
 
 def _pool(world_size: int) -> Iterator[Pool]:
