@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -85,16 +85,27 @@ class Share:
     looped: bool
 
 
+@dataclass(frozen=True)
+class After:
+    """How a result is made of those of all microbatches: they are joined at `place` (as of a feed) or, without one, added up;
+    then `steps` make it whole."""
+
+    steps: tuple[Emitted, ...]
+    place: tuple[int, int] | None = None
+
+
 @dataclass
 class Lowered:
     """The graphs of one rank, with their placeholders in order.
 
     `body` returns what it gives to other graphs, the loss (if it has one) and then `outputs`. With microbatches the loss is
-    partial, in `loss_placement`; `loss_steps` make its sum whole. `entry_outputs` are the step feeds of the body.
+    partial, in `loss_placement`, and `after` says how it and outputs that differ between microbatches become whole.
+    `entry_outputs` are the step feeds of the body.
     """
 
     body: fx.GraphModule
     body_feeds: tuple[Feed, ...]
+    loss: str = ""
     outputs: tuple[str, ...] = ()
     entry: fx.GraphModule | None = None
     entry_feeds: tuple[Feed, ...] = ()
@@ -102,4 +113,4 @@ class Lowered:
     prologue: fx.GraphModule | None = None
     prologue_feeds: tuple[Feed, ...] = ()
     loss_placement: Placement = ()
-    loss_steps: tuple[Emitted, ...] = ()
+    after: dict[str, After] = field(default_factory=dict)

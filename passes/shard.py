@@ -30,7 +30,7 @@ from .experiment import fill
 from .factories import on_device
 from .fuse_bias import fuse_bias
 from .localize import local_form
-from .lowered import CallForm, Emit, Emitted, Feed, Lowered, Share
+from .lowered import After, CallForm, Emit, Emitted, Feed, Lowered, Share
 from .share_heads import share_heads
 from .summarize import Call, Summary
 
@@ -65,10 +65,9 @@ def lower(
     returned = [] if share is None else [body.get(name, placement) for name, placement in share.gives]
     if loss:
         returned.append(body.get(loss, body.produced[loss] if looped else (*whole, R)))
-    for name in outputs:
-        returned.append(body.get(name, (*whole, R)))
+    returned += [body.get(name, body.apart(name) or (*whole, R)) for name in outputs]
     module = body.finish(returned)
-    lowered = Lowered(module, tuple(body.feeds), outputs=tuple(outputs))
+    lowered = Lowered(module, tuple(body.feeds), loss, tuple(outputs))
     if looped:
         _surround(shop, body, hoisted, lowered)
     return lowered
@@ -88,13 +87,14 @@ def _surround(shop: _Shop, body: _Graph, hoisted: frozenset[str], lowered: Lower
     lowered.entry = entry.finish([entry.get(name, (*placement, R)) for name, placement in wanted])
     lowered.entry_feeds, lowered.entry_outputs = tuple(entry.feeds), tuple(wanted)
     loss = shop.summary.outline.loss
-    if not loss:
-        return
-    whole: Placement = (R,) * len(shop.sizes)
-    lowered.loss_placement = body.produced[loss][:-1]
-    lowered.loss_steps = tuple(
-        shop.emit.transition(step, ()) for step in steps((), lowered.loss_placement, whole, shop.sizes)
-    )
+    if loss:
+        lowered.loss_placement = body.produced[loss][:-1]
+        lowered.after[loss] = After(shop.wholes(loss, lowered.loss_placement))
+    for name in lowered.outputs:
+        placement = body.apart(name)
+        if placement is not None:
+            place = shop.place(name, placement) if placement[-1].is_split else None
+            lowered.after[name] = After(shop.wholes(name, placement[:-1]), place)
 
 
 def _hoisted(shop: _Shop) -> frozenset[str]:
@@ -139,6 +139,24 @@ class _Shop:
         inputs = self.summary.inputs
         place = inputs.get(tensor)
         return tuple(split(*place) if place is not None and a in self.data_axes else R for a in range(len(self.sizes)))
+
+    def cut_of(self, placement: Placement) -> Placement:
+        """A tensor that is cut into microbatches, before it is: they are cuts of the data-parallel shard, and a model axis that
+        splits the same factor cuts the microbatch."""
+        return tuple(
+            R if s == placement[-1] and a not in self.assignment.data_axes else s for a, s in enumerate(placement[:-1])
+        )
+
+    def place(self, tensor: str, placement: Placement) -> tuple[int, int]:
+        """Where microbatches of a tensor are cut from its local value: the dim, and the blocks of it (`Feed`)."""
+        cut = placement[-1]
+        local = local_dims(self.tensors[tensor].dims, placement[:-1], self.sizes)
+        return cut.dim, math.prod(local[cut.dim][: cut.factor])
+
+    def wholes(self, tensor: str, placement: Placement) -> tuple[Emitted, ...]:
+        """The changes that make a tensor whole on every rank."""
+        dims, whole = self.tensors[tensor].dims, (R,) * len(self.sizes)
+        return tuple(self.emit.transition(step, dims) for step in steps(dims, placement, whole, self.sizes))
 
     def placed(self, op: Op) -> tuple[list[Placement], list[Placement]]:
         """Wanted operand placements and produced result placements, microbatch axis last."""
@@ -206,6 +224,11 @@ class _Graph:
             self._chain(tensor, self.produced[tensor], placement)
         return self.env[tensor, placement]
 
+    def apart(self, tensor: str) -> Placement | None:
+        """The placement in which a result of one microbatch leaves the loop, where results differ between microbatches."""
+        made = self.produced.get(tensor)
+        return (*self.shop.cut_of(made), made[-1]) if made is not None and made[-1] != R else None
+
     def _chain(self, tensor: str, source: Placement, target: Placement) -> None:
         node = self.env[tensor, source]
         if source[-1] != target[-1]:
@@ -243,13 +266,8 @@ class _Graph:
             self.env[tensor, (*home, R)] = self.placeholder(Feed(_plain(tensor), "whole", tensor, home))
             self.produced[tensor] = (*home, R)
             return
-        # A microbatch is a cut of the data-parallel shard; a model axis that also splits the batch cuts the microbatch.
-        data = self.shop.assignment.data_axes
-        base = tuple(R if s == placement[-1] and a not in data else s for a, s in enumerate(placement[:-1]))
-        place = None
-        if placement[-1].is_split:
-            local = local_dims(self.shop.tensors[tensor].dims, base, self.shop.sizes)
-            place = (placement[-1].dim, math.prod(local[placement[-1].dim][: placement[-1].factor]))
+        base = self.shop.cut_of(placement)
+        place = self.shop.place(tensor, (*base, placement[-1])) if placement[-1].is_split else None
         name = f"{_plain(tensor)}_{len(self.feeds)}"
         self.env[tensor, (*base, placement[-1])] = self.placeholder(Feed(name, "cut", tensor, base, place))
         if base != placement[:-1]:

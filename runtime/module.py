@@ -21,7 +21,7 @@ from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
 from .mesh import Mesh
 from .offload.engine import Offloader
-from .outputs import by_name, rebuild, sealed, update_buffers
+from .outputs import beside_loss, by_name, rebuild, update_buffers
 from .programs import Program, Programs
 from .stagestate import wholes
 from .step import Values, run_microbatches, run_once
@@ -77,8 +77,7 @@ class ParallelModule(Tree):
         else:
             flat = run_once(program.lowered, program.body, values, program.regather())
         update_buffers(program, by_name(program, flat), self)
-        flat = [core.watch(flat[0]), *(sealed(v) for v in flat[1:])]
-        return rebuild(program, flat)
+        return rebuild(program, [core.watch(flat[0]), *beside_loss(program, by_name(program, flat))])
 
     def _through_stages(self, program: Program, values: Values) -> Any:
         """A call of a module whose plan has a pipeline."""
@@ -94,7 +93,7 @@ class ParallelModule(Tree):
             program.emit.offload,
         )  # fmt: skip
         update_buffers(program, found, self)
-        return rebuild(program, [core.watch(loss)])
+        return rebuild(program, [core.watch(loss), *beside_loss(program, found)])
 
     @property
     def plan(self) -> Plan:

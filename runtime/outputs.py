@@ -53,11 +53,15 @@ class _Sealed(torch.autograd.Function):
         )
 
 
-def sealed(value: Tensor) -> Tensor:
-    """An output beside the loss: readable, but no gradient may enter it."""
-    if not value.requires_grad:
-        return value
-    return _Sealed.apply(value.detach(), torch.ones((), requires_grad=True))  # type: ignore[no-any-return]
+def beside_loss(program: Program, known: Mapping[str, Any]) -> list[Any]:
+    """Outputs beside the loss in their order: readable, but no gradient may enter those that depend on parameters."""
+    tensors = program.summary.outline.tensors
+    return [
+        _Sealed.apply(known[name].detach(), torch.ones((), requires_grad=True))
+        if tensors[name].differentiable
+        else known[name]
+        for name in program.lowered.outputs
+    ]
 
 
 def rebuild(program: Program, flat: Sequence[Any]) -> Any:

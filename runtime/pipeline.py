@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ..passes.lowered import Lowered
 from ..passes.stages import Border
 from ..planner.exchanges import Message, Receive, Send
 from ..planner.schedules import Action
@@ -28,7 +27,7 @@ from .mesh import Mesh
 from .offload.engine import OffloadEmit
 from .p2p import Arriving, Link
 from .staged import Staged
-from .step import Body, Buckets, Held, Loop, Values, loss_gradient
+from .step import Body, Buckets, Held, Loop, Results, Values, loss_gradient
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -45,7 +44,7 @@ def train(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward of all microbatches through all stages.
 
-    Returns the whole loss, differentiable in `values.parameters`, and the results beside it, which are equal in all microbatches.
+    Returns the whole loss, differentiable in `values.parameters`, and the results beside it.
     """
     assert staged.loss is not None
     if offload is not None:
@@ -61,11 +60,12 @@ def train(
         run.play()
         for loop in loops.values():
             loop.finish()
-        found = run.known(mesh.device)
+        own = run.wholes()
+        found = run.known(own, mesh.device)
     _sum_ties(staged, leaves, offload)
     total = torch.zeros(staged.loss.shape, dtype=staged.loss.dtype, device=mesh.device)
     if staged.loss_stage in staged.own:
-        total = _whole_loss(staged.own[staged.loss_stage], run.losses)
+        total = own[staged.own[staged.loss_stage].loss]
     assert mesh.pipeline_mesh is not None
     total = collectives.all_reduce(total, mesh.pipeline_mesh.get_group("pp").group_name)
     anchor = torch.zeros(
@@ -88,17 +88,7 @@ def evaluate(
     run = _Run(staged, bodies, link, regather, feeds, mesh.sizes)
     with torch.no_grad():
         run.play()
-        return run.known(mesh.device)
-
-
-def _whole_loss(lowered: Lowered, losses: Sequence[Tensor]) -> Tensor:
-    """The partial losses of all microbatches summed, and made whole on the mesh of their stage."""
-    total = losses[0]
-    for loss in losses[1:]:
-        total = total + loss
-    for target, rest in lowered.loss_steps:
-        total = target(total, *rest)
-    return total
+        return run.known(run.wholes(), mesh.device)
 
 
 def _sum_ties(staged: Staged, leaves: Mapping[str, Tensor], offload: OffloadEmit | None) -> None:
@@ -135,8 +125,7 @@ class _Run:
     regather: Context
     feeds: Callable[[int, int, Mapping[str, Tensor]], list[Tensor]]
     sizes: tuple[int, ...]
-    losses: list[Tensor] = field(default_factory=list)
-    results: dict[str, Tensor] = field(default_factory=dict)
+    results: dict[int, Results] = field(default_factory=dict)
     inbox: dict[Message, tuple[Tensor, ...] | Arriving] = field(default_factory=dict)
     outbox: dict[Message, tuple[Tensor, ...]] = field(default_factory=dict)
     passed: dict[tuple[int, int], _Passed] = field(default_factory=dict)
@@ -158,14 +147,18 @@ class _Run:
                 self.inbox[message] = self.link.receive(self._borders(message), rank)
         self.link.finish()
 
-    def known(self, device: torch.device) -> dict[str, Tensor]:
-        """Every result, made known on every rank."""
+    def wholes(self) -> dict[str, Tensor]:
+        """The loss and the results of this rank's stages, whole on their mesh."""
+        return {name: value for _, results in sorted(self.results.items()) for name, value in results.wholes().items()}
+
+    def known(self, own: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Every result, made known on every rank; `own` are those of this one."""
         found = {}
         for name, result in self.staged.results.items():
-            value = self.results.get(name)
+            value = own.get(name)
             if value is None:
                 value = torch.empty(result.shape, dtype=result.dtype, device=device)
-            found[name] = self.link.broadcast(value.detach().contiguous(), result.rank)
+            found[name] = self.link.broadcast(value.contiguous(), result.rank)
         return found
 
     def forward(self, stage: int, microbatch: int) -> None:
@@ -180,11 +173,8 @@ class _Run:
             made = self.bodies[stage](*self.feeds(stage, microbatch, taken))
         names = self.staged.gives[stage]
         gives, rest = dict(zip(names, made[: len(names)], strict=True)), made[len(names) :]
-        loss = None
-        if stage == self.staged.loss_stage:
-            loss, rest = rest[0], rest[1:]
-            self.losses.append(loss.detach())
-        self.results |= zip(self.staged.own[stage].outputs, rest, strict=True)
+        self.results.setdefault(stage, Results(self.staged.own[stage])).add(microbatch, rest)
+        loss = rest[0] if stage == self.staged.loss_stage else None
         if torch.is_grad_enabled():
             self.passed[stage, microbatch] = _Passed(taken, gives, loss, halves)
         for target in self.staged.targets(stage):

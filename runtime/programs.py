@@ -160,10 +160,6 @@ class Programs:
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
         assignment = self._assignment(summary.outline)
-        if outputs and training and (microbatches > 1 or self.stages is not None):
-            raise UsageError(
-                "outputs=True needs a plan with one microbatch and one stage; evaluate under torch.no_grad() instead"
-            )
         zigzag = zigzag_axes(summary.outline, assignment.choices)
         emit = RankEmit(self.mesh, self.plan, training=training, dropout=not self.exact, zigzag=zigzag)
         if self.offload is not None:
@@ -171,7 +167,7 @@ class Programs:
         others = summary.outline.outputs if outputs or not training else ()
         returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         if self.stages is not None:
-            return self._staged(summary, assignment, emit, microbatches, training=training)
+            return self._staged(summary, assignment, emit, microbatches, others, training=training)
         lowered = lower(
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=returned, local_batch=self.local_batch,
@@ -188,11 +184,12 @@ class Programs:
         )  # fmt: skip
 
     def _staged(
-        self, summary: Summary, assignment: Assignment, emit: RankEmit, microbatches: int, *, training: bool
-    ) -> Program:
-        """The program of a pipeline's rank."""
+        self, summary: Summary, assignment: Assignment, emit: RankEmit, microbatches: int, others: tuple[str, ...], *,
+        training: bool,
+    ) -> Program:  # fmt: skip
+        """The program of a pipeline's rank; `others` as the program's."""
         assert self.stages is not None
-        captured, others = summary.captured, () if training else summary.outline.outputs
+        captured = summary.captured
         returned = tuple(dict.fromkeys((*others, *captured.writes.values())))
         staged = build(
             self.stages, summary, assignment, self.mesh, emit,

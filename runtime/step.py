@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
-from ..passes.lowered import Feed, Lowered
+from ..passes.lowered import After, Feed, Lowered
 from ..planner.placement import V
 from .early import Late
 from .offload.engine import OffloadEmit
@@ -64,7 +64,7 @@ def run_microbatches(
 ) -> Sequence[Any]:  # fmt: skip
     """Forward and backward of all microbatches; returns the whole loss, differentiable in `values.parameters`.
 
-    After it come the body's other outputs, which are equal in all microbatches.
+    After it come the body's other outputs, of the whole batch.
     """
     if offload is not None:
         offload.begin()
@@ -73,20 +73,50 @@ def run_microbatches(
     with torch.enable_grad():
         loop = Loop(lowered, Values(leaves, values.whole, values.seed), microbatches, buckets)
         seed = loss_gradient(lowered, axis_sizes)
-        total = None
+        results = Results(lowered)
         with loop:
             for i in range(microbatches):
                 with regather():
                     loss, *others = body(*loop.feeds(i))
                     torch.autograd.backward(loss, torch.full_like(loss, seed))
-                total = loss.detach() if total is None else total + loss.detach()
+                results.add(i, [loss, *others])
+                del loss, others
             loop.finish()
-    assert total is not None
-    for target, rest in lowered.loss_steps:
-        total = target(total, *rest)
+    found = results.wholes()
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
-    result: Tensor = Held.apply(total.detach(), held, *[values.parameters[n] for n in names])
-    return [result, *others]
+    result: Tensor = Held.apply(found[lowered.loss], held, *[values.parameters[n] for n in names])
+    return [result, *[found[name] for name in lowered.outputs]]
+
+
+class Results:
+    """What microbatches make of the loss of a graph, if it has one, and of its outputs."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+        self.names = (*([lowered.loss] if lowered.loss else []), *lowered.outputs)
+        self._found: dict[str, dict[int, Tensor]] = {}
+
+    def add(self, microbatch: int, values: Sequence[Tensor]) -> None:
+        """One microbatch's: added up at once where they are to be, the last ones kept where all are equal."""
+        for name, value in zip(self.names, values, strict=True):
+            known, after = self._found.setdefault(name, {}), self.lowered.after.get(name)
+            if after is not None and after.place is not None:
+                known[microbatch] = value.detach()
+            else:
+                known[0] = value.detach() if after is None or not known else known[0] + value.detach()
+
+    def wholes(self) -> dict[str, Tensor]:
+        """All by name, whole on every rank of the mesh."""
+        found = {}
+        with torch.no_grad():
+            for name, parts in self._found.items():
+                after = self.lowered.after.get(name, After(()))
+                values = [parts[i] for i in sorted(parts)]
+                value = values[0] if after.place is None else _joined(values, after.place)
+                for target, rest in after.steps:
+                    value = target(value, *rest)
+                found[name] = value
+        return found
 
 
 def loss_gradient(lowered: Lowered, axis_sizes: tuple[int, ...]) -> float:
@@ -191,6 +221,15 @@ def _cut(tensor: Tensor, feed: Feed, parts: int, index: int) -> Tensor:
     size = tensor.shape[dim]
     opened = tensor.unflatten(dim, (blocks, parts, size // (blocks * parts))).select(dim + 1, index)
     return opened.flatten(dim, dim + 1)
+
+
+def _joined(parts: Sequence[Tensor], place: tuple[int, int]) -> Tensor:
+    """The tensor whose microbatches, as `_cut` makes them, are `parts`."""
+    dim, blocks = place
+    if blocks == 1:
+        return torch.cat(list(parts), dim)
+    opened = [x.unflatten(dim, (blocks, x.shape[dim] // blocks)) for x in parts]
+    return torch.cat(opened, dim + 1).flatten(dim, dim + 1)
 
 
 class Held(torch.autograd.Function):

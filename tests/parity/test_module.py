@@ -148,20 +148,9 @@ def asked_outputs(plan: Plan) -> None:
     same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("pins", ["dp=2", "tp=2"])
+@pytest.mark.parametrize("pins", ["dp=2", "tp=2", "dp=2 micro_batch=1", "tp=2 sequence_parallel=on micro_batch=2"])
 def test_outputs_beside_the_loss_only_when_asked_for(pins: str, ranks2: Pool) -> None:
     ranks2.run(asked_outputs, plan_of("tied", pins, 2))
-
-
-def outputs_with_microbatches(plan: Plan) -> None:
-    _, _, batch = eager("tied")
-    _, pm = parallel("tied", plan)
-    with pytest.raises(UsageError, match="microbatch"):
-        pm(**batch, outputs=True)
-
-
-def test_outputs_need_one_microbatch(ranks2: Pool) -> None:
-    ranks2.run(outputs_with_microbatches, plan_of("tied", "dp=2 micro_batch=1", 2))
 
 
 def called_twice(plan: Plan) -> None:

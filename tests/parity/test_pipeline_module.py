@@ -76,8 +76,11 @@ def calls(plan: Plan) -> None:
     same(gradients(pm), originals(model))
     with pytest.raises(UsageError, match="outputs=True"):
         pm(**batch)["logits"].argmax(-1)
-    with pytest.raises(UsageError, match="one stage"):
-        pm(**batch, outputs=True)
+    asked = pm(**batch, outputs=True)
+    torch.testing.assert_close(asked["logits"], model(**batch)["logits"], **TIGHT)
+    with pytest.raises(UsageError, match="not the loss"):
+        (asked["loss"] + asked["logits"].sum()).backward()
+    del asked
     with pytest.raises(UsageError, match=r"batch of 5 .* 4"):
         pm(**{k: v[:5] for k, v in batch.items()})
     loss_of(pm(**batch)).backward()  # refused calls leave the module usable
