@@ -112,7 +112,7 @@ class Behind(Timeline):
                 continue
             every = self.every(name)
             if m > 1 and self.zero[name] < 2 and not every:
-                self._over("gradients", 0, last, h.whole)
+                self._over("gradients", 0, last, self.accumulating(name))
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
             if not every:
@@ -235,8 +235,6 @@ class Behind(Timeline):
         self.held = {n: replace(h, final=0) if self.leaves(n) else h for n, h in held.items()}
         super()._steps(points)
         self.held = held
-        if self.m > 1:
-            points["held", 0]["gradients"] += sum(h.final for n, h in held.items() if self.leaves(n))
         visiting = self._visiting()
         if visiting:
             final = sum(h.final for n, h in held.items() if not self.leaves(n))

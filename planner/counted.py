@@ -220,7 +220,8 @@ class _Counter:
         for r, mine in enumerate(lines):
             moments = RankMemory(mine, steps[r], self.rank_of, edges, back, sizes).play()
             if training:
-                moments += endings(mine.values(), foreach=setting.foreach)
+                tied = max((self._tied_bytes(name) for name in self._ties(staging, r)), default=0)
+                moments += endings(mine.values(), tied, foreach=setting.foreach)
             held = {name: h for stage in mine.values() for name, h in stage.held.items()}
             base = {
                 "parameters": sum(h.stored for h in held.values()), "optimizer": sum(h.moments for h in held.values()),
@@ -274,17 +275,24 @@ class _Counter:
         if not self.outline.training:
             return []
         loss = self.outline.tensors[self.outline.loss]
-        found = [self._sum(round(loss.bytes))]
+        return [self._sum(round(loss.bytes)), *(self._sum(self._tied_bytes(name)) for name in self._ties(staging, rank))]
+
+    def _ties(self, staging: Staging, rank: int) -> list[str]:
+        """Trained parameters that a rank holds and others do, too."""
         everything = [name for name in (self.outline.loss, *self.outline.outputs) if name]
         all_holders = cut(self.outline, stages_by_runs(self.plan, self.outline), len(self.rank_of), everything).holders
-        setting = self.grounds[0].setting
-        width = state_bytes(setting.precision, setting.optimizer).parameter
+        found = []
         for p in self.outline.parameters:
             held = {self.rank_of[s] for s in all_holders.get(p.tensor, ())}
             trains = p.trainable and self.outline.tensors[p.tensor].differentiable
             if trains and p.tensor in staging.holders and len(held) > 1 and rank in held:
-                found.append(self._sum(width * self._stored(p.tensor)))
+                found.append(p.tensor)
         return found
+
+    def _tied_bytes(self, name: str) -> int:
+        """Bytes of the gradient of such a parameter on one rank."""
+        setting = self.grounds[0].setting
+        return state_bytes(setting.precision, setting.optimizer).parameter * self._stored(name)
 
     def _sum(self, size: int) -> Traffic:
         """One all-reduce between pipeline ranks, priced as if all of them took part.

@@ -317,7 +317,7 @@ class Ledger:
 
     def uses(self) -> Uses:
         """The placements memory depends on."""
-        return Uses(self.wanted, self.produced, self.fresh, self.turned)
+        return Uses(self.wanted, self.produced, self.fresh, self.wants, self.reduced, self.turned)
 
     def traffic(self) -> tuple[Traffic, ...]:
         """Collectives of one step by kind and axis."""

@@ -5,16 +5,18 @@ A training step is followed backward, where its peak is. At the backward of op v
     parameters, optimizer   stored parameters and moments
     gathered                full copies of ZeRO-1/2 parameters (and compute copies); of ZeRO-3 ones those of the current region
     gradients               of parameters with a use at or after v: whole until their group is reduced, then as stored;
-                            with microbatches what accumulates lives throughout
+                            with microbatches what accumulates lives throughout, in every placement in which ops use the parameter
     saved                   buffers that ops up to v save, counted once per (storage, placement): V and R are one buffer
-    temporaries             gradients of activations made up to v and used after it, and those v makes for its operands
+    temporaries             gradients of activations made up to v and used after it, and those v makes for its operands; with
+                            microbatches also those of parameters, before they are added to what accumulates
     reserve                 copies of a parameter group while its collective runs, and the device's own context
 
 Collectives that run beside computing hold memory for longer: a group that is gathered ahead is there while the one before it is
 used, and the packed gradients of a group until the next one's are reduced.
 
 Other time points: the gathering of each ZeRO-3 group in backward, the reduction of each parameter group, and the optimizer
-step. An inference graph is followed forward.
+step. What is reduced once a step, after the last microbatch, is so group after group, without what was gathered for the loop; the
+gradients of a group that accumulated go as soon as it is reduced. An inference graph is followed forward.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Place = tuple[int, int]
 
 Point = tuple[str, int]
 """A time point: ("op", index of the op whose backward runs), ("gather", group), ("reduce", group), ("finish", group),
-("held", 0), ("step", index)."""
+("step", index)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,10 @@ class Facts:
     def lasting(self, name: str, training: bool, microbatches: int) -> bool:
         """Whether a full copy of a parameter lives past its use in forward: backward or another microbatch needs it."""
         return not training or microbatches > 1 or name in self.saved_parameters
+
+    def shared(self, name: str) -> bool:
+        """Whether several ops use a parameter."""
+        return len(self.uses.get(name, ())) > 1
 
     def parts(self, tensor: Tensor) -> int:
         """How many microbatches one that is `given` is cut into; the rank's slice of all of them is made before the first."""
@@ -230,6 +236,16 @@ def operand_gradients(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
             continue
         found.append(i)
     return tuple(dict.fromkeys(found))
+
+
+def parameter_gradients(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Operands that are parameters, or views of them, whose gradient the backward of `op` makes."""
+    results = {tensors[u.tensor].storage for u in op.results}
+    return tuple(
+        i for i, use in enumerate(op.operands)
+        if tensors[use.tensor].differentiable and tensors[use.tensor].storage not in results
+        and tensors[tensors[use.tensor].storage].role == "parameter"
+    )  # fmt: skip
 
 
 FUSED_LOSS = "aten._fused_cross_entropy"

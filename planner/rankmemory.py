@@ -137,18 +137,20 @@ class RankMemory:
         self.peaks.append(found)
 
 
-def endings(stages: Iterable[StageMemory], *, foreach: bool) -> list[dict[str, float]]:
-    """Bytes by cause after the last action: the reductions that come once a step, stage after stage, and the optimizer step."""
+def endings(stages: Iterable[StageMemory], tied: float, *, foreach: bool) -> list[dict[str, float]]:
+    """Bytes by cause after the last action: the reductions that come once a step, stage after stage, and the optimizer step.
+
+    `tied` are bytes of the largest gradient that is then summed with that of other pipeline ranks.
+    """
     stages = list(stages)
     held = {name: h for stage in stages for name, h in stage.held.items()}
     final = sum(h.final for h in held.values())
-    copies = sum(stage.fixed["gathered"] for stage in stages)
     found: list[dict[str, float]] = []
     for k, stage in enumerate(stages):
         before = sum(h.final for done in stages[:k] for h in done.held.values())
         others = before + sum(later.waiting for later in stages[k + 1 :])
-        found += [{**end, "gradients": end["gradients"] + others, "gathered": copies} for end in stage.ends]
-    found.append({"gradients": 2 * final})
+        found += [{**end, "gradients": end["gradients"] + others} for end in stage.ends]
+    found.append({"gradients": final + tied})
     steps = [float(h.step) for h in held.values() if h.step]
     if foreach:
         return [*found, {"gradients": final, "temporaries": sum(steps)}]

@@ -26,7 +26,7 @@ from .space import Space
 
 Key = tuple[Any, ...]
 """("x", v, s); ("z", w, o); ("e", w, o, q): parameter class w stored by o is used as q; ("y", edge, p, q): an edge goes from p
-to q; ("any", groups of such keys)."""
+to q; ("any", groups of such keys): whether any holds; ("more", w, o, wants): how many of these uses beyond one there are."""
 Terms = Sequence[tuple[Any, float]]
 """Solver variables with coefficients."""
 
@@ -268,6 +268,11 @@ class RegionProgram:
             return self.e.get((key[1], key[2], key[3]), [])
         if key[0] == "y":
             return self._edges.get(key[1], {}).get((key[2], key[3]), [])
+        if key not in self._any and key[0] == "more":
+            above = self.model.add_variable(lb=0.0)
+            users = [t for want in key[3] for t in self.e.get((key[1], key[2], want), [])]
+            self._row([(above, 1.0), (self.z[key[1]][key[2]], 1.0), *((v, -c) for v, c in users)], 0.0, float("inf"))
+            self._any[key] = [(above, 1.0)]
         if key not in self._any:
             self._any[key] = self._shared([[t for k in group for t in self.variables(k)] for group in key[1]])
         return self._any[key]  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from .memory import (
     local_bytes,
     new_bytes,
     operand_gradients,
+    parameter_gradients,
 )
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
@@ -69,6 +70,7 @@ class Rows:
         self.members: list[list[str]] = [[] for _ in self.template.parameters]
         for name, w in self.template.parameter_of.items():
             self.members[w].append(name)
+        self.consumers = {c.parameter: len(c.consumers) for c in self.template.classes if c.parameter is not None}
         self.savers = known
         self._canon: dict[Saver, tuple[tuple[Key, float, bool], ...]] = {}
         self._held: dict[tuple[int, int, int], Held] = {}
@@ -77,7 +79,7 @@ class Rows:
         }
 
     def form(self, point: Point, group: Group | None = None) -> Form:
-        """Bytes at `point` (that of `group` for "gather", "reduce" and "finish")."""
+        """Bytes at `point` (that of `group` for "gather", "reduce" and "finish", which are named by the op where it is used)."""
         total: dict[Key, float] = defaultdict(float)
         kind, at = point
         constant = self._base(total)
@@ -106,8 +108,7 @@ class Rows:
             for w, o, h in self._of(group):
                 total["z", w, o] += h.arrival
         elif kind == "finish" and group is not None:
-            self._finish(total)
-            self._buckets(total, group)
+            self._finish(total, at, group)
         else:
             self._step(total, kind, at)
         return Form(constant, dict(total))
@@ -164,7 +165,7 @@ class Rows:
                 continue
             members = [n for n in self.members[w] if found.uses[n]]
             if self.m > 1 and self.space.options[w][o].zero < 2:
-                total["z", w, o] += len(members) * h.whole
+                self._accumulating(total, w, o, len(members))
                 continue
             whole = sum(found.low[n] <= at <= found.uses[n][-1] for n in members)
             final = len(members) if self.m > 1 else sum(at < found.low[n] for n in members)
@@ -189,8 +190,11 @@ class Rows:
             if count and entry is not None and entry.chain.fresh:
                 total["e", w, o, want] += count * local_bytes(self.template.parameters[w].tensor, want, self.sizes)
 
-    def _buckets(self, total: dict[Key, float], group: Group) -> None:
+    def _buckets(self, total: dict[Key, float], group: Group, *, zero: bool = False) -> None:
+        """Copies while a group's gradients are reduced; with `zero`, of what is stored in chunks alone."""
         for w, o, h in self._of(group):
+            if zero and not self.space.options[w][o].zero:
+                continue
             total["z", w, o] += h.bucket
             more = self.held(w, o, 1).bucket - h.bucket
             for want in self.space.wants[w]:
@@ -198,14 +202,42 @@ class Rows:
                 if entry is not None and entry.reduced:
                     total["e", w, o, want] += more
 
-    def _finish(self, total: dict[Key, float]) -> None:
+    def _accumulating(self, total: dict[Key, float], w: int, o: int, count: int) -> None:
+        """Gradients of `count` instances that gather over microbatches, in every placement that is wanted."""
+        if self.held(w, o).whole:
+            for want in self.space.wants[w]:
+                if self.space.entry(w, o, want) is not None:
+                    total["e", w, o, want] += count * local_bytes(self.template.parameters[w].tensor, want, self.sizes)
+
+    def _finish(self, total: dict[Key, float], at: int, group: Group) -> None:
+        """Gradients around the reduction of a group, once a step; `at` is where its instance is used first."""
+        low, mine = self.facts.low, {(w, o) for w, o, _ in self._of(group)}
         for w, o, h in self._options():
-            waiting = h.whole if self.space.options[w][o].zero < 2 else 0
-            total["z", w, o] += len(self.members[w]) * (waiting + h.final + h.copy)
+            starts, own = [low[n] for n in self.members[w]], (w, o) in mine
+            once = self.space.options[w][o].zero < 2
+            made = sum(start >= at for start in starts) if once else len(starts)
+            total["z", w, o] += h.final * (made - own)
+            if once:
+                self._accumulating(total, w, o, sum(start <= at for start in starts))
+        self._reducing(total, group)
+
+    def _reducing(self, total: dict[Key, float], group: Group) -> None:
+        """What a group's gradients are while they are reduced once a step, beyond those that have gathered."""
+        for w, o, h in self._of(group):
+            entries = {want: entry for want in self.space.wants[w] if (entry := self.space.entry(w, o, want)) is not None}
+            for want, entry in entries.items():
+                turned = entry.chain.copies_backward or any(call.backward for call in entry.chain.calls)
+                total["e", w, o, want] += h.whole if turned else 0
+            if not self.space.options[w][o].zero:
+                total["z", w, o] += h.final
+                reduced = tuple(want for want, entry in entries.items() if entry.reduced)
+                if len(reduced) > 1 and self.consumers[w] > 1:
+                    total["more", w, o, reduced] += 2 * h.final
+        self._buckets(total, group, zero=True)
 
     def _step(self, total: dict[Key, float], kind: str, at: int) -> None:
         for w, o, h in self._options():
-            total["z", w, o] += len(self.members[w]) * h.final * (2 if kind == "held" else 1)
+            total["z", w, o] += len(self.members[w]) * h.final
             if kind == "step":
                 mine = self.setting.foreach or self.outline.parameters[at].tensor in self.members[w]
                 total["z", w, o] += h.step * (len(self.members[w]) if self.setting.foreach else mine)
@@ -292,10 +324,23 @@ class Rows:
         for s, strategy in enumerate(self.space.strategies[v]):
             if amount := scratch_bytes(op, self.tensors, strategy.choice, self.sizes, training=True):
                 total["x", v, s] += amount
+        for j in parameter_gradients(op, self.tensors) if self.m > 1 else ():
+            self._added(total, v, j, op.operands[j].tensor)
         for j in operand_gradients(op, self.tensors):
             for s, strategy in enumerate(self.space.strategies[v]):
                 amount = local_bytes(self.tensors[op.operands[j].tensor], strategy.operands[j], self.sizes)
                 total["x", v, s] += gradient_copies(op, strategy.choice) * amount
+
+    def _added(self, total: dict[Key, float], v: int, j: int, name: str) -> None:
+        """The gradient of an op's parameter, made beside one that it is added to: of what is reduced once a step, or is shared."""
+        w, tensor = self.template.parameter_of.get(name), self.tensors[name]
+        if w is None or self.facts.shared(name):
+            for s, strategy in enumerate(self.space.strategies[v]):
+                total["x", v, s] += local_bytes(tensor, strategy.operands[j], self.sizes)
+            return
+        for o, option in enumerate(self.space.options[w]):
+            if option.zero < 2:
+                self._accumulating(total, w, o, 1)
 
     def _forward(self, total: dict[Key, float], at: int) -> None:
         """Inference: results that are still used, and the copies this op's transitions make."""

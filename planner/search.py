@@ -140,7 +140,7 @@ class Candidate:
         key = (item.region, storage.zero, storage.zero_axes, item.parameter.trainable, item.tensor.dtype)
         found = self.problem.facts
         where = found.high if kind == "gather" else found.low
-        return (kind, where[name]), Group(item.region, 0 if kind == "finish" else instance, key)
+        return (kind, where[name]), Group(item.region, instance, key)
 
     def assignment(self, choice: Choice) -> Assignment:
         """The point of the space spread over all concrete ops and parameters."""

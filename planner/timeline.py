@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .assign import Assignment
@@ -18,6 +18,7 @@ from .memory import (
     local_bytes,
     new_bytes,
     operand_gradients,
+    parameter_gradients,
 )
 from .outline import Op
 from .placement import Placement, R
@@ -30,12 +31,15 @@ from .template import Cut
 class Uses:
     """Placements wanted of operands by op, produced by tensor, and those of parameters that take a buffer of their own.
 
-    `turned` are uses of parameters whose gradient is turned into that of the stored placement in a buffer of its own.
+    `wants` are all that are wanted of a tensor, `reduced` those of parameters whose gradient is summed over ranks, `turned` how
+    many of a parameter's gradients are turned into that of the stored placement in a buffer of their own.
     """
 
     wanted: Mapping[str, tuple[Placement, ...]]
     produced: Mapping[str, Placement]
     fresh: Mapping[str, list[Placement]]
+    wants: Mapping[str, Collection[Placement]] = field(default_factory=dict)
+    reduced: Mapping[str, Collection[Placement]] = field(default_factory=dict)
     turned: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -204,8 +208,9 @@ class Timeline:
             if not h.whole or not found.uses[name]:
                 continue
             if self.looped and self.assignment.storage[name].zero < 2:
-                self._over("gradients", 0, last if self.m > 1 else found.uses[name][-1], h.whole)
-                self.standing["gradients"] += h.whole
+                amount = self.accumulating(name)
+                self._over("gradients", 0, last if self.m > 1 else found.uses[name][-1], amount)
+                self.standing["gradients"] += amount
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
             self._over("gradients", 0, last if self.looped else found.low[name] - 1, h.final)
@@ -281,6 +286,15 @@ class Timeline:
                     self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes
                 )
                 self.moment[i] += amount
+            for j in parameter_gradients(op, self.tensors) if self.m > 1 else ():
+                use = op.operands[j]
+                if self._adding(use.tensor):
+                    self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
+
+    def _adding(self, name: str) -> bool:
+        """Whether the gradient of an op's parameter is made beside one that it is then added to."""
+        storage = self.assignment.storage.get(name)
+        return storage is None or storage.zero < 2 or self.facts.shared(name)
 
     def _spread(self, op: Op, choice: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """(choices, sizes) with the two splits of experts whose tokens are sent to them as two axes."""
@@ -309,18 +323,13 @@ class Timeline:
 
     def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
         found = self.facts
-        copies = sum(h.copy for h in self.held.values())
         for g, group in enumerate(self.groups):
             if self.assignment.storage[group[0]].zero == 3 and group[0] in self.regathered:
                 there = {c: lanes[c][found.high[group[0]]] for c in lanes}
                 points["gather", g] = {"reserve": sum(self.held[t].arrival for t in group), **there}
             bucket = sum(self.held[t].bucket for t in group)
             if self.looped and self.assignment.storage[group[0]].zero < 2:
-                own = sum(self.held[t].final for t in group if self.held[t].bucket)
-                bucket += sum(self.uses.turned.get(t, 0) * self.held[t].whole for t in group)
-                points["finish", g] = {
-                    "gradients": self.waiting + self._made_before(group), "gathered": copies, "reserve": bucket - own
-                }  # fmt: skip
+                points["finish", g] = {"gradients": self._around(group), "reserve": sum(map(self._reducing, group))}
                 continue
             v = found.low[group[0]]
             before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
@@ -328,22 +337,44 @@ class Timeline:
             now["gathered"] -= sum(self.held[t].gathered for t in group)  # all that backward needs of them is done
             points["reduce", g] = {"reserve": bucket, **now, **before}
 
+    def accumulating(self, name: str) -> float:
+        """Bytes in which a parameter's gradients gather over microbatches: one for every placement that is wanted of it."""
+        if not self.held[name].whole:
+            return 0.0
+        return sum(local_bytes(self.tensors[name], want, self.sizes) for want in self.uses.wants.get(name, ()))
+
+    @property
+    def once(self) -> list[str]:
+        """The parameters whose gradients are reduced once a step."""
+        return [t for t, s in self.assignment.storage.items() if s.zero < 2]
+
     @property
     def waiting(self) -> float:
         """Bytes of the gradients that are reduced once a step, before they are."""
-        return sum(self.held[t].whole for t, s in self.assignment.storage.items() if s.zero < 2 and t in self.held)
+        return sum(self.accumulating(t) for t in self.once)
 
-    def _made_before(self, group: Sequence[str]) -> float:
-        """Bytes of final gradients once those of `group` are there: autograd follows its graph from what was made last."""
-        first = {name: min(self.facts.uses[name], default=0) for name in self.held}
-        start = min(first[name] for name in group)
-        once = {t for t, s in self.assignment.storage.items() if s.zero < 2}
-        return sum(h.final for t, h in self.held.items() if t not in once or not h.bucket or first[t] >= start)
+    def _around(self, group: Sequence[str]) -> float:
+        """Bytes of gradients while those of `group` are reduced: those used after it are, those before it wait.
+
+        Of its region instance both count, as that may have several groups.
+        """
+        low, now, own = self.facts.low, self.facts.low[group[0]], frozenset(group)
+        total = sum(h.final for t, h in self.held.items() if t not in own) - sum(
+            self.held[t].final for t in self.once if low[t] < now
+        )
+        return total + sum(self.accumulating(t) for t in self.once if low[t] <= now)
+
+    def _reducing(self, name: str) -> float:
+        """Bytes of a parameter's gradients while they are reduced once a step, beyond those that have gathered.
+
+        Not reduced ones are copied; of several reduced ones, each is there with its part of the sum.
+        """
+        h, more = self.held[name], max(len(self.uses.reduced.get(name, ())) - 1, 0)
+        turned = self.uses.turned.get(name, 0) * h.whole
+        return turned + (h.bucket if self.assignment.storage[name].zero else h.final * (1 + 2 * more))
 
     def _steps(self, points: dict[Point, dict[str, float]]) -> None:
         final = sum(h.final for h in self.held.values())
-        if self.looped:
-            points["held", 0] = {"gradients": 2 * final}
         if self.setting.foreach:
             points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
             return

@@ -59,6 +59,8 @@ def train(
         run = _Run(staged, bodies, Link(mesh), regather, lambda s, i, taken: loops[s].feeds(i, taken), mesh.sizes)
         run.play()
         for loop in loops.values():
+            loop.close()
+        for loop in loops.values():
             loop.finish()
         own = run.wholes()
         found = run.known(own, mesh.device)

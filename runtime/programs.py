@@ -286,7 +286,8 @@ class Programs:
 
 
 def _buckets(assignment: Assignment, emit: RankEmit) -> Buckets:
-    return Buckets(tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2 or emit.leaves(g)))
+    every = tuple(g for g in assignment.groups if assignment.storage[g[0]].zero == 2 or emit.leaves(g))
+    return Buckets(assignment.groups, every)
 
 
 def same_split(home: Placement, dims: Dims, others: Dims, sizes: Sequence[int]) -> Placement | None:

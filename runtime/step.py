@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
@@ -21,7 +22,6 @@ from ..passes.lowered import After, Feed, Lowered
 from ..planner.placement import V
 from .early import Late
 from .offload.engine import OffloadEmit
-from .offload.memory import is_host
 
 Body = Callable[..., Sequence[Any]]
 
@@ -53,8 +53,9 @@ def run_once(
 
 @dataclass(frozen=True)
 class Buckets:
-    """Parameters whose gradients are reduced every microbatch (ZeRO-2), by group; the rest once per step."""
+    """Parameters by group, and those groups whose gradients are reduced every microbatch (ZeRO-2); the rest once per step."""
 
+    groups: tuple[tuple[str, ...], ...]
     every_microbatch: tuple[tuple[str, ...], ...]
 
 
@@ -80,7 +81,8 @@ def run_microbatches(
                     loss, *others = body(*loop.feeds(i))
                     torch.autograd.backward(loss, torch.full_like(loss, seed))
                 results.add(i, [loss, *others])
-                del loss, others
+                del loss, others  # their graph has the gathered parameters
+            loop.close()
             loop.finish()
     found = results.wholes()
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
@@ -136,24 +138,30 @@ class Loop:
         self.lowered, self.values, self.m = lowered, values, microbatches
         with torch.no_grad():
             cuts = lowered.prologue(*[values.of(f) for f in lowered.prologue_feeds])
+        self.accumulated: dict[int, Tensor] = {}
         self.late = Late()
         with self.late:
-            self.outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
-        self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in self.outputs]
+            outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
+        self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in outputs]
+        self.edges = {i: get_gradient_edge(o) for i, o in enumerate(outputs) if o.requires_grad}
         cut_feeds = [f for f in lowered.body_feeds if f.kind == "cut"]
         self.cut_values = dict(zip([f.node for f in cut_feeds], cuts, strict=True))
         step_feeds = [f for f in lowered.body_feeds if f.kind == "step"]
         self.step_values = dict(zip([f.node for f in step_feeds], self.leaves, strict=True))
         self.buckets = buckets
         self.hooks: list[RemovableHandle] = []
+        index: dict[str, list[int]] = {}
+        for i, (name, _) in enumerate(lowered.entry_outputs):
+            index.setdefault(name, []).append(i)
+        self.members = {
+            group: [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
+            for group in buckets.groups
+        }
 
     def __enter__(self) -> None:
         """Reduce a ZeRO-2 group as soon as all its gradients of this microbatch have come."""
-        index: dict[str, list[int]] = {}
-        for i, (name, _) in enumerate(self.lowered.entry_outputs):
-            index.setdefault(name, []).append(i)
         for group in self.buckets.every_microbatch:
-            members = [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
+            members = self.members[group]
             hook = _when_all(_Count(members), self._reduce)
             self.hooks += [self.leaves[i].register_post_accumulate_grad_hook(hook) for i in members]
 
@@ -179,17 +187,31 @@ class Loop:
         return found
 
     def _reduce(self, members: Sequence[int]) -> None:
-        ready = [i for i in members if self.leaves[i].grad is not None]
-        grads = [self.leaves[i].grad for i in ready]
-        for i in ready:
+        found = {i: grad for i in members if (grad := self.leaves[i].grad) is not None}
+        for i in members:
             self.leaves[i].grad = None
-        if ready:
-            torch.autograd.backward([self.outputs[i] for i in ready], grads, retain_graph=True)
+        self._carry_on(found)
+
+    def _carry_on(self, gradients: Mapping[int, Tensor]) -> None:
+        """From what the loop uses back to the stored parameters."""
+        if gradients:
+            torch.autograd.backward([self.edges[i] for i in gradients], list(gradients.values()), retain_graph=True)
+
+    def close(self) -> None:
+        """After the last microbatch: inputs and gathered parameters go, what has accumulated stays."""
+        self.__exit__()
+        self.cut_values.clear()
+        self.step_values.clear()
+        self.accumulated = {i: leaf.grad for i, leaf in enumerate(self.leaves) if leaf.grad is not None}
+        self.leaves.clear()
 
     def finish(self) -> None:
-        """Reduce what is reduced once per step, in one backward pass through entry; the inputs have gone by then."""
-        self.cut_values.clear()
-        self._reduce([i for i, leaf in enumerate(self.leaves) if leaf.requires_grad])
+        """Reduce what is reduced once per step; the loop is closed.
+
+        Group after group, the one that is used last first; the gradients of a group go when the next one's turn comes.
+        """
+        for members in sorted(filter(None, self.members.values()), key=min, reverse=True):
+            self._carry_on({i: self.accumulated.pop(i) for i in members if i in self.accumulated})
         self.late.settle()
 
 
@@ -250,8 +272,8 @@ class Held(torch.autograd.Function):
 
 
 def _times(held: Tensor, grad: Tensor) -> Tensor:
-    """A held gradient times the incoming one; one behind the device stays in its memory."""
-    return held.mul_(grad.to(held.device)) if is_host(held) else held * grad
+    """A held gradient times the incoming one, in its memory, wherever that is: it is handed out once."""
+    return held.mul_(grad.to(held.device))
 
 
 def _is_one(grad: Tensor) -> bool:

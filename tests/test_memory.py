@@ -26,6 +26,8 @@ def value(candidate: Candidate, choice: Choice, key: Key) -> float:
         return float(choice.options[key[1]] == key[2])
     if key[0] == "any":
         return max(sum(value(candidate, choice, k) for k in group) for group in key[1])
+    if key[0] == "more":
+        return max(sum(value(candidate, choice, ("e", key[1], key[2], want)) for want in key[3]) - 1.0, 0.0)
     if key[0] == "y":
         (made, i), v, j = key[1]
         return float(
