@@ -6,6 +6,8 @@ caching allocator's high-water mark.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,11 +15,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ShardwrightError
-from .allocations import changes
+from .allocations import LAUNCHED, WAITED, changes
+from .collectives import Pending, observed
 from .offload.memory import is_host, marked
 from .torch_compat import StorageRef, allocation_events
 
@@ -57,13 +61,32 @@ def measure_peak(
     """
     if device is not None and device.type == "cuda":
         return _measure_cuda(function, device)
-    result, threads = allocation_events(function)
+    with observed(_Marks()):
+        result, threads = allocation_events(function)
     timeline, alive, top = [], 0, 0
     for moment, size in changes(threads, "Optimizer.step#" if steps_on_host else None):
         alive += size
         top = max(top, alive)
         timeline.append((moment * 1e-6, alive))
     return Peak(top, alive, result, tuple(timeline))
+
+
+class _Marks:
+    """Ranges that tell collectives apart among the events of a profile."""
+
+    def __init__(self) -> None:
+        self._numbers: weakref.WeakKeyDictionary[Pending, int] = weakref.WeakKeyDictionary()
+        self._launched = 0
+
+    def launching(self, pending: Pending) -> contextlib.AbstractContextManager[Any]:
+        """Around a launch."""
+        self._launched += 1
+        self._numbers[pending] = self._launched
+        return record_function(f"{LAUNCHED}{self._launched}")
+
+    def waiting(self, pending: Pending) -> contextlib.AbstractContextManager[Any]:
+        """Around the waits for all results of one; of one that was launched before, they are nobody's."""
+        return record_function(f"{WAITED}{self._numbers.get(pending, 0)}")
 
 
 def measure_step(step: Callable[[], T], *objects: Any, device: torch.device | None = None) -> Peak[T]:
