@@ -122,7 +122,7 @@ class Timeline:
             for lane, cause in BESIDE.items():
                 points["op", v][cause] += known[lane][v]
         if self.training:
-            self._reductions(points, lanes)
+            self._reductions(points, known)
             self._steps(points)
         return points
 
@@ -325,7 +325,7 @@ class Timeline:
         found = self.facts
         for g, group in enumerate(self.groups):
             if self.assignment.storage[group[0]].zero == 3 and group[0] in self.regathered:
-                there = {c: lanes[c][found.high[group[0]]] for c in lanes}
+                there = {c: lanes[c][found.high[group[0]]] for c in LANES}
                 points["gather", g] = {"reserve": sum(self.held[t].arrival for t in group), **there}
             bucket = sum(self.held[t].bucket for t in group)
             if self.looped and self.assignment.storage[group[0]].zero < 2:
@@ -335,7 +335,15 @@ class Timeline:
             before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
             now = {c: lanes[c][v] for c in ("gradients", "gathered")}
             now["gathered"] -= sum(self.held[t].gathered for t in group)  # all that backward needs of them is done
+            now["gathered"] += lanes["ahead"][v]
+            if self.m > 1 and self.setting.reductions:
+                now["gradients"] += self._summed_last(v)
             points["reduce", g] = {"reserve": bucket, **now, **before}
+
+    def _summed_last(self, at: int) -> float:
+        """Bytes of the sums of the group that was reduced before the one at `at`: they are added to what accumulates after it."""
+        low, later = self.facts.low, [g for g in self.groups if self.facts.low[g[0]] > at]
+        return sum(self.held[t].final for t in min(later, key=lambda g: low[g[0]], default=()))
 
     def accumulating(self, name: str) -> float:
         """Bytes in which a parameter's gradients gather over microbatches: one for every placement that is wanted of it."""
