@@ -275,7 +275,10 @@ class _Counter:
         if not self.outline.training:
             return []
         loss = self.outline.tensors[self.outline.loss]
-        return [self._sum(round(loss.bytes)), *(self._sum(self._tied_bytes(name)) for name in self._ties(staging, rank))]
+        return [
+            self._sum(round(loss.bytes)),
+            *(self._sum(self._tied_bytes(name)) for name in self._ties(staging, rank)),
+        ]
 
     def _ties(self, staging: Staging, rank: int) -> list[str]:
         """Trained parameters that a rank holds and others do, too."""

@@ -224,7 +224,9 @@ class Rows:
     def _reducing(self, total: dict[Key, float], group: Group) -> None:
         """What a group's gradients are while they are reduced once a step, beyond those that have gathered."""
         for w, o, h in self._of(group):
-            entries = {want: entry for want in self.space.wants[w] if (entry := self.space.entry(w, o, want)) is not None}
+            entries = {
+                want: entry for want in self.space.wants[w] if (entry := self.space.entry(w, o, want)) is not None
+            }
             for want, entry in entries.items():
                 turned = entry.chain.copies_backward or any(call.backward for call in entry.chain.calls)
                 total["e", w, o, want] += h.whole if turned else 0
