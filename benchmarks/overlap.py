@@ -33,6 +33,8 @@ from shardwright.planner.plan import OverlapPlan
 from shardwright.runtime.apply import apply
 from shardwright.runtime.collectives import observed
 
+from runtime import interval
+
 SCHEMES = ("zero=0", "zero=1", "zero=2", "zero=3", "tp")
 FREE = SlowLink(0.0, float("inf"))
 
@@ -84,7 +86,6 @@ def compared(scheme: str, slow: SlowLink, options: argparse.Namespace) -> list[d
                     found[on].append(figures)
         gain = [b[0] - a[0] for a, b in zip(found[True], found[False], strict=True)]
         middle = [[statistics.median(x) for x in zip(*found[on], strict=True)] for on in (True, False)]
-        error = 1.96 * statistics.stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
         rows.append(
             {
                 "scheme": scheme,
@@ -92,7 +93,7 @@ def compared(scheme: str, slow: SlowLink, options: argparse.Namespace) -> list[d
                 "with": middle[0],
                 "without": middle[1],
                 "gain": statistics.median(gain),
-                "error": error,
+                "interval": interval(gain),
             }
         )
     return rows
@@ -132,7 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         shown = [f"{1e3 * x:.0f}" for x in (*row["with"], *row["without"])]
         widths = (12, 8, 8, 15, 8, 8)
         cells = "".join(f"{x:>{w}}" for x, w in zip(shown, widths, strict=True))
-        lines.append(f"{row['scheme']:8}{row['link']:6}{cells}{1e3 * row['gain']:9.0f} ± {1e3 * row['error']:.0f}")
+        low, high = (1e3 * x for x in row["interval"])
+        lines.append(f"{row['scheme']:8}{row['link']:6}{cells}{1e3 * row['gain']:9.0f}   {low:.0f} to {high:.0f}")
     return "\n".join(lines)
 
 
