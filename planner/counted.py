@@ -188,7 +188,8 @@ class _Counter:
         if not self.bytes:
             return ledger.traffic(), None
         took = sum(self._size(name, at) for name, at in takes.items())
-        return ledger.traffic(), StageMemory.of(evaluator.timeline(own, ledger), took)
+        lines = (evaluator.timeline(own, ledger, first=first) for first in (True, False))
+        return ledger.traffic(), StageMemory.of(*lines, took)
 
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))

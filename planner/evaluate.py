@@ -87,11 +87,14 @@ class Evaluator:
         ledger.parameters()
         return ledger
 
-    def timeline(self, assignment: Assignment, ledger: Ledger, lies: Lying | None = None) -> Timeline:
-        """Bytes alone, without what `lies` behind the device."""
+    def timeline(
+        self, assignment: Assignment, ledger: Ledger, lies: Lying | None = None, *, first: bool = False
+    ) -> Timeline:
+        """Bytes alone, without what `lies` behind the device; with `first` those of the first microbatch, before any gradient."""
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
+        cut = replace(self.cut, microbatches=1) if first else self.cut
         given = (
-            self.cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again, self.borders
+            cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again, self.borders
         )  # fmt: skip
         line = Timeline(*given) if lies is None else Behind(lies, *given)
         for i, op in enumerate(self.outline.ops):

@@ -75,9 +75,8 @@ class ExpertParallel:
     """What expert parallelism costs one rank, per mixture-of-experts op and microbatch.
 
     `rows` are the token copies the busiest rank works on. `sent_bytes` leave a rank in one all-to-all. Seconds are of both
-    exchanges of a direction, none overlapped. `saved_bytes` stay until backward (dispatched tokens and gate inputs),
-    `scratch_bytes` live inside the op. `dropped` is the share of the busiest rank's copies over
-    capacity, 0 without one: a plan that drops tokens is not exact.
+    exchanges of a direction, none overlapped. `saved_bytes` stay until backward (dispatched tokens and gate inputs).
+    `dropped` is the share of the busiest rank's copies over capacity, 0 without one: a plan that drops tokens is not exact.
     """
 
     ep: int
@@ -91,7 +90,6 @@ class ExpertParallel:
     forward_seconds: float
     backward_seconds: float
     saved_bytes: float
-    scratch_bytes: float
     dropped: float
 
 
@@ -117,12 +115,10 @@ def expert_parallel(
     counts = all_to_all(float(COUNT_BYTES * facts.experts * ep)) if ep > 1 else 0.0
     share = rows / (facts.top_k * facts.tokens)
     kept = rows * (token_bytes * (ep > 1) + facts.columns * width) if training else 0.0
-    times = (5, 7) if training else (4, 4)  # rule_experts.scratch
     return ExpertParallel(
         ep, data // ep, load, rows, facts.parameter_elements // ep,
         facts.flops * share, facts.backward_flops * share if training else 0.0, local * (ep - 1) / ep,
-        counts + 2 * exchange, 2 * exchange if training else 0.0, kept,
-        rows * width * (times[0] * facts.hidden + times[1] * facts.inner), max(0.0, 1 - load / asked),
+        counts + 2 * exchange, 2 * exchange if training else 0.0, kept, max(0.0, 1 - load / asked),
     )  # fmt: skip
 
 

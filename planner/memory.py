@@ -47,7 +47,8 @@ Point = tuple[str, int]
 class Setting:
     """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does).
 
-    `prefetch` groups are gathered ahead, `reductions` are under way beside the backward pass (planner/plan.py, OverlapPlan).
+    `unfolds`: convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
+    under way beside the backward pass (planner/plan.py, OverlapPlan).
     """
 
     precision: Precision
@@ -55,6 +56,7 @@ class Setting:
     reserve: int = 0
     foreach: bool = False
     staged: bool = False
+    unfolds: bool = False
     prefetch: int = 0
     reductions: int = 0
 

@@ -3,8 +3,8 @@
 A microbatch that went forward through a stage leaves what its backward needs there, what the stage took, and what it gave; all of
 it goes when its backward pass through the stage is over. What was received waits for the action that takes it, gradients that
 were handed back wait for theirs, and the last few tensors that were sent stay until others follow (runtime/p2p.py). Beside that
-every stage has its gathered parameters throughout and its gradients from its first backward on. The running action adds what its
-stage's time line says (planner/timeline.py).
+every stage has its gathered parameters throughout and its gradients from its first backward on, which makes them one by one. The
+running action adds what its stage's time line says (planner/timeline.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .exchanges import Message, Receive, Send, Step
-from .memory import CAUSES, Held
+from .memory import CAUSES, Held, Point
 from .schedules import Action
 from .timeline import Timeline, accumulated
 
@@ -30,27 +30,34 @@ Key = tuple[str, int, int, str]
 class StageMemory:
     """One stage: what it keeps of a microbatch beside what it takes, what crosses, and bytes by cause over a backward pass.
 
-    `fixed` are gradients and copies that stay from microbatch to microbatch; `passes` has what a backward pass holds beside these.
+    `fixed` are gradients and copies that stay from microbatch to microbatch; `passes` has what a backward pass holds beside these,
+    `first` what the stage's first one does, which has less of the gradients to begin with.
     """
 
     kept: float
     fixed: Mapping[str, float]
+    first: Sequence[Mapping[str, float]]
     passes: Sequence[Mapping[str, float]]
     held: Mapping[str, Held]
     waiting: float
     ends: Sequence[Mapping[str, float]]
 
     @classmethod
-    def of(cls, line: Timeline, took: float) -> StageMemory:
-        """Of a stage that takes `took` bytes with every microbatch."""
-        points = line.changing()
+    def of(cls, first: Timeline, line: Timeline, took: float) -> StageMemory:
+        """Of a stage that takes `took` bytes with every microbatch, by the time lines of its first one and of a later one."""
+        begins, points = first.changing(), line.changing()
         last = accumulated(line.lanes["saved"])[line.count - 1] if line.count else 0.0
-        passes = [
-            {c: b - line.standing.get(c, 0.0) for c, b in causes.items()}
-            for (kind, _), causes in points.items() if kind in ("op", "gather", "reduce")
-        ]  # fmt: skip
         ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
-        return cls(last - took, dict(line.standing), passes, line.held, line.waiting, ends)
+        fixed = dict(line.standing)
+        return cls(last - took, fixed, _beside(fixed, begins), _beside(fixed, points), line.held, line.waiting, ends)
+
+
+def _beside(fixed: Mapping[str, float], points: Mapping[Point, Mapping[str, float]]) -> list[dict[str, float]]:
+    """Bytes by cause at every moment of a backward pass, beyond those that are `fixed`."""
+    return [
+        {c: b - fixed.get(c, 0.0) for c, b in causes.items()}
+        for (kind, _), causes in points.items() if kind in ("op", "gather", "reduce")
+    ]  # fmt: skip
 
 
 @dataclass
@@ -92,8 +99,9 @@ class RankMemory:
         mine = [k for k in self.alive if k[1:3] == (stage, i) and k[0] in ("kept", "take", "come")]
         for key in mine:
             del self.alive[key]
+        moments = self.stages[stage].passes if stage in self.begun else self.stages[stage].first
         self.begun.add(stage)
-        for causes in self.stages[stage].passes:
+        for causes in moments:
             self._note(causes)
         for (source, target), names in self.back.items():
             if target == stage:

@@ -26,7 +26,7 @@ from .memory import (
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
-from .rule_experts import scratch_bytes
+from .scratch import inside_bytes
 from .space import Space
 from .template import Template
 
@@ -324,7 +324,9 @@ class Rows:
         op = self.ops[at]
         v = self.template.class_of[op.name]
         for s, strategy in enumerate(self.space.strategies[v]):
-            if amount := scratch_bytes(op, self.tensors, strategy.choice, self.sizes, training=True):
+            if amount := inside_bytes(
+                op, self.tensors, strategy.choice, self.sizes, training=True, unfolds=self.setting.unfolds
+            ):
                 total["x", v, s] += amount
         for j in parameter_gradients(op, self.tensors) if self.m > 1 else ():
             self._added(total, v, j, op.operands[j].tensor)

@@ -111,16 +111,47 @@ def moved(op: Op) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     return ((7.0, rows), (5.0, wide)), ((9.0, rows), (25.0, wide))
 
 
-def scratch(op: Op, training: bool) -> tuple[Term, ...]:
-    """Elements alive at once inside the op (its backward, where it trains), besides operands, results and what is saved."""
+GATES = {"c f": 7.0, "f c": 9.0, "f": 4.0}
+"""Tensors of an expert's width at the fullest moment of its gate's backward, by the layout of the columns.
+
+The gate's result, its gradient before and after the weights, and the gradient of the columns (one width for every c), which is
+put together from two parts ("c f", cut in halves) or from two as wide as itself ("f c", taken in turn).
+"""
+
+
+def scratch(op: Op, tensors: Mapping[str, Tensor], training: bool) -> tuple[tuple[Term, ...], ...]:
+    """Elements alive at once inside the op, besides operands, results and what is saved, at each moment that may be the fullest.
+
+    In the backward pass (passes/experts/op.py), where it trains, these are the gate's, beside the incoming gradient of the slots
+    with and without their weights; that in which the gradient of the slots is put into the order of tokens; and the products that
+    make the stacks' gradients. Those are counted with all gradients: before, they are not there yet.
+    """
     rows, wide = letters(op.factors, "tkh"), letters(op.factors, "tkf")
-    return ((5.0, rows), (7.0, wide)) if training else ((4.0, rows), (4.0, wide))
+    if not training:
+        return (((4.0, rows), (4.0, wide)),)
+    columns = math.prod(op.factors[i].size for i in letters(op.factors, "c"))
+    later = tuple(
+        (-1.0, tuple(i for dim in use.factors for i in dim))
+        for use in op.operands[3:5]
+        if tensors[use.tensor].differentiable
+    )
+    return (
+        ((2.0, rows), (GATES[_layout(op)], wide), *later),
+        ((4.0, rows), (2.0 + columns, wide), *later),
+        ((2.0, rows), (1.0 + columns, wide)),
+    )
+
+
+def _layout(op: Op) -> str:
+    """The layout of the columns of `up`, as a key of GATES."""
+    names = [op.factors[i].name[0] for dim in op.operands[3].factors for i in dim]
+    return " ".join(n for n in names if n in "cf") if "c" in names else "f"
 
 
 def scratch_bytes(
     op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
 ) -> float:
-    """Bytes of `scratch` under one choice per axis; 0 for every other op."""
+    """Bytes of `scratch` at its fullest under one choice per axis; 0 for every other op."""
     if op.kind != "experts":
         return 0.0
     local = [float(f.size) for f in op.factors]
@@ -129,4 +160,7 @@ def scratch_bytes(
         if name in names:
             local[names.index(name)] /= n
     width = DTYPE_BYTES[tensors[op.operands[3].tensor].dtype]
-    return width * sum(scale * math.prod(local[i] for i in factors) for scale, factors in scratch(op, training))
+    return width * max(
+        sum(scale * math.prod(local[i] for i in factors) for scale, factors in moment)
+        for moment in scratch(op, tensors, training)
+    )

@@ -217,7 +217,7 @@ def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request:
 
 def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:
     gpu = cluster.device.kind == "gpu"
-    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=gpu, staged=not gpu)
+    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=gpu, staged=not gpu, unfolds=not gpu)
 
 
 def shape_of(cluster: Cluster, data: int, model: int) -> Shape:

@@ -23,7 +23,7 @@ from .memory import (
 from .outline import Op
 from .placement import Placement, R
 from .remake import Values, rerun
-from .rule_experts import scratch_bytes
+from .scratch import inside_bytes
 from .template import Cut
 
 
@@ -64,13 +64,8 @@ class Timeline:
         held: Mapping[str, Held], uses: Uses, regathered: frozenset[str], borders: Borders | None = None,
     ) -> None:  # fmt: skip
         """`borders` are those of a stage of a pipeline, whose parameters are gathered and reduced as around a microbatch loop."""
-        self.outline, self.m, self.facts, self.setting, self.sizes = (
-            cut.outline,
-            cut.microbatches,
-            found,
-            setting,
-            sizes,
-        )
+        self.outline, self.m = cut.outline, cut.microbatches
+        self.facts, self.setting, self.sizes = found, setting, sizes
         self.assignment, self.held, self.uses, self.regathered = assignment, held, uses, regathered
         self.borders, self.looped = borders or Borders(), self.m > 1 or borders is not None
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
@@ -158,12 +153,8 @@ class Timeline:
             for item in op.saved:
                 if item.source == "new":
                     if op.name not in again.ops:
-                        self._over(
-                            "saved",
-                            i,
-                            self.count - 1,
-                            new_bytes(op, item, self.assignment.choices[op.name], self.sizes),
-                        )
+                        size = new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
+                        self._over("saved", i, self.count - 1, size)
                     continue
                 if item.source == "operand":
                     use, placement = op.operands[item.index], self.uses.wanted[op.name][item.index]
@@ -213,7 +204,7 @@ class Timeline:
                 self.standing["gradients"] += amount
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
-            self._over("gradients", 0, last if self.looped else found.low[name] - 1, h.final)
+            self._over("gradients", 0, last if self.m > 1 else found.low[name] - 1, h.final)
             self.standing["gradients"] += h.final
         if self.setting.reductions:
             self._flying()
@@ -279,7 +270,7 @@ class Timeline:
             self._over("temporaries", span.start, span.end - 1, amount)
         for i, op in enumerate(self.ops):
             choice = self.assignment.choices[op.name]
-            self.moment[i] += scratch_bytes(op, self.tensors, *self._spread(op, choice), training=True)
+            self.moment[i] += self._inside(op, choice)
             copies = gradient_copies(op, choice)
             for j in operand_gradients(op, self.tensors):
                 amount = copies * local_bytes(
@@ -290,6 +281,11 @@ class Timeline:
                 use = op.operands[j]
                 if self._adding(use.tensor):
                     self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
+
+    def _inside(self, op: Op, choice: tuple[str, ...]) -> float:
+        """Bytes that live inside one op alone."""
+        names, sizes = self._spread(op, choice)
+        return inside_bytes(op, self.tensors, names, sizes, training=self.training, unfolds=self.setting.unfolds)
 
     def _adding(self, name: str) -> bool:
         """Whether the gradient of an op's parameter is made beside one that it is then added to."""
@@ -310,7 +306,7 @@ class Timeline:
             self._over("temporaries", span.start, min(span.end, self.count - 1), amount)
         for i, op in enumerate(self.ops):
             choice = self.assignment.choices[op.name]
-            self.moment[i] += scratch_bytes(op, self.tensors, choice, self.sizes, training=False)
+            self.moment[i] += self._inside(op, choice)
             for use, placement in zip(op.operands, self.uses.wanted[op.name], strict=True):
                 tensor = self.tensors[use.tensor]
                 source = self.uses.produced.get(use.tensor)

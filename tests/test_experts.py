@@ -176,13 +176,24 @@ def test_few_tokens_are_bound_by_the_weights_of_all_experts():
 
 def test_scratch_is_that_of_slots():
     found = outline()
-    op, tensors = found.ops[0], dict(found.tensors)
+    op = found.ops[0]
+    tensors = {n: replace(t, differentiable=n not in ("up", "down")) for n, t in found.tensors.items()}
     whole = rule_experts.scratch_bytes(op, tensors, ("R",), (2,), training=True)
-    assert whole == 4 * TOKENS * TOP_K * (5 * HIDDEN + 7 * INNER)
+    assert whole == 4 * TOKENS * TOP_K * (2 * HIDDEN + 7 * INNER)
     assert rule_experts.scratch_bytes(op, tensors, ("t",), (2,), training=True) == whole / 2
     assert rule_experts.scratch_bytes(op, tensors, ("e",), (2,), training=True) == whole
     assert rule_experts.scratch_bytes(op, tensors, ("R",), (2,), training=False) < whole
     assert rule_experts.scratch_bytes(replace(op, kind="matmul"), tensors, ("R",), (2,), training=True) == 0
+
+
+@pytest.mark.parametrize("split", ["R", "t", "e", "f"])
+def test_gradients_of_the_stacks_come_after_the_fullest_moment_of_the_gate(split):
+    found = outline()
+    op, tensors = found.ops[0], dict(found.tensors)
+    slots, inner = TOKENS * TOP_K // (2 if split == "t" else 1), INNER // (2 if split == "f" else 1)
+    stacks = EXPERTS // (2 if split == "e" else 1) * 3 * HIDDEN * inner
+    inside = rule_experts.scratch_bytes(op, tensors, (split,), (2,), training=True)
+    assert inside + 4 * stacks == 4 * max(slots * (2 * HIDDEN + 7 * inner), slots * (2 * HIDDEN + 3 * inner) + stacks)
 
 
 # -- expert parallelism
