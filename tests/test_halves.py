@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,25 @@ def divided(op: Callable[..., Tensor], product: bool, divides: bool, leaves: lis
     with Products() as second:
         halves.finish()
     return [first, second]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_backward_pass_asks_once_for_what_was_saved(name: str) -> None:
+    op, shapes, _, _ = CASES[name]
+    leaves, asked = tensors(*shapes), Counter[int]()
+
+    def kept(x: Tensor) -> tuple[int, Tensor]:
+        asked[len(asked)] = 0
+        return len(asked) - 1, x
+
+    def wanted(entry: tuple[int, Tensor]) -> Tensor:
+        asked[entry[0]] += 1
+        return entry[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, wanted):
+        y = op(*leaves)
+    y.backward(torch.ones_like(y))
+    assert set(asked.values()) == {1}
 
 
 @pytest.mark.parametrize("name", CASES)

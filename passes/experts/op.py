@@ -104,16 +104,17 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        flowing, kept = ((None, None), ctx.kept) if ctx.half == "weight" else _Experts._flowing(ctx, grad)
+        saved = ctx.saved_tensors  # once: every look makes again what was not kept
+        flowing, kept = ((None, None), ctx.kept) if ctx.half == "weight" else _Experts._flowing(ctx, saved, grad)
         ctx.kept = kept if ctx.half == "input" else None
-        weights = (None,) * 4 if ctx.half == "input" else _Experts._weights(ctx, *kept)
+        weights = (None,) * 4 if ctx.half == "input" else _Experts._weights(ctx, saved, *kept)
         d_x, d_scale = flowing
         return d_x, None, d_scale, *weights, None, None, None
 
     @staticmethod
-    def _flowing(ctx, grad):  # type: ignore[no-untyped-def]
+    def _flowing(ctx, saved, grad):  # type: ignore[no-untyped-def]
         """Gradients of x and scale, and what those of the weights are products of."""
-        x, index, scale, up, down, _, down_bias, inner, order = ctx.saved_tensors
+        x, index, scale, up, down, _, down_bias, inner, order = saved
         gate, transposed, first = ctx.home
         owner, ends = _again(index, order, first, up.shape[0])
         factor = scale.reshape(-1)[order].unsqueeze(-1)
@@ -135,9 +136,9 @@ class _Experts(torch.autograd.Function):
         return (d_x, d_scale), (weighted, middle.detach(), d_inner)
 
     @staticmethod
-    def _weights(ctx, weighted, middle, d_inner):  # type: ignore[no-untyped-def]
+    def _weights(ctx, saved, weighted, middle, d_inner):  # type: ignore[no-untyped-def]
         """Gradients of up, down and their biases."""
-        x, index, _, up, _, up_bias, down_bias, _, order = ctx.saved_tensors
+        x, index, _, up, _, up_bias, down_bias, _, order = saved
         _, transposed, first = ctx.home
         owner, ends = _again(index, order, first, up.shape[0])
         d_up = d_down = None
