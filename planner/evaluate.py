@@ -217,8 +217,11 @@ class Ledger:
         away = self.lies.away[name][0] if self.lies is not None else HERE
         if away.gradients and trains:  # they leave as every microbatch makes them, summed
             found = replace(found, scatter=owner.m, backward=owner.m)
-        if away.parameters:
-            found = replace(found, gather=(2 if again and owner.training else 1) * owner.m)
+        if away.parameters:  # every microbatch fetches them, as with ZeRO-3, and reduces their gradients behind that
+            found = replace(
+                found, gather=(2 if again and owner.training else 1) * owner.m, scatter=owner.m if trains else 0,
+                forward=owner.m, backward=owner.m if owner.training else 0,
+            )  # fmt: skip
         return found
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
