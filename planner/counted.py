@@ -188,8 +188,8 @@ class _Counter:
         if not self.bytes:
             return ledger.traffic(), None
         took = sum(self._size(name, at) for name, at in takes.items())
-        lines = (evaluator.timeline(own, ledger, first=first) for first in (True, False))
-        return ledger.traffic(), StageMemory.of(*lines, took)
+        begins, line = evaluator.timeline(own, ledger, first=True), evaluator.timeline(own, ledger)
+        return ledger.traffic(), StageMemory.of(begins, line, took)
 
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))
