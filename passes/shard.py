@@ -74,7 +74,7 @@ def lower(
 
 
 def _surround(shop: Shop, body: _Graph, hoisted: frozenset[str], lowered: Lowered) -> None:
-    """Entry and prologue graphs for a microbatched body, and the chain that makes its accumulated loss whole."""
+    """Entry and prologue graphs for a microbatched body, and how its loss and outputs become whole after it."""
     prologue = _Graph(shop, microbatched=False)
     for op in shop.summary.outline.ops:
         if any(r.tensor in hoisted for r in op.results):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import msgspec
 
@@ -264,7 +265,7 @@ class _Counter:
             return join_seconds(self.cluster, size)
         return send_seconds(self.grounds[pool].cluster, size, self.stride, size=self.at.count(pool))
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Distance of neighbouring pipeline ranks."""
         sizes = {"pp": self.plan.pipeline.ranks} | {axis.name: axis.size for axis in self.axes}
@@ -281,13 +282,18 @@ class _Counter:
             *(self._sum(self._tied_bytes(name)) for name in self._ties(staging, rank)),
         ]
 
+    @cached_property
+    def holders(self) -> Mapping[str, frozenset[int]]:
+        """Pipeline ranks that hold each parameter, in any program of the module."""
+        everything = [name for name in (self.outline.loss, *self.outline.outputs) if name]
+        staging = cut(self.outline, stages_by_runs(self.plan, self.outline), len(self.rank_of), everything)
+        return {name: frozenset(self.rank_of[s] for s in stages) for name, stages in staging.holders.items()}
+
     def _ties(self, staging: Staging, rank: int) -> list[str]:
         """Trained parameters that a rank holds and others do, too."""
-        everything = [name for name in (self.outline.loss, *self.outline.outputs) if name]
-        all_holders = cut(self.outline, stages_by_runs(self.plan, self.outline), len(self.rank_of), everything).holders
         found = []
         for p in self.outline.parameters:
-            held = {self.rank_of[s] for s in all_holders.get(p.tensor, ())}
+            held = self.holders.get(p.tensor, frozenset())
             trains = p.trainable and self.outline.tensors[p.tensor].differentiable
             if trains and p.tensor in staging.holders and len(held) > 1 and rank in held:
                 found.append(p.tensor)

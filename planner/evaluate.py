@@ -213,16 +213,13 @@ class Ledger:
     def _times(self, name: str) -> Times:
         owner, again = self.owner, name in self.again
         trains = owner.parameters[name].trainable and owner.training
-        found = times(self.assignment.storage[name].zero, owner.m, owner.training, trains, again)
+        level = self.assignment.storage[name].zero
         away = self.lies.away[name][0] if self.lies is not None else HERE
-        if away.gradients and trains:  # they leave as every microbatch makes them, summed
-            found = replace(found, scatter=owner.m, backward=owner.m)
-        if away.parameters:  # every microbatch fetches them, as with ZeRO-3, and reduces their gradients behind that
-            found = replace(
-                found, gather=(2 if again and owner.training else 1) * owner.m, scatter=owner.m if trains else 0,
-                forward=owner.m, backward=owner.m if owner.training else 0,
-            )  # fmt: skip
-        return found
+        if away.parameters:  # every microbatch fetches them, as with ZeRO-3
+            level = 3
+        elif away.gradients and trains:  # they leave as every microbatch makes them, summed, as with ZeRO-2
+            level = max(level, 2)
+        return times(level, owner.m, owner.training, trains, again)
 
     def _gather(self, group: tuple[str, ...], used: Mapping[str, float]) -> None:
         owner, storage = self.owner, self.assignment.storage[group[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .assign import Assignment
 from .dispatch import DISPATCH, dispatched
@@ -347,7 +348,7 @@ class Timeline:
             return 0.0
         return sum(local_bytes(self.tensors[name], want, self.sizes) for want in self.uses.wants.get(name, ()))
 
-    @property
+    @cached_property
     def once(self) -> list[str]:
         """The parameters whose gradients are reduced once a step."""
         return [t for t, s in self.assignment.storage.items() if s.zero < 2]

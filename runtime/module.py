@@ -76,8 +76,9 @@ class ParallelModule(Tree):
             )  # fmt: skip
         else:
             flat = run_once(program.lowered, program.body, values, program.regather())
-        update_buffers(program, by_name(program, flat), self)
-        return rebuild(program, [core.watch(flat[0]), *beside_loss(program, by_name(program, flat))])
+        known = by_name(program, flat)
+        update_buffers(program, known, self)
+        return rebuild(program, [core.watch(flat[0]), *beside_loss(program, known)])
 
     def _through_stages(self, program: Program, values: Values) -> Any:
         """A call of a module whose plan has a pipeline."""

@@ -52,12 +52,13 @@ def train(
     names = list(values.parameters)
     leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in values.parameters.items()}
     inner = Values(leaves, values.whole, values.seed)
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
+    with torch.enable_grad():
         loops = {s: Loop(lowered, inner, microbatches, buckets) for s, lowered in staged.own.items()}
-        for loop in loops.values():
-            stack.enter_context(loop)
         run = _Run(staged, bodies, Link(mesh), regather, lambda s, i, taken: loops[s].feeds(i, taken), mesh.sizes)
-        run.play()
+        with contextlib.ExitStack() as stack:
+            for loop in loops.values():
+                stack.enter_context(loop)
+            run.play()
         for loop in loops.values():
             loop.close()
         for loop in loops.values():

@@ -82,8 +82,8 @@ def run_microbatches(
                     torch.autograd.backward(loss, torch.full_like(loss, seed))
                 results.add(i, [loss, *others])
                 del loss, others  # their graph has the gathered parameters
-            loop.close()
-            loop.finish()
+        loop.close()
+        loop.finish()
     found = results.wholes()
     held = [leaves[n].grad if offload is None else offload.end(n, leaves[n].grad) for n in names]
     result: Tensor = Held.apply(found[lowered.loss], held, *[values.parameters[n] for n in names])
@@ -199,7 +199,6 @@ class Loop:
 
     def close(self) -> None:
         """After the last microbatch: inputs and gathered parameters go, what has accumulated stays."""
-        self.__exit__()
         self.cut_values.clear()
         self.step_values.clear()
         self.accumulated = {i: leaf.grad for i, leaf in enumerate(self.leaves) if leaf.grad is not None}
