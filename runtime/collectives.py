@@ -167,10 +167,9 @@ class Pending:
                 self._failed(error)
         if self._watch is not None:
             self._watch.leave()
+        until = time.monotonic() + (_PATIENCE_SECONDS if self._observer is None else _OBSERVED_PATIENCE_SECONDS)
         for x, count in self._held:
-            for _ in range(_PATIENCE):
-                if uses(x) <= count:
-                    break
+            while uses(x) > count and time.monotonic() < until:
                 time.sleep(1e-5)
         self._held, self._elsewhere, self._results = [], [], []
         return results
@@ -181,8 +180,9 @@ class Pending:
         raise error
 
 
-_PATIENCE = 1000
-"""Looks at an operand that a worker thread still holds, some 60 us each."""
+_PATIENCE_SECONDS, _OBSERVED_PATIENCE_SECONDS = 0.06, 10.0
+"""How long a wait looks after operands that a worker thread still holds: on a busy machine, where memory is measured, until it
+has run again, since it would free them out of the measurement's sight."""
 
 
 class Observer(Protocol):
