@@ -322,7 +322,7 @@ class _Counter:
 
 
 def part_outline(outline: Outline, part: StagePart) -> Outline:
-    """The outline of one stage: its ops, and the parameters it uses, in regions of instances that are cut alike."""
+    """The outline of one stage: its ops, their tensors and its parameters, in regions of instances that are cut alike."""
     ops, held = frozenset(part.ops), frozenset(part.parameters)
     regions: dict[tuple[object, ...], list[tuple[tuple[str, ...], tuple[str, ...]]]] = {}
     for region in outline.regions:
@@ -333,8 +333,11 @@ def part_outline(outline: Outline, part: StagePart) -> Outline:
             if mine or own:
                 cut_ = (region.name, *(n in ops for n in names), *(n in held for n in parameters))
                 regions.setdefault(cut_, []).append((mine, own))
+    kept = tuple(op for op in outline.ops if op.name in ops)
+    used = {use.tensor for op in kept for use in (*op.operands, *op.results)} | held
+    used |= {outline.tensors[name].storage for name in used}
     return replace(
-        outline, ops=tuple(op for op in outline.ops if op.name in ops),
+        outline, ops=kept, tensors={name: t for name, t in outline.tensors.items() if name in used},
         regions=tuple(
             Region(str(key[0]), tuple(i for i, _ in found), tuple(p for _, p in found)) for key, found in regions.items()
         ),

@@ -108,7 +108,7 @@ def hoisted(outline: Outline, cut: BatchCut) -> frozenset[str]:
     for op in reversed(outline.ops):
         if any(r.tensor in need for r in op.results):
             need.update(u.tensor for u in op.operands)
-    return frozenset(n for n in need if outline.tensors[n].role == "activation")
+    return frozenset(n for n in need if n in outline.tensors and outline.tensors[n].role == "activation")
 
 
 def retyped(outline: Outline, compute: str) -> Outline:
