@@ -65,7 +65,7 @@ class Division(Trial):
         for s, mine in enumerate(arcs):
             found = [(i, j, bags.interval(line.runs(i, j), self.rows[s])) for i, j in mine]
             columns.append(
-                [c for i, j, made in found for sides, bag in made.items() for c in self._made(s, i, j, sides, bag)]
+                [c for i, j, made in found for sides, bag in made.items() for c in self.made(s, i, j, sides, bag)]
             )
             if not columns[-1]:
                 return []
@@ -103,7 +103,7 @@ class Division(Trial):
         found = []
         bags = self.coarse.interval(self.problem.line.runs(start, end), self.rows[stage])
         for layouts, bag in bags.items():
-            made = sorted(self._made(stage, start, end, layouts, bag), key=lambda c: (self._value(c), c.picks))
+            made = sorted(self.made(stage, start, end, layouts, bag), key=lambda c: (self._value(c), c.picks))
             if made:
                 found.append(made[round(level * (len(made) - 1))])
         return found

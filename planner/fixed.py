@@ -18,13 +18,14 @@ few counts are also solved in whole numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from .counts import in_order
 from .fixedmodel import Counts, Divided, Model, Spans, Table, Taken, taken
+from .hull import FIRST, MOST, Hull, whole_ranks
 from .labels import Floats, unit_bytes
 from .options import Option, end_to_end
 from .paths import Path, makespan, rank_paths
@@ -65,11 +66,12 @@ Both are shares of the gap that is asked for.
 
 @dataclass
 class _Relaxed:
-    """The relaxation closed: its bound, its paths, the counts met, and the solution that simulates best."""
+    """The relaxation closed: its bound, its paths with their duals, the counts met, and the solution that simulates best."""
 
     low: float
     paths: list[Path]
-    counts: Counts
+    counts: Counts = field(default_factory=dict)
+    duals: Sequence[float] = ()
     best: float = INFINITE
     table: Table = ()
 
@@ -88,17 +90,30 @@ class Fixed:
             self.trial.paths.append(path)  # other divisions are tried, and bounded together
         if self._enough(low, limit):
             return low
-        scale = 1e3 / limit if limit < INFINITE else 1e3 / max(low, 1e-12)
-        relaxed = self._relaxed(limit, least, low, scale)
-        if not relaxed.counts or self._enough(relaxed.low, limit):
-            return relaxed.low
-        for plan in Rounding(self.division, relaxed.counts, relaxed.table, scale).plans():
+        hull = self._hull(limit, _seeds(self.trial, least)) if whole_ranks(self.division) else None
+        low = max(low, hull.low if hull is not None else 0.0)
+        if self._enough(low, limit):
+            return low
+        found = self._relaxed(limit, least, low, _scale(limit, low))
+        if hull is not None and found.counts and not self._enough(found.low, limit):
+            hull = self._hull(limit, found.paths, found.duals)
+            found.low = max(found.low, hull.low)
+        if not found.counts or self._enough(found.low, limit):
+            return found.low
+        for plan in Rounding(self.division, found.counts, found.table, _scale(limit, low)).plans():
             self.attempt(plan)
-        if relaxed.low >= min(limit, self.trial.seconds) * (1 - 2 * self.trial.gap):
-            return relaxed.low
-        if sum(len(self.division.every[r]) for runs in self.division.runs for r in runs) <= SMALL:
-            return relaxed.low if self.trial.skips() else max(relaxed.low, self._whole(relaxed.paths, limit, scale))
-        return relaxed.low
+        if found.low >= min(limit, self.trial.seconds) * (1 - 2 * self.trial.gap):
+            return found.low
+        if sum(len(self.division.every[r]) for runs in self.division.runs for r in runs) > SMALL or self.trial.skips():
+            return found.low
+        return max(found.low, self._whole(found.paths, limit, _scale(limit, low)))
+
+    def _hull(self, limit: float, paths: Sequence[Path], duals: Sequence[float] = ()) -> Hull:
+        """The program over what whole ranks may hold; a first look at it where the paths have no weights."""
+        hull = Hull(self.division, paths)
+        weights = np.array(duals) if duals else np.ones(len(paths))
+        hull.bound(limit * (1 - self.trial.gap), weights, MOST if duals else FIRST)
+        return hull
 
     def _enough(self, low: float, seconds: float) -> bool:
         return low >= seconds * (1 - self.trial.gap)
@@ -120,19 +135,20 @@ class Fixed:
         offered = {r: cover(options[r], self.trial.p.microbatches, nearly) for r in self.division.regions}
         model = Model(self.division, offered, scale, flags=False, share=share)
         lost = (1 + share) * (1 + 2 * nearly)
-        found, still = _Relaxed(low, model.paths, {}), 0
+        found, still = _Relaxed(low, model.paths), 0
         middle: Floats | None = None
         for path in _seeds(self.trial, least):
             model.path(path)
         while still < STILL and len(model.paths) < SEEDS + ROUNDS * CUTS:
             answer = model.program.solve(relaxed=True)
             if not answer.values:
-                return _Relaxed(INFINITE, [], {})
+                return _Relaxed(INFINITE, [])
             values = np.array(answer.values)
             known, new = answer.values[model.time] / scale, answer.objective / scale / lost
             still = 0 if new > found.low * (1 + self.trial.gap / 4) else still + 1
             found.low = max(found.low, new)
             found.counts |= model.counts(values)
+            found.duals = [answer.duals[row] for row in model.rows] if answer.duals else ()
             if self._enough(found.low, limit):
                 break
             # Half way to the best solution so far: corners of the program leap about, what lies between them does not.
@@ -177,9 +193,12 @@ class Fixed:
         """Try a plan out; inf where its layouts cannot be put in an order, or it does not fit."""
         columns = [self._column(s, plan[s]) for s in sorted(plan)]
         found = [c for c in columns if c is not None]
-        if len(found) < len(columns) or any(a.layouts[1] != b.layouts[0] for a, b in pairwise(found)):
+        return self._try(found) if len(found) == len(columns) else INFINITE
+
+    def _try(self, columns: Sequence[Column]) -> float:
+        if any(a.layouts[1] != b.layouts[0] for a, b in pairwise(columns)):
             return INFINITE
-        return self.trial.attempt(tuple(found))
+        return self.trial.attempt(tuple(columns))
 
     def _column(self, s: int, chosen: Mapping[int, list[int]]) -> Column | None:
         problem, (start, end) = self.trial.here[s], self.spans[s]
@@ -211,6 +230,11 @@ def cover(options: Sequence[Option], microbatches: int, nearly: float) -> list[i
         if not any((held[i] <= held[k]).all() and (time[i] <= most[k]).all() for i in same):
             kept.append(k)
     return sorted(kept)
+
+
+def _scale(limit: float, low: float) -> float:
+    """What a program counts seconds in: so many of its units in one."""
+    return 1e3 / limit if limit < INFINITE else 1e3 / max(low, 1e-12)
 
 
 def _seeds(trial: Trial, table: Table) -> list[Path]:

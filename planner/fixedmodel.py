@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from .labels import Floats, unit_bytes
-from .master import PARTS
+from .master import path_weights
 from .options import Option
 from .paths import Path
 from .program import INFINITE, Program
@@ -110,7 +110,7 @@ class Model:
     ) -> None:  # fmt: skip
         self.division, self.trial, self.offered = division, division.trial, offered
         self.scale, self.share, self.whole = scale, share, whole
-        self.program, self.paths = Program(), list[Path]()
+        self.program, self.paths, self.rows = Program(), list[Path](), list[int]()
         self.seen: set[tuple[tuple[tuple[int, str], int], ...]] = set()
         self.time = self.program.add(1.0, upper=INFINITE)
         ranks = division.trial.local if rank is None else division.trial.local[rank : rank + 1]
@@ -267,13 +267,11 @@ class Model:
             return False
         self.seen.add(key)
         self.paths.append(path)
-        weights = np.zeros((len(self.division.arcs), 6))
-        for (stage, part), n in key:
-            weights[stage] += n * PARTS[part]
+        weights = path_weights(path, len(self.division.arcs))
         terms = [(self.time, 1.0)]
         for s, variables in self.lengths.items():
             terms += [(v, -w) for v, w in zip(variables, weights[s].tolist(), strict=True) if w]
-        self.program.row(terms, low=path.constant * self.scale)
+        self.rows.append(self.program.row(terms, low=path.constant * self.scale))
         return True
 
     def counts(self, values: Floats) -> Counts:

@@ -220,7 +220,7 @@ class _Build:
         most = sum(b.max(axis=0) for b in all_bytes) + np.array(rows.beside or [0.0] * len(self.caps))
         work = max((float(b.work.max()) for r, _ in runs for b in self.units[r].values()), default=0.0)
         extra = np.array([work] * rows.activations + [0.0, 0.0, 0.0])
-        self.binding = np.flatnonzero(most + extra > self.caps)
+        self.binding = _outermost(np.flatnonzero(most + extra > self.caps), rows)
         self.price = self._price() if limit is not None else 0.0
         self.reduced = {r: self._least(r, self.price) for r, _ in runs} if limit is not None else {}
 
@@ -282,7 +282,7 @@ class _Build:
                 if extra is not None:
                     pairs = self._pairs(one, two, extra, rest)
                     found.setdefault((a, d), []).append(_product(one, two, extra, pairs))
-        return self._pruned({layouts: _together(bags) for layouts, bags in found.items()}, rest)
+        return self._pruned({layouts: together(bags) for layouts, bags in found.items()}, rest)
 
     def _pairs(
         self, one: Bag, two: Bag, extra: tuple[float, float], rest: Mapping[int, int]
@@ -336,6 +336,13 @@ class _Build:
             times = 2 * times or 1
 
 
+def _outermost(binding: npt.NDArray[np.intp], rows: MemoryRows) -> npt.NDArray[np.intp]:
+    """Rows that bind, but for those of activations between two others: who holds less on both holds less on them."""
+    live = [rows.live[i] for i in binding.tolist() if i < rows.activations]
+    ends = {rows.live.index(min(live)), rows.live.index(max(live))} if live else set()
+    return np.array([i for i in binding.tolist() if i >= rows.activations or i in ends], dtype=np.intp)
+
+
 def unit_bytes(option: Option, rows: MemoryRows) -> list[float]:
     """What a unit holds on every row of a stage, working memory apart."""
     held = option.static + (0.0 if rows.once else option.gradient)
@@ -359,7 +366,8 @@ def _product(
     )  # fmt: skip
 
 
-def _together(bags: Sequence[Bag]) -> Bag:
+def together(bags: Sequence[Bag]) -> Bag:
+    """Mixtures of several bags."""
     if len(bags) == 1:
         return bags[0]
     return Bag(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .arcs import Line
+from .labels import Floats
 from .paths import Path
 from .program import INFINITE, Program
 from .stageproblem import Column
@@ -22,13 +23,19 @@ PARTS = {
 """What each part of a path counts of a column: forward, backward, weight, finish, send forward, send backward."""
 
 
+def path_weights(path: Path, stages: int) -> Floats:
+    """What a path counts of the seconds of each stage (stages x parts, as in `PARTS`)."""
+    found = np.zeros((stages, 6))
+    for (stage, part), n in path.counts.items():
+        found[stage] += n * PARTS[part]
+    return found
+
+
 class PathRow:
     """A path as weights of each stage's seconds, with what units before and after a stage add to it at the least."""
 
     def __init__(self, path: Path, stages: int) -> None:
-        self.weights = np.zeros((stages, 4))
-        for (stage, part), n in path.counts.items():
-            self.weights[stage] += n * PARTS[part][:4]
+        self.weights = path_weights(path, stages)[:, :4]
         # Of a split backward pass a path may take one half more often than the other, and the other may be nearly all of it.
         self.least = self.weights[:, :2].copy()
         self.least[:, 1] += np.minimum(self.weights[:, 2], 0.0)

@@ -16,11 +16,15 @@ INFINITE = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the solver returned. `values` is empty where nothing is feasible; `bound` is proven."""
+    """What the solver returned. `values` is empty where nothing is feasible; `bound` is proven.
+
+    `duals` are those of the rows of a relaxed program, in their order.
+    """
 
     values: Sequence[float]
     objective: float
     bound: float
+    duals: Sequence[float] = ()
 
 
 class Program:
@@ -96,7 +100,8 @@ class Program:
         found = result.variable_values()
         values = [found[v] for v in sorted(found, key=lambda v: v.id)]
         objective = result.objective_value()
-        return Answer(values, objective, min(bound, objective))
+        duals = result.dual_values() if relaxed and result.has_dual_feasible_solution() else {}
+        return Answer(values, objective, min(bound, objective), [duals[r] for r in sorted(duals, key=lambda r: r.id)])
 
     def _proto(self, relaxed: bool, fixed: Mapping[int, float]):  # type: ignore[no-untyped-def]
         from ortools.math_opt import model_pb2

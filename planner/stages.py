@@ -191,7 +191,7 @@ class StageSolve(Walk):
         """Keep the quickest mixture of the only stage where it is the best; returns seconds that thinning may hide."""
         line = self.problem.line
         found = bags.interval(line.runs(0, len(line)), self.rows[0], room)
-        columns = [c for sides, bag in found.items() for c in self._made(0, 0, len(line), sides, bag)]
+        columns = [c for sides, bag in found.items() for c in self.made(0, 0, len(line), sides, bag)]
         best = min(columns, key=lambda c: (self._value(c), c.picks), default=None)
         if best is not None and self._value(best) <= self.seconds:
             self.best, self.seconds = (best,), self._value(best)
@@ -227,7 +227,7 @@ class StageSolve(Walk):
             made: list[Column] = []
             for (i, j), room in mine.items():
                 for layouts, bag in bags.interval(line.runs(i, j), self.rows[s], room).items():
-                    made += self._made(s, i, j, layouts, bag)
+                    made += self.made(s, i, j, layouts, bag)
                     lost[s] = max(lost[s], bag.slack)
             found.columns.append(made)
             if not made:

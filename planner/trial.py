@@ -82,7 +82,8 @@ class Trial:
     def _value(self, column: Column) -> float:
         return sum(w * t for w, t in zip(self.busy, column.time, strict=True))
 
-    def _made(self, stage: int, start: int, end: int, layouts: Layouts, bag: Bag) -> list[Column]:
+    def made(self, stage: int, start: int, end: int, layouts: Layouts, bag: Bag) -> list[Column]:
+        """Columns of the mixtures of a bag."""
         sends = self.sends(stage, start, end, layouts)
         return [
             Column(
