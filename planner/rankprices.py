@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +78,7 @@ class RankPrices:
         known = min([known, *(self._guess(layout, pairs, units, counts, rows) for layout in self.layouts)])
         single = [(unit, part) for (unit, part), n in zip(units.items(), counts, strict=True) for _ in range(n)]
         paid, _ = _paid([part for _, part in single], rows)
-        sides = list(product(self.layouts, repeat=2))
+        sides = [(entry, leave) for entry in self.layouts for leave in self.layouts]
         low = paid.low + sum(min(self._handing(s, layouts, w) for layouts in sides) for s, w in pairs)
         kept = {
             unit: np.flatnonzero(low + more <= _above(known)) for (unit, _), more in zip(single, paid.over, strict=True)
