@@ -167,12 +167,16 @@ class Pending:
                 self._failed(error)
         if self._watch is not None:
             self._watch.leave()
+        if self._held:  # never while tracing: Dynamo knows no clock
+            self._await_workers()
+        self._held, self._elsewhere, self._results = [], [], []
+        return results
+
+    def _await_workers(self) -> None:
         until = time.monotonic() + (_PATIENCE_SECONDS if self._observer is None else _OBSERVED_PATIENCE_SECONDS)
         for x, count in self._held:
             while uses(x) > count and time.monotonic() < until:
                 time.sleep(1e-5)
-        self._held, self._elsewhere, self._results = [], [], []
-        return results
 
     def _failed(self, error: RuntimeError) -> NoReturn:
         if self._watch is not None and is_lost(error):
