@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +31,7 @@ from .labels import Floats, unit_bytes
 from .options import Option, end_to_end
 from .paths import Path, makespan, rank_paths
 from .program import INFINITE
+from .rankprices import RankPrices
 from .rounding import Rounding
 from .stageproblem import Column
 from .trial import Trial
@@ -108,9 +110,14 @@ class Fixed:
             return found.low
         return max(found.low, self._whole(found.paths, limit, _scale(limit, low)))
 
+    @cached_property
+    def ranks(self) -> RankPrices:
+        """What whole ranks take at the least."""
+        return RankPrices(self.division)
+
     def _hull(self, limit: float, paths: Sequence[Path], duals: Sequence[float] = ()) -> Hull:
         """The program over what whole ranks may hold; a first look at it where the paths have no weights."""
-        hull = Hull(self.division, paths)
+        hull = Hull(self.ranks, paths)
         weights = np.array(duals) if duals else np.ones(len(paths))
         hull.bound(limit * (1 - self.trial.gap), weights, MOST if duals else FIRST)
         return hull
@@ -192,13 +199,10 @@ class Fixed:
     def attempt(self, plan: Taken) -> float:
         """Try a plan out; inf where its layouts cannot be put in an order, or it does not fit."""
         columns = [self._column(s, plan[s]) for s in sorted(plan)]
-        found = [c for c in columns if c is not None]
-        return self._try(found) if len(found) == len(columns) else INFINITE
-
-    def _try(self, columns: Sequence[Column]) -> float:
-        if any(a.layouts[1] != b.layouts[0] for a, b in pairwise(columns)):
+        found = tuple(c for c in columns if c is not None)
+        if len(found) < len(columns) or any(a.layouts[1] != b.layouts[0] for a, b in pairwise(found)):
             return INFINITE
-        return self.trial.attempt(tuple(columns))
+        return self.trial.attempt(found)
 
     def _column(self, s: int, chosen: Mapping[int, list[int]]) -> Column | None:
         problem, (start, end) = self.trial.here[s], self.spans[s]

@@ -39,14 +39,13 @@ CUTS = 10
 class Hull:
     """The program of one division: `low` is its bound so far. `paths` grow with what its solutions show to be critical."""
 
-    def __init__(self, division: Divided, paths: Sequence[Path]) -> None:
-        self.division, self.trial = division, division.trial
+    def __init__(self, prices: RankPrices, paths: Sequence[Path]) -> None:
+        self.prices, self.division, self.trial = prices, prices.division, prices.trial
         self.paths = list(paths)
         self.known = {tuple(sorted(path.counts.items())) for path in paths}
-        self.weights = np.array([path_weights(path, len(division.arcs)) for path in paths])
+        self.weights = np.array([path_weights(path, len(self.division.arcs)) for path in paths])
         self.constants = np.array([path.constant for path in paths])
         self.taken: list[dict[object, Combination]] = [{} for _ in self.trial.local]
-        self.prices = RankPrices(division)
         self.low = 0.0
         self.best: Floats = np.zeros(0)
 

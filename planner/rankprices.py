@@ -29,15 +29,10 @@ CLOSE = 1e-9
 
 @dataclass(frozen=True)
 class Combination:
-    """What a rank takes: by stage, seconds (forward, backward, weight, finish, handing on each way), a mixture and its layouts."""
+    """What a rank takes, by stage: seconds (forward, backward, weight, finish, handing on each way), and options by unit."""
 
     seconds: Floats
-    mixtures: tuple[tuple[Bag, Layouts], ...]
-
-    @property
-    def picks(self) -> tuple[tuple[int, ...], ...]:
-        """Its options, by stage and unit."""
-        return tuple(tuple(bag.picks[0].tolist()) for bag, _ in self.mixtures)
+    picks: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -95,9 +90,11 @@ class RankPrices:
         best = int(whole.value.argmin())
         found = [_single(bags, int(index[best])) for (_, bags), index in zip(made, whole.index, strict=True)]
         seconds = np.array([
-            [*bag.time[0].tolist(), *self._sends(s, layouts)] for s, (bag, layouts) in zip(stages, found, strict=True)
+            [*bag.time[place].tolist(), *self._sends(s, layouts)]
+            for s, (bag, place, layouts) in zip(stages, found, strict=True)
         ])  # fmt: skip
-        return float(whole.value[best]), Combination(seconds, tuple(found))
+        picks = tuple(tuple(bag.picks[place].tolist()) for bag, place, _ in found)
+        return float(whole.value[best]), Combination(seconds, picks)
 
     def _runs(self, stage: int) -> dict[int, int]:
         return self.division.units(stage, *self.division.arcs[stage][0])
@@ -148,9 +145,8 @@ class RankPrices:
     ) -> tuple[_Part, Sequence[tuple[Layouts, Bag]]]:  # fmt: skip
         """Mixtures of the options kept in each region of a stage that may be the best, and their bags."""
         rows, problem = self.trial.rows[stage], self.trial.problem
-        scarce = replace(
-            rows, beside=(INFINITE,) * len(rows.caps)
-        )  # other stages of the rank decide which bytes matter
+        # Other stages of the rank decide which bytes matter.
+        scarce = replace(rows, beside=(INFINITE,) * len(rows.caps))
         offered = [[group[k] for k in kept[r].tolist()] if r in kept else [] for r, group in enumerate(self.options)]
         bags = Bags(offered, problem.change, [weights[:4].tolist()], pairs=PAIRS)
         found = bags.interval(problem.line.runs(*self.division.arcs[stage][0]), scarce)
@@ -247,10 +243,10 @@ def _above(seconds: float) -> float:
     return seconds + CLOSE * abs(seconds) if seconds < INFINITE else seconds
 
 
-def _single(bags: Sequence[tuple[Layouts, Bag]], place: int) -> tuple[Bag, Layouts]:
-    """One mixture of several bags, counted through."""
+def _single(bags: Sequence[tuple[Layouts, Bag]], place: int) -> tuple[Bag, int, Layouts]:
+    """One mixture of several bags, counted through: its bag, its place there, and its layouts."""
     for layouts, bag in bags:
         if place < len(bag):
-            return Bag(bag.time[[place]], bag.bytes[[place]], bag.work[[place]], bag.picks[[place]]), layouts
+            return bag, place, layouts
         place -= len(bag)
     raise IndexError(place)

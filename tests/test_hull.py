@@ -82,7 +82,7 @@ def test_the_bound_is_true_and_close() -> None:
         best = min((p.step_seconds for p in all_plans(mine.trial.problem) if p.cuts == cuts), default=INFINITE)
         times = np.array([[1.0, 2.0, 1.0, 0.0, 0.0, 0.0]] * len(mine.arcs)).T.tolist()
         paths = [path for _, path in rank_paths(mine.trial.compiled, mine.trial.placement, *times)]
-        low = Hull(mine, paths).bound(INFINITE, np.ones(len(paths)))
+        low = Hull(RankPrices(mine), paths).bound(INFINITE, np.ones(len(paths)))
         assert low <= best * (1 + CLOSE), seed
         closed += low >= 0.98 * best
     assert closed > 80
@@ -92,4 +92,4 @@ def test_it_ends_where_combinations_are_too_many(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rankprices, "PAIRS", 0)
     mine = division(3)
     paths = [path for _, path in rank_paths(mine.trial.compiled, mine.trial.placement, *([[1.0] * len(mine.arcs)] * 6))]
-    assert Hull(mine, paths).bound(INFINITE, np.ones(len(paths))) == 0.0
+    assert Hull(RankPrices(mine), paths).bound(INFINITE, np.ones(len(paths))) == 0.0
