@@ -195,6 +195,10 @@ class Regather:
             del self._cache[recipe]
             self._launch_ahead()
 
+    def wants(self, recipe: Recipe) -> bool:
+        """Whether the running backward pass still has to make what a recipe makes."""
+        return recipe not in self._cache and recipe.resolved < recipe.handles
+
     def release(self, recipe: Recipe) -> None:
         """Forget the gathered buffer of a group (its gradients are complete)."""
         if self._cache.pop(recipe, None) is not None:

@@ -209,9 +209,10 @@ class Group:
     def again(self, manager: Regather | None) -> list[Tensor]:
         """Device tensors for the backward pass of a forward pass, and those of the group before ahead, where that needs them."""
         found = [self.keeper.fetch(p) for p in self.places]
-        before = self.order[self.at - 1].recipes.get(manager) if self.at and manager is not None else None
-        if before is not None and before.resolved < before.handles:
-            self._start(self.at - 1)
+        if manager is not None and self.at:
+            before = self.order[self.at - 1].recipes.get(manager)
+            if before is not None and manager.wants(before):
+                self._start(self.at - 1)
         return found
 
     def _start(self, at: int) -> None:

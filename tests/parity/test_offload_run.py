@@ -116,7 +116,7 @@ ALONE = [
     ("gpt2", "", STATES), ("llama", "", PASSING), ("llama", "", "offload=activations offload!=params offload!=optimizer"),
     ("llama", "micro_batch=2", STATES), ("llama", "micro_batch=2", "offload=activations offload!=params"),
     ("gpt2", "micro_batch=2", "offload=activations"), ("llama", "dtype=bf16", PASSING),
-    ("llama", "recompute=full", "offload=activations"),
+    ("llama", "recompute=full", "offload=activations"), ("bert", "", "offload=params"),
     pytest.param("llama", "micro_batch=2 recompute=selective", "offload=activations", marks=pytest.mark.nightly),
 ]  # fmt: skip
 
