@@ -63,20 +63,22 @@ def apply(
     compute = exact or plan.precision.compute
     others = other_dtypes(model, compute) if exact is None else FLOATING
 
-    def matched() -> tuple[Summary, Assignment, Plan, Stages | None]:
+    def matched() -> tuple[_Matched, Stages | None]:
         if exact is not None:
-            return _exact(model, args, kwargs, plan, exact, loss_fn)
-        summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
-        spread = spread_experts(plan, expert_stacks(summary.outline))
-        return summary, agreed(spread, summary), spread, stages_of(plan, summary.outline)
+            found = _exact(model, args, kwargs, plan, exact, loss_fn)
+        else:
+            summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
+            spread = spread_experts(plan, expert_stacks(summary.outline))
+            found = summary, agreed(spread, summary), spread, summary.outline
+        return found, stages_of(found[2], found[3])
 
-    summary, own, plan, stages = everywhere(matched, "apply the plan", PlanMismatch)
+    (summary, own, plan, planned), stages = everywhere(matched, "apply the plan", PlanMismatch)
     check_plan(plan, training=summary.outline.training)
     mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device(), plan.pipeline)
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)
-    offload = offloader(plan, summary.outline, own, mesh, offload_folder, compile=compile)
+    offload = offloader(plan, planned, summary.outline, own, mesh, offload_folder, compile=compile)
     programs = Programs(
         in_dtype(skeleton(model), compute), plan, summary, own, mesh, resolver(plan), compile=compile, loss_fn=loss_fn,
         local_batch=data == "local", exact=exact is not None, others=others,
@@ -84,6 +86,9 @@ def apply(
     )  # fmt: skip
     return ParallelModule.of(model, programs, mesh, seed=shared_seed(plan.source.seed))
 
+
+_Matched = tuple[Summary, Assignment, Plan, Outline]
+"""A graph, the plan's choices on it, the plan with its experts on an axis of their own, and the outline that it is for."""
 
 FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
@@ -104,20 +109,17 @@ def agreed(plan: Plan, summary: Summary) -> Assignment:
 
 def _exact(
     model: nn.Module, args: Any, kwargs: Any, plan: Plan, exact: str, loss_fn: Callable[..., Any] | None
-) -> tuple[Summary, Assignment, Plan, Stages | None]:
-    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it.
-
-    The plan comes with its experts on an axis of their own.
-    """
+) -> _Matched:
+    """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
     args_then, kwargs_then = cast_inputs((args, kwargs), FLOATING, exact)
     bare = in_dtype(skeleton(model), exact)
     summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
     plan = spread_experts(plan, expert_stacks(summary.outline))
     if summary.outline.fingerprint == plan.graph:
-        return summary, agreed(plan, summary), plan, stages_of(plan, summary.outline)
+        return summary, agreed(plan, summary), plan, summary.outline
     own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
     choices = transfer(agreed(plan, own), own.outline, summary.outline)
-    return summary, choices, plan, stages_of(plan, own.outline)
+    return summary, choices, plan, own.outline
 
 
 def resolver(plan: Plan) -> Callable[[Outline, Mapping[str, Storage]], Mapping[str, tuple[str, ...]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import PlanError, PlanMismatch, UsageError
 from ...passes.lowered import Emitted, Lowered
 from ...passes.offload import mark_units
-from ...planner.assign import Assignment, entries_of
+from ...planner.assign import Assignment, Storage, entries_of
 from ...planner.away import Away, read_offload
 from ...planner.offload import Traffic
 from ...planner.outline import Outline
@@ -31,16 +31,21 @@ from .update import HostStep
 
 
 def offloader(
-    plan: Plan, outline: Outline, assignment: Assignment, mesh: Mesh, folder: Path | None, *, compile: bool
-) -> Offloader | None:
-    """The offload of a plan; None where all of it is on the device. Raises UsageError for a compiled body."""
+    plan: Plan, planned: Outline, outline: Outline, assignment: Assignment, mesh: Mesh, folder: Path | None, *,
+    compile: bool,
+) -> Offloader | None:  # fmt: skip
+    """The offload of a plan; None where all of it is on the device. Raises UsageError for a compiled body.
+
+    `planned` is the outline that the plan is for, `outline` and `assignment` what is executed, maybe in another dtype.
+    """
     if not any(region.offload for region in plan.regions):
         return None
     if compile:
         raise UsageError(
             "compile=True is not supported with offload; apply the plan without it, or plan with --pin offload=none"
         )
-    return Offloader(plan, outline, assignment, mesh, folder)
+    storage = {p.names[0]: at for p in outline.parameters if (at := assignment.storage.get(p.tensor)) is not None}
+    return Offloader(plan, planned, storage, mesh, folder)
 
 
 class Offloader:
@@ -51,8 +56,9 @@ class Offloader:
     """
 
     def __init__(
-        self, plan: Plan, outline: Outline, assignment: Assignment, mesh: Mesh, folder: Path | None = None
+        self, plan: Plan, outline: Outline, storage: Mapping[str, Storage], mesh: Mesh, folder: Path | None = None
     ) -> None:
+        """`outline` is the plan's, `storage` of parameters by their first name."""
         self.memory, self.lanes = HostMemory(mesh.device), Lanes(mesh.device)
         self.keeper = Keeper(mesh.device, self.memory, self.lanes)
         self.plan, self.places, self._resident = plan, dict[str, Place](), False
@@ -62,7 +68,8 @@ class Offloader:
             for entry, members in zip(entries, region.parameters, strict=True):
                 away, stride = read_offload(entry.offload, f"region {entry.name}")
                 for tensor in members:
-                    place = _place(away, stride, names[tensor], assignment.storage[tensor].zero, compute, mesh)
+                    zero = storage[names[tensor].names[0]].zero
+                    place = _place(away, stride, names[tensor], zero, compute, mesh)
                     if place is not None:
                         self.places[place.name] = place
         self.step = HostStep(self.places, self.keeper, folder)

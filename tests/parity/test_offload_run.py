@@ -176,11 +176,13 @@ def test_what_is_not_executed_is_refused_by_name() -> None:
         parallel("llama", plan, compile=True)
 
 
-def test_every_class_at_once_equals_the_original() -> None:
-    """Loss, gradients and parameters after three steps against the user's own module, in float64."""
+@pytest.mark.parametrize("name", ["bert", "deepseek"])
+def test_every_class_at_once_equals_the_original(name: str) -> None:
+    """Loss, gradients and parameters after three steps against the user's own module, in float64. That of deepseek has other
+    regions once its casts to float32 are lifted."""
     classes = ("optimizer", "gradients", "params", "activations")
-    plan = saying(offloaded("bert", "offload=activations micro_batch=4", 1), classes)
-    assert all(d["ok"] for d in differences("bert", plan))
+    plan = saying(offloaded(name, "offload=activations micro_batch=4", 1), classes)
+    assert all(d["ok"] for d in differences(name, plan))
 
 
 def test_loading_weights_and_evaluating_use_what_was_loaded() -> None:
