@@ -26,7 +26,7 @@ from .evaluate import Evaluator, option
 from .exchanges import with_messages
 from .front import crossing_placement
 from .memory import CAUSES, Setting, facts, local_bytes
-from .outline import Outline, Region
+from .outline import Op, Outline, Region, Tensor
 from .placement import Placement
 from .placing import axis_strides, join_seconds, send_seconds
 from .plan import OverlapPlan, Plan, Traffic
@@ -334,10 +334,8 @@ def part_outline(outline: Outline, part: StagePart) -> Outline:
                 cut_ = (region.name, *(n in ops for n in names), *(n in held for n in parameters))
                 regions.setdefault(cut_, []).append((mine, own))
     kept = tuple(op for op in outline.ops if op.name in ops)
-    used = {use.tensor for op in kept for use in (*op.operands, *op.results)} | held
-    used |= {outline.tensors[name].storage for name in used}
     return replace(
-        outline, ops=kept, tensors={name: t for name, t in outline.tensors.items() if name in used},
+        outline, ops=kept, tensors=_part_tensors(outline, kept, held),
         regions=tuple(
             Region(str(key[0]), tuple(i for i, _ in found), tuple(p for _, p in found)) for key, found in regions.items()
         ),
@@ -346,6 +344,22 @@ def part_outline(outline: Outline, part: StagePart) -> Outline:
         outputs=tuple(n for n in outline.outputs if n in part.results), trains=outline.training,
         writes=tuple(n for n in outline.writes if n in part.results),
     )  # fmt: skip
+
+
+def _part_tensors(outline: Outline, ops: Sequence[Op], held: frozenset[str]) -> dict[str, Tensor]:
+    """The tensors of one stage. What it takes lies in memory of its own there, also where it is a view in the whole model."""
+    used = {use.tensor for op in ops for use in (*op.operands, *op.results)} | held
+    used |= {outline.tensors[name].storage for name in used}
+    found = {name: t for name, t in outline.tensors.items() if name in used}
+    made = {use.tensor for op in ops for use in op.results}
+    found |= {name: replace(t, storage=name) for name, t in found.items() if t.role == "activation" and name not in made}
+    for op in ops:
+        for name in (use.tensor for use in op.results):
+            root = outline.tensors[name].storage
+            base = next((u.tensor for u in op.operands if outline.tensors[u.tensor].storage == root), None)
+            if root != name and base is not None:
+                found[name] = replace(found[name], storage=found[base].storage)
+    return found
 
 
 def again_in(part: Outline, own: Assignment, takes: Mapping[str, Placement]) -> Again:
