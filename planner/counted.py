@@ -352,7 +352,9 @@ def _part_tensors(outline: Outline, ops: Sequence[Op], held: frozenset[str]) -> 
     used |= {outline.tensors[name].storage for name in used}
     found = {name: t for name, t in outline.tensors.items() if name in used}
     made = {use.tensor for op in ops for use in op.results}
-    found |= {name: replace(t, storage=name) for name, t in found.items() if t.role == "activation" and name not in made}
+    found |= {
+        name: replace(t, storage=name) for name, t in found.items() if t.role == "activation" and name not in made
+    }
     for op in ops:
         for name in (use.tensor for use in op.results):
             root = outline.tensors[name].storage

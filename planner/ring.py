@@ -26,11 +26,14 @@ from .outline import DTYPE_BYTES, Op, Outline, Tensor, Use
 RING = "ring"
 """The choice of an attention op that runs as a ring."""
 
-PAIRS_FORWARD = 2
-"""Blocks of keys and values beside a rank's own that are alive in forward: the one attended to and the one that arrives."""
+TILE = 1 << 22
+"""Scores that are made at once (runtime/kernels/ring.py)."""
 
-PAIRS_BACKWARD = 3
-"""The same in backward, with the gradients of one block that arrive; the gradients a rank sends on are those it returns."""
+SUMS = 4
+"""Bytes of an element of sums, where operands are narrower."""
+
+TILES_FORWARD, TILES_BACKWARD = 3, 4
+"""Tensors of a tile's size that are alive at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,36 @@ def block_bytes(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[float], s
 def scratch_bytes(
     op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], mesh: Sequence[int], training: bool, share: float = 1.0
 ) -> float:  # fmt: skip
-    """Bytes of the ring's buffers while `op` runs under one choice per axis; 0 for an op that does not run as a ring."""
+    """Bytes of the ring's buffers while `op` runs under one choice per axis; 0 for an op that does not run as a ring.
+
+    While a block is attended to the next one arrives. In the backward pass the gradients of other ranks' blocks, which are
+    added up at the width of sums, go round, too; those that a rank returns count as its gradients.
+    """
     if RING not in choice:
         return 0.0
-    sizes = [float(f.size) for f in op.factors]
+    sizes, ways = [float(f.size) for f in op.factors], mesh[choice.index(RING)]
     for name, n in zip(choice, mesh, strict=True):
         for i in split_by(op, name):
             sizes[i] /= n
-    return block_bytes(op, tensors, sizes, share) * (PAIRS_BACKWARD if training else PAIRS_FORWARD)
+    block, width = block_bytes(op, tensors, sizes, share), DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
+    tile, rows = _tile(op, sizes)
+    tile, rows, sums = tile * max(width, SUMS), rows * width, max(width, SUMS) / width
+    if not training:
+        return min(ways, 2) * block + TILES_FORWARD * tile + rows
+    attending = 2 * block + (sums * block if ways > 2 else 0.0) + TILES_BACKWARD * tile + rows
+    passing = (ways > 2) * block + (sums if sums == 1 else sums + 1) * block + block
+    last = (1 + sums) * block + TILES_BACKWARD * tile + rows
+    return max(attending, passing, last)
+
+
+def _tile(op: Op, sizes: Sequence[float]) -> tuple[float, float]:
+    """Scores of the largest tile, and elements of its queries, where the factors of `op` have `sizes` on a rank."""
+    ring = ring_of(op)
+    queries = math.prod(sizes[f] for dim in op.operands[0].factors for f in dim)
+    length, wide = (math.prod(sizes[f] for f in op.operands[0].factors[at]) for at in (-2, -1))
+    keys = math.prod(sizes[f] for f in op.operands[1].factors[-2])
+    beside = queries / (length * wide)
+    stretches_ = 2 if ring is not None and ring.causal and length % 2 == 0 else 1
+    columns = keys / stretches_
+    rows = min(length / stretches_, max(1.0, TILE // (beside * columns)))
+    return beside * rows * columns, beside * rows * wide

@@ -138,13 +138,18 @@ class Pending:
     nobody else holds is let go of at once.
     """
 
-    def __init__(self, collective: str, full: int, group: str, launch: Launch, operands: list[Tensor]) -> None:
-        """Launch it; raises RankFailure where that fails for want of a rank."""
+    def __init__(
+        self, collective: str, full: int, group: str, launch: Launch, operands: list[Tensor], part_of: int | None = None
+    ) -> None:  # fmt: skip
+        """Launch it; raises RankFailure where that fails for want of a rank. `part_of`: the number of what was recorded as one."""
         self.collective, self.bytes, self.group = collective, full, group
-        self._number = record(collective, full, group)
+        self._number = record(collective, full, group) if part_of is None else part_of
         traced = is_tracing()
         self._watch = None if traced else active_watch()
+        if self._watch is not None and part_of is not None:
+            self._watch.resume(part_of, collective, group)
         self._observer = None if traced else _observer.get()
+        operands = operands if traced else [x.detach() for x in operands]  # views that others make of them do not count
         held = [] if traced else [(x, uses(x)) for x in operands if x.device.type == "cpu"]
         with self._observer.launching(self) if self._observer is not None else _NOTHING:
             try:
@@ -284,6 +289,18 @@ def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], full
     """
     there, here, operands = list(received), list(sent), [x.contiguous()]
     pending = Pending("all_to_all", full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], operands)
+    return lambda: pending.wait()[0]
+
+
+def start_pass(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], part_of: tuple[str, int], group: str
+) -> Arriving:
+    """One of the exchanges that a collective is made of; `part_of`: its name and number, as it was recorded."""
+    name, number = part_of
+    there, here = list(received), list(sent)
+    pending = Pending(
+        name, 0, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], [x.contiguous()], number
+    )
     return lambda: pending.wait()[0]
 
 

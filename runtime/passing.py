@@ -6,7 +6,6 @@ sends all to the next rank and nothing to the others. So they run on gloo and NC
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,20 +14,14 @@ from torch import Tensor
 from . import collectives
 
 
-def pass_on(x: Tensor, ways: int, index: int, group: str) -> Callable[[], Tensor]:
+def pass_on(x: Tensor, ways: int, index: int, part_of: tuple[str, int], group: str) -> Callable[[], Tensor]:
     """Send the flat `x` to the next rank of the ring; the call that is returned waits for what the rank before sent.
 
-    Sizes are equal on all ranks. Nothing is recorded here: a ring is recorded as the collective it runs as.
+    Sizes are equal on all ranks. Nothing is recorded here: a ring is recorded as the collective it runs as, `part_of`.
     """
     sent, received = [0] * ways, [0] * ways
     sent[(index + 1) % ways] = received[(index - 1) % ways] = x.numel()
-    return functools.partial(_arrived, collectives.c10d.all_to_all_single(x, received, sent, group), x)
-
-
-def _arrived(pending: Tensor, operand: Tensor) -> Tensor:
-    """The result of a collective whose operand had to live until now."""
-    found: Tensor = collectives.c10d.wait_tensor(pending)
-    return found
+    return collectives.start_pass(x, sent, received, part_of, group)
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:

@@ -23,7 +23,7 @@ from shardwright.planner.plan import MeshAxis
 from shardwright.planner.precision import RECIPES
 from shardwright.planner.prices import Prices
 from shardwright.planner.residual import residual_factors
-from shardwright.planner.ring import RING, block_bytes, repeated, ring_of, scratch_bytes, stretches
+from shardwright.planner.ring import RING, TILE, block_bytes, repeated, ring_of, scratch_bytes, stretches
 from shardwright.planner.roofline import CAUSAL_HALF, WHOLE_HALF
 from shardwright.profiles.devices import parse_cluster
 from solver_outlines import FakePrices
@@ -203,9 +203,11 @@ def test_buffers_of_a_ring() -> None:
     outline = decoder(LONG)
     op, tensors = attention(outline), outline.tensors
     pair = 2 * 4 * LONG.heads * LONG.width * LONG.seq // 4
-    assert scratch_bytes(op, tensors, (RING,), (4,), training=False) == 2 * pair
-    assert scratch_bytes(op, tensors, (RING,), (4,), training=True) == 3 * pair
-    assert scratch_bytes(op, tensors, (RING, "h"), (4, 2), training=False) == pair
+    tile, rows = 4 * TILE, 4 * TILE // (LONG.seq // 8) * LONG.width  # causal: queries against half of a rank's keys
+    assert scratch_bytes(op, tensors, (RING,), (4,), training=False) == 2 * pair + 3 * tile + rows
+    assert scratch_bytes(op, tensors, (RING,), (4,), training=True) == 3 * pair + 4 * tile + rows
+    assert scratch_bytes(op, tensors, (RING,), (2,), training=True) == 2 * (2 * pair) + 4 * tile + rows // 2
+    assert scratch_bytes(op, tensors, (RING, "h"), (4, 2), training=False) == pair + 3 * tile + rows
     assert scratch_bytes(op, tensors, ("R",), (4,), training=False) == 0
     assert block_bytes(op, tensors, [f.size for f in op.factors]) == 4 * pair
 

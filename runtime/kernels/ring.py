@@ -27,14 +27,12 @@ from torch import Tensor
 
 from ...errors import UnsupportedOp
 from ...passes.random import keep_mask, mix
-from ...planner.ring import stretches
+from ...planner.ring import TILE, stretches
 from .. import collectives
 from ..passing import pass_on
 
 CallForm = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-TILE = 1 << 24
-"""Scores of one tile."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 NEVER = float("-inf")
 
@@ -150,6 +148,15 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == NEVER, 0.0).unsqueeze(-1)
 
 
+def _heads_inside(
+    shape: torch.Size, width: int, make: Callable[..., Tensor], dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """[*c, g, s, width] for queries of `shape`, positions before heads in memory, as the kernels of one device have it: models
+    join heads by a view."""
+    lead, heads = shape[:-4], shape[max(len(shape) - 4, 0) : -2]
+    return make((*lead, shape[-2], *heads, width), dtype=dtype).movedim(len(lead), -2)
+
+
 def _packed(*parts: Tensor) -> Tensor:
     return torch.cat([p.reshape(-1) for p in parts])
 
@@ -165,13 +172,13 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, seed, at):  # type: ignore[no-untyped-def,override]
         work = _Work(at, q, mask, seed)
-        y = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=work.sums)
+        y = _heads_inside(q.shape, v.shape[-1], q.new_zeros, work.sums)
         total = q.new_full(q.shape[:-1], NEVER, dtype=work.sums)
         ctx.ledger = collectives.active_ledger()
         block = _packed(k, v)
-        collectives.record("all_gather", at.ways * block.nbytes, at.group)
+        gather = "all_gather", collectives.record("all_gather", at.ways * block.nbytes, at.group)
         for turn in range(at.ways):
-            coming = pass_on(block, at.ways, at.index, at.group) if turn + 1 < at.ways else None
+            coming = pass_on(block, at.ways, at.index, gather, at.group) if turn + 1 < at.ways else None
             keys, values = _opened(block, k, v)
             for tile in work.tiles(k.shape[-2], turn):
                 s = work.scores(tile, keys)
@@ -212,46 +219,49 @@ class _Backward:
         """All rounds; returns the whole gradients of this rank's own keys and values."""
         at = self.work.at
         size = at.ways * (k.numel() + v.numel()) * k.element_size()
-        collectives.record("all_gather", size, at.group)
-        collectives.record("reduce_scatter", size, at.group)
-        block = _packed(k, v)
-        mine: tuple[Tensor, Tensor] | None = None
+        gather, scatter = ((c, collectives.record(c, size, at.group)) for c in ("all_gather", "reduce_scatter"))
+        block: Tensor | None = _packed(k, v)
+        mine = [torch.zeros_like(x, dtype=self.work.sums) for x in (k, v)]
         sums: Tensor | None = None
         for turn in range(at.ways):
-            coming = pass_on(block, at.ways, at.index, at.group) if turn + 1 < at.ways else None
-            keys, values = _opened(block, k, v)
-            dk, dv = self._block(keys, values, turn)
-            if turn == 0:
-                mine = dk, dv
-            else:
-                own = _packed(dk, dv).to(k.dtype)
-                sums = pass_on(own if sums is None else sums + own, at.ways, at.index, at.group)()
-            if coming is not None:
-                block = coming()
-        assert mine is not None
-        if sums is None:
-            return mine
-        dk, dv = _opened(sums, k, v)
-        return mine[0] + dk, mine[1] + dv
+            assert block is not None
+            coming = pass_on(block, at.ways, at.index, gather, at.group) if turn + 1 < at.ways else None
+            own = self._theirs(k.numel() + v.numel(), sums) if turn else None
+            sums = None
+            self._block(*_opened(block, k, v), *(mine if own is None else _opened(own, k, v)), turn)
+            block = coming() if coming is not None else None
+            if own is not None:
+                sums = pass_on(own.to(k.dtype), at.ways, at.index, scatter, at.group)()
+                own = None
+        if sums is not None:
+            for whole, rest in zip(mine, _opened(sums, k, v), strict=True):
+                whole += rest
+        return mine[0], mine[1]
 
-    def _block(self, k: Tensor, v: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """One block of keys and values: adds to `dq`, returns its (dk, dv)."""
+    def _theirs(self, count: int, sums: Tensor | None) -> Tensor:
+        """Where gradients of another rank's keys and values are added up, flat: on what came with them."""
+        work = self.work
+        return work.q.new_zeros(count, dtype=work.sums) if sums is None else sums.to(work.sums)
+
+    def _block(self, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, turn: int) -> None:
+        """One block of keys and values: adds to `dq` and to its `dk` and `dv`."""
+        for tile in self.work.tiles(k.shape[-2], turn):
+            self._tile(tile, k, v, dk, dv)
+
+    def _tile(self, tile: Tile, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> None:
         work, at = self.work, self.work.at
-        dk, dv = (torch.zeros_like(x, dtype=work.sums) for x in (k, v))
-        for tile in work.tiles(k.shape[-2], turn):
-            rows, columns = tile.rows, tile.columns
-            p = (work.scores(tile, k) - _finite(self.total[..., rows])).exp_()
-            kept, g = work.kept(tile, p), self.grad[..., rows, :]
-            dv[..., columns, :] += over_rows((p * kept).to(v.dtype), g)
-            dp = rows_by(g, v[..., columns, :].transpose(-1, -2)).to(work.sums) * kept
-            ds = p * (dp - self.along[..., rows].unsqueeze(-1))
-            if self.d_mask is not None:
-                where = work.place(tile)
-                self.d_mask[where] += ds.sum_to_size(self.d_mask[where].shape)
-            low = (ds * at.scale).to(k.dtype)
-            self.dq[..., rows, :] += rows_by(low, k[..., columns, :])
-            dk[..., columns, :] += over_rows(low, work.q[..., rows, :])
-        return dk, dv
+        rows, columns = tile.rows, tile.columns
+        p = (work.scores(tile, k) - _finite(self.total[..., rows])).exp_()
+        kept, g = work.kept(tile, p), self.grad[..., rows, :]
+        dv[..., columns, :] += over_rows((p * kept).to(v.dtype), g)
+        dp = rows_by(g, v[..., columns, :].transpose(-1, -2)).to(work.sums) * kept
+        ds = p * (dp - self.along[..., rows].unsqueeze(-1))
+        if self.d_mask is not None:
+            where = work.place(tile)
+            self.d_mask[where] += ds.sum_to_size(self.d_mask[where].shape)
+        low = (ds * at.scale).to(k.dtype)
+        self.dq[..., rows, :] += rows_by(low, k[..., columns, :])
+        dk[..., columns, :] += over_rows(low, work.q[..., rows, :])
 
 
 def _attention(
