@@ -81,7 +81,7 @@ def counts_bytes(plan: Plan, cluster: Cluster) -> bool:
     """Whether a plan's bytes are counted: on devices whose kernels are the outline's own (CPUs), where runs confirmed them."""
     offloads = any(entry.offload for entry in plan.regions)
     halves = SCHEDULES[plan.pipeline.schedule].splits_backward
-    return not plan.pools and cluster.device.kind == "cpu" and not halves and (one_graph(plan) or not offloads)
+    return not plan.pools and cluster.device.kind == "cpu" and not halves and (plan.pipeline.ranks == 1 or not offloads)
 
 
 def with_counts(

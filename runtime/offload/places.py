@@ -239,7 +239,7 @@ class Group:
         if self.holds:
             for place, gradient in zip(self.places, gradients, strict=True):
                 if gradient is not None:
-                    place.held = gradient.clone() if place.held is None else place.held.add_(gradient)
+                    place.held = gradient if place.held is None else place.held + gradient  # others may read the first
             return [None] * len(self.places)
         return [self.keeper.leave(p, g, deferred=self.deferred) for p, g in zip(self.places, gradients, strict=True)]
 
