@@ -105,13 +105,17 @@ class Behind(Timeline):
 
     # -- gradients
 
+    def each(self, name: str) -> bool:
+        """Whether its gradient is reduced in every microbatch: those that pass through are fetched in each."""
+        return super().each(name) or bool(self.away(name).parameters)
+
     def _gradients(self) -> None:
         found, m, last = self.facts, self.m, self.count - 1
         for name, h in self.held.items():
             if not h.whole or not found.uses[name]:
                 continue
             every = self.every(name)
-            if m > 1 and self.zero[name] < 2 and not every:
+            if m > 1 and not self.each(name) and not every:
                 self._over("gradients", 0, last, self.accumulating(name))
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)

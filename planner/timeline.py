@@ -199,7 +199,7 @@ class Timeline:
         for name, h in self.held.items():
             if not h.whole or not found.uses[name]:
                 continue
-            if self.looped and self.assignment.storage[name].zero < 2:
+            if self.looped and not self.each(name):
                 amount = self.accumulating(name)
                 self._over("gradients", 0, last if self.m > 1 else found.uses[name][-1], amount)
                 self.standing["gradients"] += amount
@@ -209,6 +209,10 @@ class Timeline:
             self.standing["gradients"] += h.final
         if self.setting.reductions:
             self._flying()
+
+    def each(self, name: str) -> bool:
+        """Whether a parameter's gradient is reduced in every microbatch, not once a step."""
+        return self.assignment.storage[name].zero >= 2
 
     def _flying(self) -> None:
         """Packed gradients, from the reduction of their group to that of the next; those of the last into the next microbatch."""
@@ -290,8 +294,7 @@ class Timeline:
 
     def _adding(self, name: str) -> bool:
         """Whether the gradient of an op's parameter is made beside one that it is then added to."""
-        storage = self.assignment.storage.get(name)
-        return storage is None or storage.zero < 2 or self.facts.shared(name)
+        return name not in self.assignment.storage or not self.each(name) or self.facts.shared(name)
 
     def _spread(self, op: Op, choice: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """(choices, sizes) with the two splits of experts whose tokens are sent to them as two axes."""
@@ -325,7 +328,7 @@ class Timeline:
                 there = {c: lanes[c][found.high[group[0]]] for c in LANES}
                 points["gather", g] = {"reserve": sum(self.held[t].arrival for t in group), **there}
             bucket = sum(self.held[t].bucket for t in group)
-            if self.looped and self.assignment.storage[group[0]].zero < 2:
+            if self.looped and not self.each(group[0]):
                 points["finish", g] = {"gradients": self._around(group), "reserve": sum(map(self._reducing, group))}
                 continue
             v = found.low[group[0]]
@@ -351,7 +354,7 @@ class Timeline:
     @cached_property
     def once(self) -> list[str]:
         """The parameters whose gradients are reduced once a step."""
-        return [t for t, s in self.assignment.storage.items() if s.zero < 2]
+        return [t for t in self.assignment.storage if not self.each(t)]
 
     @property
     def waiting(self) -> float:
