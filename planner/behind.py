@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -154,27 +155,47 @@ class Behind(Timeline):
         self.held = held
         uses = self.facts.uses
         passing.sort(key=lambda g: min(uses[t][0] for t in g if uses[t]))
-        needed = [any(t in self.facts.saved_parameters for t in g) or not self.training for g in passing]
-        for at, group in enumerate(passing):
+        for group in passing:
             if not self.zero[group[0]]:
                 for name in group:
-                    self._passing(name)
-            beside = at + 1 if self.training else at - 1
-            if 0 <= beside < len(passing) and needed[at] and needed[beside]:
-                low, high = self.spans[self._unit(passing[beside])]
-                self._over("gathered", low, high, sum(self._chunk(t) for t in group))
+                    self._passing(name, group)
+        for one, other in pairwise(passing):
+            self._coming(one, other)
 
-    def _passing(self, name: str) -> None:
-        """A parameter while the units that use it run: in the backward pass until its op, in inference from the unit's first op."""
+    def _passing(self, name: str, group: Sequence[str]) -> None:
+        """A parameter while the units that use it run: in the backward pass from the first op that needs one of its group down to
+        its own, in inference from the unit's first op."""
         for unit in self.facts.touched[name]:
             low, high = self.spans[unit]
-            mine = [i for i in self.facts.uses[name] if low <= i <= high]
-            if not mine:
-                continue
-            if self.training and name in self.facts.saved_parameters:
-                self._over("gathered", mine[0], high, self.held[name].gathered)
-            elif not self.training:
-                self._over("gathered", low, mine[-1], self.held[name].gathered)
+            uses = self.needing.get(name, ()) if self.training else self.facts.uses[name]
+            mine = [i for i in uses if low <= i <= high]
+            if mine:
+                start, end = (mine[0], self._asked(group, unit)) if self.training else (low, mine[-1])
+                self._over("gathered", start, end, self.held[name].gathered)
+
+    def _asked(self, group: Sequence[str], unit: Unit) -> int:
+        """The op of a unit whose backward pass is the first to need one of a group; -1 where none does."""
+        low, high = self.spans[unit]
+        return max((i for t in group for i in self.needing.get(t, ()) if low <= i <= high), default=-1)
+
+    @cached_property
+    def needing(self) -> Mapping[str, list[int]]:
+        """The ops whose backward pass needs a parameter."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for i, op in enumerate(self.ops):
+            for item in op.saved:
+                if item.source == "operand":
+                    found[self.facts.aliases[op.operands[item.index].tensor].root].append(i)
+        return found
+
+    def _coming(self, one: Sequence[str], other: Sequence[str]) -> None:
+        """Of two groups that follow each other, the one that comes in while the one before it is used."""
+        if not self.training:
+            self._over("gathered", *self.spans[self._unit(one)], sum(self._chunk(t) for t in other))
+            return
+        asked = [self._asked(group, self._unit(group)) for group in (one, other)]
+        if min(asked) >= 0:
+            self._over("gathered", asked[0] + 1, asked[1], sum(self._chunk(t) for t in one))
 
     def _chunk(self, name: str) -> float:
         """Bytes of what comes in ahead."""

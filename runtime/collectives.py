@@ -172,6 +172,8 @@ class Pending:
                 self._failed(error)
         if self._watch is not None:
             self._watch.leave()
+        if self._observer is not None:  # so that nothing is freed out of its sight
+            self._held += [(x, 1) for x in results if x.device.type == "cpu"]
         if self._held:  # never while tracing: Dynamo knows no clock
             self._await_workers()
         self._held, self._elsewhere, self._results = [], [], []
