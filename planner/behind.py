@@ -195,7 +195,8 @@ class Behind(Timeline):
             return
         asked = [self._asked(group, self._unit(group)) for group in (one, other)]
         if min(asked) >= 0:
-            self._over("gathered", asked[0] + 1, asked[1], sum(self._chunk(t) for t in one))
+            coming = [t for t in one if t in self.needing or self.zero[t]]
+            self._over("gathered", asked[0] + 1, asked[1], sum(self._chunk(t) for t in coming))
 
     def _chunk(self, name: str) -> float:
         """Bytes of what comes in ahead."""

@@ -4,7 +4,7 @@
     gradients     leaving, every microbatch where the plan says `gradients`, else once a step; one of a parameter that several
                   pipeline ranks hold comes back and leaves once more, since devices sum it
     params        coming in (read from disk where they lie there) for every pass of every microbatch; the backward pass brings in
-                  groups whose weights it needs
+                  those that it needs, and all of a group that is gathered from chunks
     activations   leaving and coming back, every microbatch
     states        read from and written to disk around an update; of those that the device updates, coming in (with their gradient)
                   and leaving again
@@ -62,10 +62,12 @@ def copied(
             for ops, held in here.stages:
                 needed = _needed(outline, known, ops)
                 for trained in (True, False):
-                    mine = [name for name in sizes if name in held and trains[name] == trained]
-                    again = outline.training and any(name in needed for name in mine)
-                    elements = sum(sizes[name] for name in mine)
-                    _add(found, _of_group(lies[0], elements, state, plan.pipeline.microbatches, trained, again))
+                    mine = {n: size for n, size in sizes.items() if n in held and trains[n] == trained}
+                    again = {n: size for n, size in mine.items() if n in needed} if outline.training else {}
+                    if again and any(own.storage[n].zero for n in again):  # wholes are made of all chunks of a group
+                        again = mine
+                    elements = sum(mine.values()), sum(again.values())
+                    _add(found, _of_group(lies[0], *elements, state, plan.pipeline.microbatches, trained))
             if lies[0].optimizer:
                 updated = {name: size for name, size in sizes.items() if trains[name]}
                 _add(found, _of_gradients(lies[0], updated, state, here.shared))
@@ -99,13 +101,14 @@ def _needed(outline: Outline, known: Facts, ops: frozenset[str]) -> frozenset[st
 
 
 def _of_group(
-    away: Away, elements: float, state: StateBytes, microbatches: int, trained: bool, again: bool
+    away: Away, elements: float, again: float, state: StateBytes, microbatches: int, trained: bool
 ) -> Mapping[str, Traffic]:
-    """What a stage moves of one parameter group of so many local elements every microbatch. `again`: backward needs its weights."""
+    """What a stage moves of one parameter group of so many local elements every microbatch; backward needs `again` of them."""
     found: dict[str, Traffic] = {}
     if away.parameters:
-        read = elements * state.parameter * microbatches * (1 + again) if away.tier(trained=trained) == "disk" else 0.0
-        size = elements * (state.copy or state.parameter) * microbatches * (1 + again)
+        coming = microbatches * (elements + again)
+        read = coming * state.parameter if away.tier(trained=trained) == "disk" else 0.0
+        size = coming * (state.copy or state.parameter)
         found["params"] = Traffic(in_bytes=size, read_bytes=read)
     if trained and away.gradients:
         found["gradients"] = Traffic(out_bytes=elements * state.gradient * microbatches)

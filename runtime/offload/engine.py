@@ -213,7 +213,10 @@ class OffloadEmit:
         if not places:
             return gather
         holds = not self.deferred and bool(places[0].away.optimizer) and not places[0].away.gradients
-        made = Group(self.engine.keeper, places, self.order, len(self.order), deferred=self.deferred, holds=holds)
+        made = Group(
+            self.engine.keeper, places, self.order, len(self.order), deferred=self.deferred, holds=holds,
+            gathers=gather is not None,
+        )  # fmt: skip
         self.order.append(made)
         if gather is None:
             return fetched(made), ()

@@ -184,7 +184,7 @@ class Group:
     """Parameters of one region instance, in a program. `order` are all groups of the program, as they are first used.
 
     `deferred`: gradients go straight to the module's parameters, which nobody reads before the backward pass ends. `holds`: the
-    device adds them up over the microbatches of a step, and they leave at its end.
+    device adds them up over the microbatches of a step, and they leave at its end. `gathers`: wholes are made of all its chunks.
     """
 
     keeper: Keeper
@@ -193,6 +193,7 @@ class Group:
     at: int
     deferred: bool = True
     holds: bool = False
+    gathers: bool = False
     recipes: weakref.WeakKeyDictionary[Regather, Recipe] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
     @property
@@ -203,26 +204,33 @@ class Group:
     def fetch(self) -> list[Tensor]:
         """Device tensors, and those of the next group ahead."""
         found = [self.keeper.fetch(p) for p in self.places]
-        self._start(self.at + 1)
+        if self.at + 1 < len(self.order) and self.order[self.at + 1].passes:
+            for place in self.order[self.at + 1].places:
+                self.keeper.ahead(place)
         return found
 
-    def again(self, manager: Regather | None) -> list[Tensor]:
-        """Device tensors for the backward pass of a forward pass, and those of the group before ahead, where that needs them."""
-        found = [self.keeper.fetch(p) for p in self.places]
-        if manager is not None and self.at:
-            before = self.order[self.at - 1].recipes.get(manager)
-            if before is not None and manager.wants(before):
-                self._start(self.at - 1)
+    def again(self, manager: Regather | None) -> list[Tensor | None]:
+        """Device tensors that the backward pass of a forward pass needs, and those of the group before ahead."""
+        found = [self.keeper.fetch(p) if wanted else None for p, wanted in self._wanted(manager)]
+        if manager is not None and self.at and self.order[self.at - 1].passes:
+            self.order[self.at - 1]._come(manager)
         return found
 
-    def _start(self, at: int) -> None:
-        if 0 <= at < len(self.order) and self.order[at].passes:
-            for place in self.order[at].places:
+    def _come(self, manager: Regather) -> None:
+        """Bring in ahead what the running backward pass still has to make of this group."""
+        recipe = self.recipes.get(manager)
+        for place, wanted in self._wanted(manager) if recipe is not None and manager.wants(recipe) else ():
+            if wanted:
                 self.keeper.ahead(place)
 
+    def _wanted(self, manager: Regather | None) -> list[tuple[Place, bool]]:
+        """Which parameters a backward pass needs: of those gathered from chunks all, as one needs all."""
+        recipe = self.recipes.get(manager) if manager is not None else None
+        return [(p, self.gathers or recipe is None or k in recipe.handles) for k, p in enumerate(self.places)]
+
     def remember(
-        self, wholes: Sequence[Tensor], make: Callable[[list[Tensor]], list[Tensor]], ctx: Any, ledger: Any
-    ) -> None:
+        self, wholes: Sequence[Tensor], make: Callable[[list[Any]], list[Any]], ctx: Any, ledger: Any
+    ) -> None:  # fmt: skip
         """Let the backward pass make `wholes`, of what is fetched once more, instead of saving them."""
         manager = active_regather()
         if manager is not None:
