@@ -38,21 +38,21 @@ Unit = tuple[int, int]
 
 @dataclass(frozen=True)
 class Lying:
-    """Where a plan has parameters (classes and stride, by tensor), and units whose activations leave."""
+    """Where a plan has parameters (classes and stride, by tensor), and the ops of units whose activations leave."""
 
     away: Mapping[str, tuple[Away, float]]
-    leaving: frozenset[Unit]
+    leaving: frozenset[str]
 
 
 def lying(plan: Plan, outline: Outline) -> Lying:
     """What a plan keeps behind the device; raises PlanMismatch where the plan is of another model."""
     away: dict[str, tuple[Away, float]] = {}
-    leaving: set[Unit] = set()
-    for r, (entries, region) in enumerate(zip(entries_of(plan, outline), outline.regions, strict=True)):
+    leaving: set[str] = set()
+    for entries, region in zip(entries_of(plan, outline), outline.regions, strict=True):
         for k, entry in enumerate(entries):
             found = read_offload(entry.offload, f"region {entry.name}")
             if found[0].activations:
-                leaving.add((r, k))
+                leaving |= set(region.instances[k])
             if region.parameters:
                 away |= dict.fromkeys(region.parameters[k], found)
     return Lying(away, frozenset(leaving))
@@ -91,6 +91,7 @@ class Behind(Timeline):
             spans[unit] = (spans[unit][0] if unit in spans else i, i)
         self.spans = spans
         self.order = sorted(spans, key=lambda unit: spans[unit])
+        self.leaving = {self.facts.instance[i] for i, op in enumerate(self.ops) if op.name in lies.leaving}
 
     def away(self, name: str) -> Away:
         """Which classes of a parameter lie behind the device."""
@@ -208,7 +209,7 @@ class Behind(Timeline):
     # -- saved
 
     def _saved(self) -> None:
-        if not self.lies.leaving:
+        if not self.leaving:
             super()._saved()
             return
         found, again, last = self.facts, self.assignment.again, self.count - 1
@@ -219,13 +220,13 @@ class Behind(Timeline):
                 if item.source == "new":
                     if op.name not in again.ops:
                         amount = new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
-                        self._over("saved", i, self._back_by(found.instance[i], last), amount)
+                        self._back(found.instance[i], i, amount)
                     continue
                 own = item.source == "operand"
                 use = (op.operands if own else op.results)[item.index]
                 placement = self.uses.wanted[op.name][item.index] if own else self.uses.produced[use.tensor]
                 savers[buffer(found, use.tensor, placement)].setdefault(found.instance[i], i)
-        whole = (R,) * len(self.sizes)
+        whole, staying = (R,) * len(self.sizes), dict[Buffer, int]()
         for (name, placement), units in savers.items():
             root = self.tensors[name]
             if root.role == "parameter" or (root.role != "activation" and placement == whole):
@@ -233,25 +234,35 @@ class Behind(Timeline):
             if remade is not None and (name, placement) not in remade:
                 continue
             amount = found.parts(root) * local_bytes(root, placement, self.sizes)
-            staying = [i for unit, i in units.items() if not self._goes(unit, root)]
-            if staying:
-                self._over("saved", min(staying), last, amount)
+            here = [i for unit, i in units.items() if not self._goes(unit, root)]
+            if here:
+                staying[name, placement] = min(here)
+                self._over("saved", min(here), last, amount)
             else:
                 for unit, i in units.items():
-                    self._over("saved", i, self._back_by(unit, last), amount)
+                    self._back(unit, i, amount)
+        self._crossing(staying)
+        self._anew()
+
+    def _back(self, unit: Unit, at: int, amount: float) -> None:
+        """Bytes that op `at` of a unit saved: on the device until its backward pass, from when they come back if they left."""
+        last, high = self.count - 1, self._back_by(unit, self.count - 1)
+        self._over("saved", at, high, amount)
+        if high == last and unit in self.leaving:
+            self.returned += amount
 
     def _goes(self, unit: Unit, root: Tensor) -> bool:
         """Whether a storage that a unit saves leaves: not what came from outside, nor tables of an earlier unit."""
-        if unit not in self.lies.leaving or root.role != "activation":
+        if unit not in self.leaving or root.role != "activation":
             return False
         maker = next((i for i, op in enumerate(self.ops) if any(u.tensor == root.name for u in op.results)), -1)
         return root.differentiable or (maker >= 0 and self.facts.instance[maker] == unit)
 
     def _back_by(self, unit: Unit, last: int) -> int:
         """The op whose backward has what a unit saved back on the device: the last of the next unit that leaves, or its own."""
-        if unit not in self.lies.leaving:
+        if unit not in self.leaving:
             return last
-        later = [u for u in self.order if u in self.lies.leaving and self.spans[u] > self.spans[unit]]
+        later = [u for u in self.order if u in self.leaving and self.spans[u] > self.spans[unit]]
         return self.spans[later[0] if later else unit][1]
 
     # -- the optimizer's step

@@ -79,9 +79,8 @@ def one_graph(plan: Plan) -> bool:
 
 def counts_bytes(plan: Plan, cluster: Cluster) -> bool:
     """Whether a plan's bytes are counted: on devices whose kernels are the outline's own (CPUs), where runs confirmed them."""
-    offloads = any(entry.offload for entry in plan.regions)
     halves = SCHEDULES[plan.pipeline.schedule].splits_backward
-    return not plan.pools and cluster.device.kind == "cpu" and not halves and (plan.pipeline.ranks == 1 or not offloads)
+    return not plan.pools and cluster.device.kind == "cpu" and not halves
 
 
 def with_counts(
@@ -189,7 +188,8 @@ class _Counter:
         if not self.bytes:
             return ledger.traffic(), None
         took = sum(self._size(name, at) for name, at in takes.items())
-        begins, line = evaluator.timeline(own, ledger, first=True), evaluator.timeline(own, ledger)
+        begins = evaluator.timeline(own, ledger, self.lies, first=True)
+        line = evaluator.timeline(own, ledger, self.lies)
         return ledger.traffic(), StageMemory.of(begins, line, took)
 
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:

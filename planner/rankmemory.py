@@ -49,7 +49,15 @@ class StageMemory:
         last = accumulated(line.lanes["saved"])[line.count - 1] if line.count else 0.0
         ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
         fixed = dict(line.standing)
-        return cls(last - took, fixed, _beside(fixed, begins), _beside(fixed, points), line.held, line.waiting, ends)
+        return cls(
+            last - took - line.returned,
+            fixed,
+            _beside(fixed, begins),
+            _beside(fixed, points),
+            line.held,
+            line.waiting,
+            ends,
+        )
 
 
 def _beside(fixed: Mapping[str, float], points: Mapping[Point, Mapping[str, float]]) -> list[dict[str, float]]:

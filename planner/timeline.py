@@ -74,6 +74,8 @@ class Timeline:
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in (*LANES, *BESIDE)}
         self.standing = {"gradients": 0.0, "gathered": 0.0}
+        self.returned = 0.0
+        """Bytes saved at the beginning of the backward pass that were away since the forward pass."""
         self.moment = [0.0] * self.count
         self.making = [0.0] * self.count
 
@@ -171,7 +173,11 @@ class Timeline:
                 continue
             self._over("saved", i, self.count - 1, found.parts(root) * local_bytes(root, placement, self.sizes))
         self._crossing(first)
-        for name, i in found.saved_parameters.items():
+        self._anew()
+
+    def _anew(self) -> None:
+        """Parameters that ops save in a placement other than the stored one."""
+        for name, i in self.facts.saved_parameters.items():
             for want in self.uses.fresh[name] if not self.looped or self.assignment.storage[name].zero == 3 else ():
                 self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
 
