@@ -169,7 +169,7 @@ class Behind(Timeline):
         for unit in self.facts.touched[name]:
             low, high = self.spans[unit]
             uses = self.needing.get(name, ()) if self.training else self.facts.uses[name]
-            mine = [i for i in uses if low <= i <= high]
+            mine = sorted(i for i in uses if low <= i <= high)
             if mine:
                 start, end = (mine[0], self._asked(group, unit)) if self.training else (low, mine[-1])
                 self._over("gathered", start, end, self.held[name].gathered)
@@ -181,12 +181,15 @@ class Behind(Timeline):
 
     @cached_property
     def needing(self) -> Mapping[str, list[int]]:
-        """The ops whose backward pass needs a parameter."""
+        """The ops whose backward pass needs a parameter; one that runs again may do so from the end of its unit on."""
         found: dict[str, list[int]] = defaultdict(list)
         for i, op in enumerate(self.ops):
-            for item in op.saved:
-                if item.source == "operand":
-                    found[self.facts.aliases[op.operands[item.index].tensor].root].append(i)
+            saved = {item.index for item in op.saved if item.source == "operand"}
+            again = op.name in self.assignment.again.ops
+            for j, use in enumerate(op.operands):
+                if again or j in saved:
+                    root = self.facts.aliases[use.tensor].root
+                    found[root] += [i, self.spans[self.facts.instance[i]][1]] if again else [i]
         return found
 
     def _coming(self, one: Sequence[str], other: Sequence[str]) -> None:

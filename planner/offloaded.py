@@ -60,7 +60,7 @@ def copied(
             lies = read_offload(entry.offload, f"region {entry.name}")
             sizes = {name: _elements(plan, outline, own, name) for name in members if name in here.parameters}
             for ops, held in here.stages:
-                needed = _needed(outline, known, ops)
+                needed = _needed(outline, known, ops) | own.again.parameters
                 for trained in (True, False):
                     mine = {n: size for n, size in sizes.items() if n in held and trains[n] == trained}
                     again = {n: size for n, size in mine.items() if n in needed} if outline.training else {}

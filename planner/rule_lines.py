@@ -78,7 +78,7 @@ MATMULS: Mapping[str, Rule] = {
     **_same(replace(_MATMUL, adapt=variants.conv, kind="conv"),
             "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"),
     **_same(replace(_MATMUL, line="*b i, *b j, o i j -> *b o", linear=((0,), (1,), (2,)), adapt=variants.bilinear), "bilinear"),
-    **_same(Rule("*b s k!, *b t! k!, *b t! e -> *b s e", ((2,),), "attention", "attention", adapt=variants.attention),
+    **_same(Rule("*b s k!, *b t! k!, *b t! e! -> *b s e!", ((2,),), "attention", "attention", adapt=variants.attention),
             "scaled_dot_product_attention"),
 }  # fmt: skip
 

@@ -173,15 +173,16 @@ def einsum(call: Call, rule: Rule) -> Rule | None:
 def attention(call: Call, rule: Rule) -> Rule:
     """scaled_dot_product_attention: a mask is an operand; causal forbids the query letter; grouped heads are (kv g).
 
-    Keys and the head dim are summed inside a softmax: splitting them needs an implementation. `t` may be split by none.
+    Keys and the head dim are summed inside a softmax: splitting them needs an implementation. `t` may be split by none. Fused
+    kernels take values as wide as queries: split, they would run as separate kernels.
     """
     query = "s!" if call.arg(5, "is_causal", False) else "s"
     grouped = call.arg(7, "enable_gqa", False) and call.rank >= 3
     head, kv = ("(u g) ", "u ") if grouped else ("", "")
-    line = f"*b {head}{query} k!, *b {kv}t! k!, *b {kv}t! e"
+    line = f"*b {head}{query} k!, *b {kv}t! k!, *b {kv}t! e!"
     if len(call.operands) > 3:
         line += f", {_mask(call.operands[3], call.operands[0], grouped)}"
-    return replace(rule, line=f"{line} -> *b {head}{query} e")
+    return replace(rule, line=f"{line} -> *b {head}{query} e!")
 
 
 def _mask(mask: Shape, query: Shape, grouped: bool) -> str:
