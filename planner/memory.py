@@ -314,6 +314,6 @@ def held(
         arrival=stored * DTYPE_BYTES[tensor.dtype] + staged if zero == 3 else 0,
         whole=full if trains else 0,
         final=final,
-        bucket=((full + final + staged if zero else 0) + reduced * (full if zero else final)) if trains else 0,
+        bucket=(max(full + final + staged, reduced * full) if zero else reduced * final) if trains else 0,
         step=temporaries * stored * bytes_.parameter if trains else 0,
     )

@@ -53,8 +53,9 @@ class Borders:
 
 
 LANES = ("gradients", "saved", "gathered", "temporaries")
-BESIDE = {"ahead": "gathered", "flying": "gradients"}
-"""What collectives hold that run beside ops, and the cause it counts under: groups gathered ahead, gradients being reduced."""
+BESIDE = {"ahead": "gathered", "arriving": "gathered", "flying": "gradients"}
+"""What collectives hold that run beside ops, and the cause it counts under: groups gathered ahead and what gathering takes beyond
+them (it is over when the gradients of the unit are reduced), gradients being reduced."""
 
 
 class Timeline:
@@ -247,11 +248,14 @@ class Timeline:
         home = {n: found.instance[found.high[n] if self.training else found.low[n]] for n in names}
         order = sorted(set(home.values()), key=lambda key: spans[key])
         for name, key in home.items():
-            at, amount = order.index(key), self.held[name].gathered + self.held[name].arrival
+            at, when = order.index(key), None
             if self.training and at + 1 < len(order):
-                self._over("ahead", spans[key][1] + 1, spans[order[min(at + ahead, len(order) - 1)]][1], amount)
+                when = spans[key][1] + 1, spans[order[min(at + ahead, len(order) - 1)]][1]
             elif not self.training and at:
-                self._over("ahead", spans[order[max(at - ahead, 0)]][0], spans[key][0] - 1, amount)
+                when = spans[order[max(at - ahead, 0)]][0], spans[key][0] - 1
+            if when is not None:
+                self._over("ahead", *when, self.held[name].gathered)
+                self._over("arriving", *when, self.held[name].arrival)
 
     def _gathered(self) -> None:
         if self.setting.prefetch:
