@@ -181,11 +181,12 @@ class Behind(Timeline):
 
     @cached_property
     def needing(self) -> Mapping[str, list[int]]:
-        """The ops whose backward pass needs a parameter; one that runs again may do so from the end of its unit on."""
+        """The ops whose backward pass needs a parameter; in units of which ops run again all do, from their end on."""
         found: dict[str, list[int]] = defaultdict(list)
+        units = {self.facts.instance[self.facts.order[name]] for name in self.assignment.again.ops}
         for i, op in enumerate(self.ops):
             saved = {item.index for item in op.saved if item.source == "operand"}
-            again = op.name in self.assignment.again.ops
+            again = self.facts.instance[i] in units
             for j, use in enumerate(op.operands):
                 if again or j in saved:
                     root = self.facts.aliases[use.tensor].root

@@ -61,8 +61,9 @@ class Evaluator:
         self.training = self.outline.training
         self.parameters = {p.tensor: p for p in self.outline.parameters}
         self.region_of = {t: r for r, region in enumerate(self.outline.regions) for ts in region.parameters for t in ts}
+        self.bucket_of = {t: template.parameters[w].bucket for t, w in template.parameter_of.items()}
         # Parameters whose group ZeRO-3 gathers again in backward.
-        self.again = frozenset(t for t, r in self.region_of.items() if r in template.regathered)
+        self.again = frozenset(t for t, bucket in self.bucket_of.items() if bucket in template.regathered)
         self.references = [0.0] * len(self.outline.regions)
         for r, region in enumerate(self.outline.regions):
             self.references[r] = (
@@ -134,8 +135,8 @@ class Ledger:
         self.reduced: dict[str, set[Placement]] = defaultdict(set)
         self.fresh: dict[str, list[Placement]] = defaultdict(list)
         self.turned: dict[str, int] = defaultdict(int)
-        read = {owner.region_of.get(name) for name in assignment.again.parameters}
-        self.again = owner.again | frozenset(t for t, r in owner.region_of.items() if r in read)
+        read = {owner.bucket_of.get(name) for name in assignment.again.parameters}
+        self.again = owner.again | frozenset(t for t, bucket in owner.bucket_of.items() if bucket in read)
 
     def ops(self) -> None:
         """Price every op and note what it makes and wants; ops of one class and choice are looked up once."""

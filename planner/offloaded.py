@@ -4,7 +4,7 @@
     gradients     leaving, every microbatch where the plan says `gradients`, else once a step; one of a parameter that several
                   pipeline ranks hold comes back and leaves once more, since devices sum it
     params        coming in (read from disk where they lie there) for every pass of every microbatch; the backward pass brings in
-                  those that it needs, and all of a group that is gathered from chunks
+                  those that it needs, all of a group that is gathered from chunks or of which ops run again
     activations   leaving and coming back, every microbatch
     states        read from and written to disk around an update; of those that the device updates, coming in (with their gradient)
                   and leaving again
@@ -60,12 +60,12 @@ def copied(
             lies = read_offload(entry.offload, f"region {entry.name}")
             sizes = {name: _elements(plan, outline, own, name) for name in members if name in here.parameters}
             for ops, held in here.stages:
-                needed = _needed(outline, known, ops) | own.again.parameters
+                needed = _needed(outline, known, ops)
                 for trained in (True, False):
                     mine = {n: size for n, size in sizes.items() if n in held and trains[n] == trained}
                     again = {n: size for n, size in mine.items() if n in needed} if outline.training else {}
-                    if again and any(own.storage[n].zero for n in again):  # wholes are made of all chunks of a group
-                        again = mine
+                    if again and (entry.recompute or any(own.storage[n].zero for n in again)):
+                        again = mine  # ops that run again may need any; wholes are made of all chunks of a group
                     elements = sum(mine.values()), sum(again.values())
                     _add(found, _of_group(lies[0], *elements, state, plan.pipeline.microbatches, trained))
             if lies[0].optimizer:

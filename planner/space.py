@@ -218,7 +218,7 @@ class Space:
     def times(self, w: int, option: Option) -> Times:
         """How often a step runs the collectives of parameter class `w` under `option`."""
         item = self.template.parameters[w]
-        again = item.region in self.template.regathered
+        again = item.bucket in self.template.regathered
         return times(option.zero, self.template.microbatches, self.training, item.parameter.trainable, again)
 
     def bucket(self, collective: str, region: int, axes: tuple[int, ...]) -> Bucket:

@@ -56,12 +56,17 @@ class ParameterClass:
     position: int
     count: int
 
+    @property
+    def bucket(self) -> tuple[int, bool, str]:
+        """What parameters of one region have in common that share collectives, where they are stored alike."""
+        return self.region, self.parameter.trainable, self.tensor.dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """An outline with its repeats tied; `outline` and `tensors` are at the sizes of one microbatch.
 
-    `regathered` are the regions with a parameter that the backward pass needs again.
+    `regathered` are the buckets with a parameter that the backward pass needs again.
     """
 
     outline: Outline
@@ -73,7 +78,7 @@ class Template:
     class_of: Mapping[str, int]
     parameter_of: Mapping[str, int]
     once: frozenset[str]
-    regathered: frozenset[int]
+    regathered: frozenset[tuple[int, bool, str]]
 
     @property
     def cut(self) -> Cut:
@@ -177,14 +182,14 @@ def tie(cut: Cut) -> Template:
 
 def _regathered(
     outline: Outline, parameter_of: Mapping[str, int], parameters: tuple[ParameterClass, ...]
-) -> frozenset[int]:
+) -> frozenset[tuple[int, bool, str]]:
     saved = {
         outline.tensors[op.operands[s.index].tensor].storage
         for op in outline.ops
         for s in op.saved
         if s.source == "operand"
     }
-    return frozenset(parameters[w].region for name, w in parameter_of.items() if name in saved)
+    return frozenset(parameters[w].bucket for name, w in parameter_of.items() if name in saved)
 
 
 def cut_tensor(tensor: Tensor, cut: BatchCut, once: frozenset[str], m: int) -> Tensor:

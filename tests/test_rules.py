@@ -99,7 +99,8 @@ def test_what_the_table_says(line):
 
 def test_attention():
     causal = rule("scaled_dot_product_attention.default(x(2, 4, 8, 2), x(2, 4, 8, 2), x(2, 4, 8, 6), is_causal=True)")
-    assert causal.free() == ("b0", "b1")  # not the width of values: no fused kernel takes one other than that of queries
+    # Not the width of values: no fused kernel takes one other than that of queries.
+    assert causal.free() == ("b0", "b1")
     assert causal.linear == ((2,),)
     plain = rule("scaled_dot_product_attention.default(x(2, 4, 8, 2), x(2, 4, 8, 2), x(2, 4, 8, 6))")
     assert "s" in plain.free()

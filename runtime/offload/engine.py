@@ -71,6 +71,7 @@ class Offloader:
                     zero = storage[names[tensor].names[0]].zero
                     place = _place(away, stride, names[tensor], zero, compute, mesh)
                     if place is not None:
+                        place.again = bool(entry.recompute)
                         self.places[place.name] = place
         self.step = HostStep(self.places, self.keeper, folder)
         weakref.finalize(self, _close, self.lanes, self.step.close)

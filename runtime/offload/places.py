@@ -33,7 +33,8 @@ OPTIMIZER, PARAMS, GRADIENTS = "optimizer", "params", "gradients"
 class Place:
     """One parameter. `stays`: the device keeps its copy between passes. `dtype` is what the device computes with.
 
-    `version` and `filed` are those of the host's values that the device's copy was made of and that the file on disk has.
+    `again`: ops of its unit run again in the backward pass. `version` and `filed` are those of the host's values that the device's
+    copy was made of and that the file on disk has.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Place:
     stays: bool
     dtype: torch.dtype
     trained: bool = True
+    again: bool = False
     filed: int = -1
     parameter: nn.Parameter | None = None
     copy: Tensor | None = None
@@ -224,9 +226,10 @@ class Group:
                 self.keeper.ahead(place)
 
     def _wanted(self, manager: Regather | None) -> list[tuple[Place, bool]]:
-        """Which parameters a backward pass needs: of those gathered from chunks all, as one needs all."""
+        """Which parameters a backward pass needs: all of those gathered from chunks, and where ops run again."""
         recipe = self.recipes.get(manager) if manager is not None else None
-        return [(p, self.gathers or recipe is None or k in recipe.handles) for k, p in enumerate(self.places)]
+        every = recipe is None or self.gathers or any(p.again for p in self.places)
+        return [(p, every or k in recipe.handles) for k, p in enumerate(self.places)]
 
     def remember(
         self, wholes: Sequence[Tensor], make: Callable[[list[Any]], list[Any]], ctx: Any, ledger: Any
