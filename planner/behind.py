@@ -135,7 +135,7 @@ class Behind(Timeline):
 
     def _reductions(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
         held = self.held
-        self.held = {n: replace(h, whole=0, final=0) if self.every(n) else h for n, h in held.items()}
+        self.held = {n: replace(h, whole=0, final=0) if self.every(n) else h for n, h in self._fetched().items()}
         super()._reductions(points, lanes)
         self.held = held
 
@@ -148,10 +148,7 @@ class Behind(Timeline):
     def _gathered(self) -> None:
         passing = [g for g in self.groups if self.away(g[0]).parameters]
         held = self.held
-        self.held = {
-            n: replace(h, gathered=0) if self.away(n).parameters and not self.zero.get(n) else h
-            for n, h in held.items()
-        }
+        self.held = self._fetched()
         super()._gathered()
         self.held = held
         uses = self.facts.uses
@@ -162,6 +159,13 @@ class Behind(Timeline):
                     self._passing(name, group)
         for one, other in pairwise(passing):
             self._coming(one, other)
+
+    def _fetched(self) -> dict[str, Held]:
+        """What parameters take, without those that are fetched whole: they come and go otherwise than what is gathered."""
+        return {
+            n: replace(h, gathered=0) if self.away(n).parameters and not self.zero.get(n) else h
+            for n, h in self.held.items()
+        }
 
     def _passing(self, name: str, group: Sequence[str]) -> None:
         """A parameter while the units that use it run: in the backward pass from the first op that needs one of its group down to
