@@ -130,6 +130,11 @@ class ParallelModule(Tree):
         return self._core.programs.offload
 
     @property
+    def constants(self) -> list[Tensor]:
+        """Tensors of its graphs on the device that are neither parameters nor buffers."""
+        return self._core.programs.constants
+
+    @property
     def axis_names(self) -> dict[str, str]:
         """Mesh axis by process group name, for a `CommLedger`."""
         return self._core.mesh.axis_of_group()

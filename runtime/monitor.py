@@ -124,7 +124,8 @@ def storages(x: Tensor) -> list[torch.UntypedStorage]:
 def live_bytes(*objects: Any) -> int:
     """Bytes on the device of all distinct storages in tensors, containers, modules (with gradients) and optimizers.
 
-    What lies in host memory or on disk is left out; copies of it that a planned module keeps on the device are counted.
+    What lies in host memory or on disk is left out; copies of it that a planned module keeps on the device are counted, and its
+    graphs' constants.
     """
     sizes = {s._cdata: s.nbytes() for x in _tensors(objects) if not is_host(x) for s in storages(x)}
     return sum(sizes.values())
@@ -132,7 +133,11 @@ def live_bytes(*objects: Any) -> int:
 
 def _offload_of(item: Any) -> Any:
     """The offload of a planned module, None for anything else."""
-    return getattr(item, "offload", None) if isinstance(item, nn.Module) and hasattr(item, "plan") else None
+    return item.offload if _planned(item) else None
+
+
+def _planned(item: Any) -> bool:
+    return isinstance(item, nn.Module) and hasattr(item, "plan")
 
 
 def _tensors(objects: Iterable[Any]) -> Iterable[Tensor]:
@@ -145,6 +150,7 @@ def _tensors(objects: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors([*item.parameters(), *item.buffers()])
             offload = _offload_of(item)
             yield from offload.copies() if offload is not None else ()
+            yield from item.constants if _planned(item) else ()
         elif isinstance(item, torch.optim.Optimizer):
             yield from _tensors([g["params"] for g in item.param_groups])
             yield from _tensors([s for p, s in item.state.items() if not is_host(p)])

@@ -131,6 +131,12 @@ class Programs:
             self.offload.adopt(known.names[0], made)
         return made
 
+    @property
+    def constants(self) -> list[Tensor]:
+        """What the captured graphs hold on the device beside parameters and buffers."""
+        held = (x for program in self._known.values() for x in program.captured.constants.values())
+        return [x for x in held if x.device.type == self.mesh.device.type]
+
     def cast(self, args: Any, kwargs: Any) -> Any:
         """(args, kwargs) with floating inputs in the dtype that is computed in."""
         return cast_inputs((args, kwargs), self.others, self.plan.precision.compute)
