@@ -128,8 +128,9 @@ class Behind(Timeline):
         groups = [g for g in self.groups if self.every(g[0])]
         groups.sort(key=lambda g: found.low[g[0]])
         for before, group in pairwise(groups):
-            # Chunks of ZeRO are parts of one buffer.
-            waiting = group if self.zero[group[0]] else group[-PENDING:]
+            # Chunks of ZeRO, and sums of a group, are parts of one buffer.
+            whole = self.zero[group[0]] or any(self.uses.reduced.get(t) for t in group)
+            waiting = group if whole else group[-PENDING:]
             amount = sum(self.held[t].final if self.zero[t] else self.held[t].whole for t in waiting)
             self._over("gradients", found.low[before[0]], found.low[group[0]] - 1, amount)
 
