@@ -26,7 +26,8 @@ from .part import Part
 from .placement import Placement, R, State, V, local_elements
 from .ring import scratch_bytes as ring_scratch
 from .template import Cut
-from .timeline import Timeline, Uses
+from .timeline import Timeline
+from .uses import Uses
 from .work import FLOPS_KINDS
 
 

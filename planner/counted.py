@@ -38,7 +38,7 @@ from .schedules import SCHEDULES, actions
 from .space import stored_elements
 from .staging import StagePart, Staging, cut, stages_by_runs
 from .template import batch_cut, cut_outline, tie
-from .timeline import Borders
+from .uses import Borders
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from .ring import RING
 from .ring import scratch_bytes as ring_scratch
 from .space import Option, Times, stored_elements, times
 from .template import Template
-from .timeline import Borders, Timeline, Uses
+from .timeline import Timeline
+from .uses import Borders, Uses
 
 
 @dataclass(frozen=True, slots=True)
