@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from shardwright.planner.rule_types import Operand
-from shardwright.profiles import clock, timing
+from shardwright.profiles import clock, regions, timing
 from shardwright.profiles.allocator import measure_allocator
 from shardwright.profiles.clock import Span, Watch
 from shardwright.profiles.comms import strided_groups
 from shardwright.profiles.copies import time_copies
 from shardwright.profiles.devices import parse_cluster
-from shardwright.profiles.failures import failed, failure, key_of
+from shardwright.profiles.failures import KIND, failed, failure, key_of
 from shardwright.profiles.jobs import TimeUp, run_ranks
 from shardwright.profiles.measured import measured_collectives, with_measured
 from shardwright.profiles.ops import ROUNDS, OpRequest, encode_request
@@ -266,3 +266,12 @@ def test_measured_figures_of_gpus_replace_the_data_sheet(tmp_path: Path) -> None
     assert ("send", level.name, 2) not in table
     store.write("h100-sxm", "torch x", "sends", {"pairs": [[1024, 3e-5]]})
     assert measured_collectives(cluster, store, "torch x")["send", level.name, 2] == ((1024.0, 3e-5),)
+
+
+def test_a_difference_that_another_process_hid_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"late": [regions.SHORT, (2.0, 0.1)], "early": [(3.0, 0.1), regions.SHORT], "never": [regions.SHORT] * 2}
+    monkeypatch.setattr(regions, "_time_region", lambda key, _: answers[key].pop(0))
+    told: list[tuple[object, ...]] = []
+    found = time_regions([(key, key, key) for key in answers], lambda *row: told.append(row))
+    assert found == {"late": (2.0, 0.1), "early": (3.0, 0.1)}
+    assert [row for row in told if row[0] == KIND] == [(KIND, "region never", regions.SHORT)]
