@@ -122,8 +122,9 @@ def faults(drawn: Drawn, seen: list[Observed]) -> list[str]:
 def peak_is_held(plan: Plan) -> bool:
     """Whether runs confirmed the peaks of such plans (docs/fuzzing.md)."""
     split = SCHEDULES[plan.pipeline.schedule].splits_backward
+    ring = any(axis.role == "context" for axis in plan.mesh)
     loose = {"activations", "params"} if plan.pipeline.ranks > 1 else {"activations"}
-    return not split and all(
+    return not split and not ring and all(
         not any(word.partition("@")[0] in loose for word in region.offload) and all(p.zero < 3 for p in region.parameters)
         for region in plan.regions
     )  # fmt: skip
