@@ -49,15 +49,8 @@ class StageMemory:
         last = accumulated(line.lanes["saved"])[line.count - 1] if line.count else 0.0
         ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
         fixed = dict(line.standing)
-        return cls(
-            last - took - line.returned,
-            fixed,
-            _beside(fixed, begins),
-            _beside(fixed, points),
-            line.held,
-            line.waiting,
-            ends,
-        )
+        kept, begun, later = last - took - line.returned, _beside(fixed, begins), _beside(fixed, points)
+        return cls(kept, fixed, begun, later, line.held, line.waiting, ends)
 
 
 def _beside(fixed: Mapping[str, float], points: Mapping[Point, Mapping[str, float]]) -> list[dict[str, float]]:

@@ -100,6 +100,7 @@ def time_regions(
 
 
 SHORT = {"type": UNSUPPORTED, "message": "two repeats took no longer than one: too short for this clock"}
+"""Why a region has no time: perhaps because something else ran meanwhile."""
 
 
 def _time_region(one: RegionProgram, two: RegionProgram) -> tuple[float, float] | dict[str, str]:

@@ -284,25 +284,18 @@ def start_all_to_all(x: Tensor, n: int, group: str) -> Arriving:
     return start_exchange(x, [1] * n, [1] * n, n * x.nbytes, group)
 
 
-def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], full: int, group: str) -> Arriving:
+def start_exchange(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], full: int, group: str, part_of: tuple[str, int] | None = None
+) -> Arriving:  # fmt: skip
     """Rows of x to the ranks of the group, `sent[r]` to rank r, for `received[r]` rows of every rank r, by rank: launched.
 
-    Recorded as an all-to-all of `full` bytes.
+    Recorded as an all-to-all of `full` bytes; one that is `part_of` a collective, its name and number, was recorded as that.
     """
     there, here, operands = list(received), list(sent), [x.contiguous()]
-    pending = Pending("all_to_all", full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], operands)
-    return lambda: pending.wait()[0]
-
-
-def start_pass(
-    x: Tensor, sent: Sequence[int], received: Sequence[int], part_of: tuple[str, int], group: str
-) -> Arriving:
-    """One of the exchanges that a collective is made of; `part_of`: its name and number, as it was recorded."""
-    name, number = part_of
-    there, here = list(received), list(sent)
+    name, number = part_of or ("all_to_all", None)
     pending = Pending(
-        name, 0, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], [x.contiguous()], number
-    )
+        name, full, group, lambda t: [c10d.all_to_all_single(t[0], there, here, group)], operands, number
+    )  # fmt: skip
     return lambda: pending.wait()[0]
 
 

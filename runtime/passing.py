@@ -21,7 +21,7 @@ def pass_on(x: Tensor, ways: int, index: int, part_of: tuple[str, int], group: s
     """
     sent, received = [0] * ways, [0] * ways
     sent[(index + 1) % ways] = received[(index - 1) % ways] = x.numel()
-    return collectives.start_pass(x, sent, received, part_of, group)
+    return collectives.start_exchange(x, sent, received, 0, group, part_of)
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:

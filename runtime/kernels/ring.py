@@ -148,13 +148,11 @@ def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(x == NEVER, 0.0).unsqueeze(-1)
 
 
-def _heads_inside(
-    shape: torch.Size, width: int, make: Callable[..., Tensor], dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """[*c, g, s, width] for queries of `shape`, positions before heads in memory, as the kernels of one device have it: models
+def _heads_inside(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [*c, g, s, width] for queries q, positions before heads in memory, as the kernels of one device have it: models
     join heads by a view."""
-    lead, heads = shape[:-4], shape[max(len(shape) - 4, 0) : -2]
-    return make((*lead, shape[-2], *heads, width), dtype=dtype).movedim(len(lead), -2)
+    lead, heads = q.shape[:-4], q.shape[max(q.dim() - 4, 0) : -2]
+    return q.new_zeros((*lead, q.shape[-2], *heads, width), dtype=dtype).movedim(len(lead), -2)
 
 
 def _packed(*parts: Tensor) -> Tensor:
@@ -172,7 +170,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, seed, at):  # type: ignore[no-untyped-def,override]
         work = _Work(at, q, mask, seed)
-        y = _heads_inside(q.shape, v.shape[-1], q.new_zeros, work.sums)
+        y = _heads_inside(q, v.shape[-1], work.sums)
         total = q.new_full(q.shape[:-1], NEVER, dtype=work.sums)
         ctx.ledger = collectives.active_ledger()
         block = _packed(k, v)
