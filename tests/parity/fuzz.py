@@ -124,10 +124,9 @@ def peak_is_held(plan: Plan) -> bool:
     split = SCHEDULES[plan.pipeline.schedule].splits_backward
     ring = any(axis.role == "context" for axis in plan.mesh)
     loose = {"activations", "params"} if plan.pipeline.ranks > 1 else {"activations"}
-    return not split and not ring and all(
-        not any(word.partition("@")[0] in loose for word in region.offload) and all(p.zero < 3 for p in region.parameters)
-        for region in plan.regions
-    )  # fmt: skip
+    away = [{word.partition("@")[0] for word in region.offload} for region in plan.regions]
+    chunked = any(p.zero == 3 for region in plan.regions for p in region.parameters)
+    return not split and not chunked and not any(words & loose or (ring and words) for words in away)
 
 
 def _copy_faults(plan: Plan, stage: int, seen: list[Observed], told: Moved) -> list[str]:
