@@ -190,7 +190,7 @@ class Behind(Timeline):
         found: dict[str, list[int]] = defaultdict(list)
         units = {self.facts.instance[self.facts.order[name]] for name in self.assignment.again.ops}
         for i, op in enumerate(self.ops):
-            saved = {item.index for item in op.saved if item.source == "operand"}
+            saved = {item.index for item in self.saves(op) if item.source == "operand"}
             again = self.facts.instance[i] in units
             for j, use in enumerate(op.operands):
                 if again or j in saved:
@@ -225,7 +225,7 @@ class Behind(Timeline):
         remade = self._made_again() if again else None
         savers: dict[Buffer, dict[Unit, int]] = defaultdict(dict)
         for i, op in enumerate(self.ops):
-            for item in op.saved:
+            for item in self.saves(op):
                 if item.source == "new":
                     if op.name not in again.ops:
                         amount = new_bytes(op, item, self.assignment.choices[op.name], self.sizes)

@@ -24,6 +24,7 @@ from .numbers import Numbers, Pass, UnitExperts, Weights
 from .outline import DTYPE_BYTES, Op, Tensor
 from .part import Part
 from .placement import Placement, R, State, V, local_elements
+from .ring import saves
 from .ring import scratch_bytes as ring_scratch
 from .template import Cut
 from .timeline import Timeline
@@ -242,11 +243,12 @@ class _Walk:
         total = 0.0
         rerun = self.design.again
         for op, choice in zip(self.part.outline.ops, self.design.choices, strict=True):
-            saved = {s.index for s in op.saved if s.source == "operand"}
+            kept = saves(op, self.bench.full(op, choice), self.bench.tensors)
+            saved = {item.index for item in kept if item.source == "operand"}
             for i, use in enumerate(op.operands):
                 if i in saved or op.name in rerun:
                     needed.setdefault(buffer(self.part.facts, use.tensor, self.steps[op.name].wanted[i]))
-            for item in op.saved if op.name not in rerun else ():
+            for item in kept if op.name not in rerun else ():
                 if item.source == "result":
                     use = op.results[item.index]
                     needed.setdefault(buffer(self.part.facts, use.tensor, self.made[use.tensor]))

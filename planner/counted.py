@@ -372,7 +372,7 @@ def again_in(part: Outline, own: Assignment, takes: Mapping[str, Placement]) -> 
     wanted, produced = standing(part, own.choices)
     used = {use.tensor for op in part.ops for use in op.operands}
     copies = frozenset(copy for copy in own.again.copies if copy[0] in used)
-    return Values(part, facts(part), wanted, {**produced, **takes}).needed(Again(ops, copies))
+    return Values(part, facts(part), wanted, {**produced, **takes}, own.choices).needed(Again(ops, copies))
 
 
 def added(rows: Iterable[Traffic]) -> tuple[Traffic, ...]:

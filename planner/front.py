@@ -30,6 +30,7 @@ from .pins import Pins
 from .placement import Placement, R, State, V, split
 from .plan import MeshAxis
 from .program import INFINITE, Program
+from .ring import saves
 from .space import restrict
 
 Regathered = tuple[str, str]
@@ -229,20 +230,20 @@ class FrontProgram:
 
     def _backward(self) -> None:
         for op in self.part.outline.ops:
-            saved = {s.index for s in op.saved if s.source == "operand"}
+            ran, kept = self.x[op.name], self.q[op.name]
+            saved = [saves(op, (way.choice,), self.tensors) for way in self.ways[op.name]]
+            operands = [{item.index for item in items if item.source == "operand"} for items in saved]
             for i, use in enumerate(op.operands):
                 if self._matters(use.tensor):
-                    users = self.x[op.name] if i in saved else self.q[op.name]
-                    self._need(use.tensor, op, i, users)
-            for item in op.saved:
-                if item.source == "result":
-                    for s, way in enumerate(self.ways[op.name]):
+                    self._need(use.tensor, op, i, [ran[s] if i in own else kept[s] for s, own in enumerate(operands)])
+            for s, (way, items) in enumerate(zip(self.ways[op.name], saved, strict=True)):
+                for item in items:
+                    if item.source == "result":
                         root, state = self._canon(op.results[item.index].tensor, way.results[item.index])
-                        self._row(root, state, [(self.x[op.name][s], 1.0)])
-                elif item.source == "new":
-                    for s, way in enumerate(self.ways[op.name]):
+                        self._row(root, state, [(ran[s], 1.0)])
+                    elif item.source == "new":
                         amount = new_bytes(op, item, (way.choice,), self.costs.shape.sizes)
-                        self.kept += [(self.x[op.name][s], amount), (self.q[op.name][s], -amount)]
+                        self.kept += [(ran[s], amount), (kept[s], -amount)]
 
     def _matters(self, name: str) -> bool:
         """Whether a saved copy of the tensor takes memory of its own: activations, not inputs, tables or parameters."""

@@ -25,7 +25,7 @@ from .part import Chain, Part
 from .pins import Pins
 from .placement import Placement, R, State
 from .plan import MeshAxis
-from .ring import repeated
+from .ring import repeated, saves
 
 BUDGETS = 4
 """Designs between keeping all and keeping least, per style."""
@@ -311,7 +311,7 @@ def copies(bench: Bench, design: Design) -> frozenset[Regathered]:
     for index, (op, choice) in enumerate(zip(bench.part.outline.ops, design.choices, strict=True)):
         step = bench.step(index, op, choice)
         assert step is not None
-        for item in op.saved:
+        for item in saves(op, bench.full(op, choice), bench.tensors):
             name = op.operands[item.index].tensor if item.source == "operand" else ""
             root = facts.aliases[name].root if name else ""
             if root in made:

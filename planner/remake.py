@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from ..errors import PlanError
 from .choices import placed
 from .memory import Buffer, Facts, buffer, facts, local_bytes, new_bytes
-from .outline import Op, Outline, Region
+from .outline import Op, Outline, Region, Saved
 from .part import part_of
 from .placement import Placement, R
 from .plan import RegionPlan
+from .ring import saves
 
 Copy = tuple[str, Placement]
 """A tensor, and the placement that a chain of transitions brings it to."""
@@ -68,7 +69,7 @@ def spread(
 
 def _pruned(outline: Outline, choices: Mapping[str, tuple[str, ...]], ops: set[str], copies: set[Copy]) -> Again:
     """What of this may run again, and is needed."""
-    values = Values(outline, facts(outline), *standing(outline, choices))
+    values = Values(outline, facts(outline), *standing(outline, choices), choices)
     return values.needed(Again(frozenset(ops - _staying(outline)), frozenset(copies)))
 
 
@@ -182,9 +183,10 @@ class Values:
     """The values of an outline under placements, and what makes them."""
 
     def __init__(
-        self, outline: Outline, found: Facts, wanted: Mapping[str, tuple[Placement, ...]], produced: Mapping[str, Placement]
+        self, outline: Outline, found: Facts, wanted: Mapping[str, tuple[Placement, ...]], produced: Mapping[str, Placement],
+        choices: Mapping[str, tuple[str, ...]],
     ) -> None:  # fmt: skip
-        self.outline, self.facts, self.wanted, self.produced = outline, found, wanted, produced
+        self.outline, self.facts, self.wanted, self.produced, self.choices = outline, found, wanted, produced, choices
         self.ops = outline.by_name
         self.whole: Placement = (R,) * (len(next(iter(produced.values()))) if produced else 1)
         self.makers: dict[Buffer, Maker] = {}
@@ -212,11 +214,15 @@ class Values:
 
     def saved(self, op: Op) -> Iterator[Buffer]:
         """The values that an op saves as they are, one for every time that it saves it."""
-        for item in op.saved:
+        for item in saves(op, self.choices[op.name], self.outline.tensors):
             if item.source == "operand" and not self.parameter(op.operands[item.index].tensor):
                 yield self.operand(op, item.index)
             elif item.source == "result":
                 yield self.result(op, item.index)
+
+    def new(self, op: Op) -> list[Saved]:
+        """What an op saves that is no value."""
+        return [item for item in saves(op, self.choices[op.name], self.outline.tensors) if item.source == "new"]
 
     def takes(self, maker: Maker) -> list[Buffer]:
         """The values that making one takes."""
@@ -245,7 +251,7 @@ class Values:
         for op in self.outline.ops:
             for value in self.saved(op):
                 ask(value)
-            if op.name in again.ops and any(item.source == "new" for item in op.saved) and Maker(op.name) not in seen:
+            if op.name in again.ops and self.new(op) and Maker(op.name) not in seen:
                 seen.add(Maker(op.name))
                 open_.append(Maker(op.name))
         while open_:
@@ -271,18 +277,16 @@ class Rerun:
     kept: dict[Buffer, int] = field(default_factory=dict)
 
 
-def rerun(values: Values, again: Again, choices: Mapping[str, tuple[str, ...]], sizes: tuple[int, ...]) -> Rerun:
+def rerun(values: Values, again: Again, sizes: tuple[int, ...]) -> Rerun:
     """Follow the backward pass, last op first."""
-    return _Backward(values, again, choices, sizes).follow()
+    return _Backward(values, again, sizes).follow()
 
 
 class _Backward:
     """The values that are there in the backward pass beside what is kept."""
 
-    def __init__(
-        self, values: Values, again: Again, choices: Mapping[str, tuple[str, ...]], sizes: tuple[int, ...]
-    ) -> None:
-        self.values, self.again, self.choices, self.sizes = values, again, choices, sizes
+    def __init__(self, values: Values, again: Again, sizes: tuple[int, ...]) -> None:
+        self.values, self.again, self.sizes = values, again, sizes
         self.ops, self.order = values.outline.ops, values.facts.order
         self.found = Rerun([0.0] * len(self.ops), [0.0] * len(self.ops))
         self.left: dict[Buffer, int] = defaultdict(int)
@@ -333,8 +337,8 @@ class _Backward:
         if maker.copy is None:
             op = self.values.ops[maker.op]
             made = [self.values.result(op, i) for i in range(len(op.results))]
-            new = (i for i in op.saved if i.source == "new")
-            self.inside[op.name] = sum(new_bytes(op, item, self.choices[op.name], self.sizes) for item in new)
+            choice = self.values.choices[op.name]
+            self.inside[op.name] = sum(new_bytes(op, item, choice, self.sizes) for item in self.values.new(op))
             self.total += self.inside[op.name]
         else:
             made = [value for value, m in self.values.makers.items() if m is maker]

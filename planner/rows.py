@@ -26,6 +26,7 @@ from .memory import (
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
+from .ring import RING, ring_of, saves
 from .scratch import inside_bytes
 from .space import Space
 from .template import Template
@@ -39,10 +40,11 @@ Savers = Mapping[str, Sequence[tuple[int, Saver]]]
 
 
 def savers(template: Template, found: Facts) -> Savers:
-    """Who saves what, parameters left out."""
+    """Who saves what under some choice, parameters left out."""
     known: dict[str, list[tuple[int, Saver]]] = defaultdict(list)
     for i, op in enumerate(template.outline.ops):
-        for item in op.saved:
+        ring = saves(op, (RING,), template.tensors) if ring_of(op) is not None else ()
+        for item in dict.fromkeys((*op.saved, *ring)):
             if item.source != "new":
                 use = (op.operands if item.source == "operand" else op.results)[item.index]
                 known[found.aliases[use.tensor].root].append((i, (template.class_of[op.name], item.source, item.index)))
@@ -72,7 +74,7 @@ class Rows:
             self.members[w].append(name)
         self.consumers = {c.parameter: len(c.consumers) for c in self.template.classes if c.parameter is not None}
         self.savers = known
-        self._canon: dict[Saver, tuple[tuple[Key, float, bool], ...]] = {}
+        self._canon: dict[Saver, tuple[tuple[int, Key, float, bool], ...]] = {}
         self._held: dict[tuple[int, int, int], Held] = {}
         self.producer = {
             u.tensor: (self.template.class_of[op.name], i) for op in self.ops for i, u in enumerate(op.results)
@@ -246,19 +248,21 @@ class Rows:
 
     # -- activations
 
-    def _buffers(self, saver: Saver) -> tuple[tuple[Key, float, bool], ...]:
-        """Per strategy of the saver's class: (buffer within its storage, bytes, whether it is whole)."""
+    def _buffers(self, saver: Saver) -> tuple[tuple[int, Key, float, bool], ...]:
+        """Per strategy of the saver's class that saves it: (index, buffer within its storage, bytes, whether it is whole)."""
         if saver not in self._canon:
             v, source, index = saver
             op = self.template.ops[v].op
             use = (op.operands if source == "operand" else op.results)[index]
             whole = (R,) * len(self.sizes)
             found = []
-            for strategy in self.space.strategies[v]:
+            for s, strategy in enumerate(self.space.strategies[v]):
+                if not any((i.source, i.index) == (source, index) for i in saves(op, strategy.choice, self.tensors)):
+                    continue
                 placement = (strategy.operands if source == "operand" else strategy.results)[index]
                 name, states = buffer(self.facts, use.tensor, placement)
                 mine = () if name == self.facts.aliases[use.tensor].root else (saver,)
-                found.append(((*mine, states), local_bytes(self.tensors[name], states, self.sizes), states == whole))
+                found.append((s, (*mine, states), local_bytes(self.tensors[name], states, self.sizes), states == whole))
             self._canon[saver] = tuple(found)
         return self._canon[saver]
 
@@ -286,7 +290,7 @@ class Rows:
         users: dict[Key, tuple[float, list[tuple[Key, ...]]]] = {}
         for saver in savers:
             mine: dict[Key, list[Key]] = defaultdict(list)
-            for s, (canon, amount, whole) in enumerate(self._buffers(saver)):
+            for s, canon, amount, whole in self._buffers(saver):
                 if activation or not whole:
                     mine[canon].append(("x", saver[0], s))
                     users.setdefault(canon, (amount, []))
@@ -301,9 +305,9 @@ class Rows:
 
     def _new(self, total: dict[Key, float], v: int) -> None:
         op = self.template.ops[v].op
-        for item in op.saved:
-            if item.source == "new":
-                for s, strategy in enumerate(self.space.strategies[v]):
+        for s, strategy in enumerate(self.space.strategies[v]):
+            for item in saves(op, strategy.choice, self.tensors):
+                if item.source == "new":
                     total["x", v, s] += new_bytes(op, item, strategy.choice, self.sizes)
 
     def _result(self, total: dict[Key, float], name: str, count: int) -> None:

@@ -20,9 +20,10 @@ from .memory import (
     operand_gradients,
     parameter_gradients,
 )
-from .outline import Op
+from .outline import Op, Saved
 from .placement import Placement, R
 from .remake import Values, rerun
+from .ring import saves
 from .scratch import inside_bytes
 from .template import Cut
 from .uses import Borders, Uses
@@ -129,7 +130,7 @@ class Timeline:
         first: dict[tuple[str, Placement], int] = {}
         whole: Placement = (R,) * len(self.sizes)
         for i, op in enumerate(self.ops):
-            for item in op.saved:
+            for item in self.saves(op):
                 if item.source == "new":
                     if op.name not in again.ops:
                         size = new_bytes(op, item, self.assignment.choices[op.name], self.sizes)
@@ -157,6 +158,10 @@ class Timeline:
             for want in self.uses.fresh[name] if not self.looped or self.assignment.storage[name].zero == 3 else ():
                 self._over("saved", i, self.count - 1, local_bytes(self.tensors[name], want, self.sizes))
 
+    def saves(self, op: Op) -> tuple[Saved, ...]:
+        """What an op keeps for its backward pass."""
+        return saves(op, self.assignment.choices[op.name], self.tensors)
+
     def _crossing(self, kept: Mapping[tuple[str, Placement], int]) -> None:
         """What a stage took and gives lives until its backward is over, and so do the gradients of both."""
         last = self.count - 1
@@ -169,8 +174,8 @@ class Timeline:
 
     def _made_again(self) -> dict[tuple[str, Placement], int]:
         """Count what is made again, with the gradients that the op makes after it; returns what is kept."""
-        values = Values(self.outline, self.facts, self.uses.wanted, self.uses.produced)
-        found = rerun(values, self.assignment.again, self.assignment.choices, self.sizes)
+        values = Values(self.outline, self.facts, self.uses.wanted, self.uses.produced, self.assignment.choices)
+        found = rerun(values, self.assignment.again, self.sizes)
         for i, (most, there) in enumerate(zip(found.most, found.there, strict=True)):
             self.making[i] = most
             self.moment[i] += there

@@ -19,12 +19,14 @@ def trimmed(bench: Bench, design: Design) -> Design:
     """`design` with those of its ops and copies that run again and that its unit needs; exits and the loss are kept."""
     part = bench.part
     wanted: dict[str, tuple[Placement, ...]] = {}
+    choices: dict[str, tuple[str, ...]] = {}
     produced: dict[str, Placement] = dict(bench.layouts[design.entry])
     for index, (op, choice) in enumerate(zip(part.outline.ops, design.choices, strict=True)):
         step = bench.step(index, op, choice)
         if step is None:
             return design
         wanted[op.name] = step.wanted
+        choices[op.name] = bench.full(op, choice)
         produced |= {use.tensor: placement for use, placement in zip(op.results, step.made, strict=True)}
     roots = {part.facts.aliases[name].root for name in (*part.exit, part.outline.loss) if name}
     leaving = {op.name for op in part.outline.ops if any(use.tensor in roots for use in op.results)}
@@ -34,6 +36,6 @@ def trimmed(bench: Bench, design: Design) -> Design:
             root, stands = buffer(part.facts, use.tensor, placement)
             if (root, str(stands[-1])) in design.regather:
                 copies[use.tensor, placement] = root, str(stands[-1])
-    values = Values(part.outline, part.facts, wanted, produced)
+    values = Values(part.outline, part.facts, wanted, produced, choices)
     needed = values.needed(Again(design.again - leaving, frozenset(copies)))
     return replace(design, again=needed.ops, regather=frozenset(copies[c] for c in needed.copies))
