@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
@@ -143,7 +142,6 @@ class Loop:
         with self.late:
             outputs = lowered.entry(*[values.of(f) for f in lowered.entry_feeds])
         self.leaves = [o.detach().requires_grad_(o.requires_grad) for o in outputs]
-        self.edges = {i: get_gradient_edge(o) for i, o in enumerate(outputs) if o.requires_grad}
         cut_feeds = [f for f in lowered.body_feeds if f.kind == "cut"]
         self.cut_values = dict(zip([f.node for f in cut_feeds], cuts, strict=True))
         step_feeds = [f for f in lowered.body_feeds if f.kind == "step"]
@@ -157,6 +155,7 @@ class Loop:
             group: [i for name in group for i in index.get(name, ()) if self.leaves[i].requires_grad]
             for group in buckets.groups
         }
+        self.doors = {members[0]: Door([outputs[i] for i in members]) for members in self.members.values() if members}
 
     def __enter__(self) -> None:
         """Reduce a ZeRO-2 group as soon as all its gradients of this microbatch have come."""
@@ -187,15 +186,10 @@ class Loop:
         return found
 
     def _reduce(self, members: Sequence[int]) -> None:
-        found = {i: grad for i in members if (grad := self.leaves[i].grad) is not None}
+        found = [self.leaves[i].grad for i in members]
         for i in members:
             self.leaves[i].grad = None
-        self._carry_on(found)
-
-    def _carry_on(self, gradients: Mapping[int, Tensor]) -> None:
-        """From what the loop uses back to the stored parameters."""
-        if gradients:
-            torch.autograd.backward([self.edges[i] for i in gradients], list(gradients.values()), retain_graph=True)
+        self.doors[members[0]].enter(found)
 
     def close(self) -> None:
         """After the last microbatch: inputs and gathered parameters go, what has accumulated stays."""
@@ -210,7 +204,7 @@ class Loop:
         Group after group, the one that is used last first; the gradients of a group go when the next one's turn comes.
         """
         for members in sorted(filter(None, self.members.values()), key=min, reverse=True):
-            self._carry_on({i: self.accumulated.pop(i) for i in members if i in self.accumulated})
+            self.doors[members[0]].enter([self.accumulated.pop(i, None) for i in members])
         self.late.settle()
 
 
@@ -251,6 +245,38 @@ def _joined(parts: Sequence[Tensor], place: tuple[int, int]) -> Tensor:
         return torch.cat(list(parts), dim)
     opened = [x.unflatten(dim, (blocks, x.shape[dim] // blocks)) for x in parts]
     return torch.cat(opened, dim + 1).flatten(dim, dim + 1)
+
+
+class Door:
+    """Where gradients enter the graph of `tensors`. Nothing but the backward pass holds them from there on, as if they came
+    from an op: roots that are handed to `torch.autograd.backward` would live until it is through."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._gradients: list[Tensor | None] = []
+        with torch.enable_grad():
+            self._root: Tensor = _Entering.apply(self._gradients, *tensors)
+
+    def enter(self, gradients: list[Tensor | None]) -> None:
+        """Run the backward pass from there. The list is emptied."""
+        if any(g is not None for g in gradients):
+            self._gradients[:] = gradients
+            gradients.clear()
+            torch.autograd.backward(self._root, retain_graph=True)
+
+
+class _Entering(torch.autograd.Function):
+    """A scalar whose backward yields what then is in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        found = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return None, *found
 
 
 class Held(torch.autograd.Function):
