@@ -118,7 +118,7 @@ class Behind(Timeline):
                 continue
             every = self.every(name)
             if m > 1 and not self.each(name) and not every:
-                self._over("gradients", 0, last, self.accumulating(name))
+                self._adds_up(name)
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
             if not every:

@@ -18,7 +18,7 @@ from .dispatch import DISPATCH
 from .inside import INSIDE
 from .outline import DTYPE_BYTES, Op, Tensor
 from .overlap import NONE, Overlap
-from .placement import COLLECTIVES, Dims, Placement, State, Step, local_dims, local_elements, row, steps
+from .placement import COLLECTIVES, Dims, Placement, Step, local_dims, local_elements, replaced, row, steps
 from .placement import R as WHOLE
 from .plan import MeshAxis, Precision
 from .ring import RING, block_bytes, split_by
@@ -362,11 +362,6 @@ class Costs:
 
 BY_PIECES = ("all_gather", "reduce_scatter")
 """Collectives that a product can be run with piece by piece."""
-
-
-def replaced(placement: Placement, axis: int, state: State) -> Placement:
-    """`placement` with another state on one axis."""
-    return (*placement[:axis], state, *placement[axis + 1 :])
 
 
 def _written(name: str, backward: bool, step: Step, full: float, n: int) -> float:

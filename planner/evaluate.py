@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from .assign import Assignment, Storage
 from .away import HERE
 from .behind import Behind, Lying
-from .costs import Call, Costs, replaced
+from .costs import Call, Costs
 from .memory import Facts, Held, Point, Setting, held
 from .outline import DTYPE_BYTES, Op
-from .placement import Placement, R, V, local_elements, reduced_over
+from .placement import Placement, R, V, local_elements, reduced_over, replaced
 from .plan import Traffic
 from .precision import state_bytes
 from .ring import RING
@@ -276,7 +276,7 @@ class Ledger:
         if not runs or math.prod(self.owner.sizes[a] for a in axes) == 1:
             return
         self.seconds["parameter_communication"] += runs * seconds
-        self._add(name, "+".join(self.owner.costs.shape.names[a] for a in axes), runs, total, runs * seconds)
+        self._add(name, "+".join(self.owner.costs.shape.names[a] for a in sorted(axes)), runs, total, runs * seconds)
 
     def stored(self, name: str) -> int:
         """Elements of a parameter on the rank that stores most of it."""

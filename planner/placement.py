@@ -107,6 +107,11 @@ def shape_of(dims: Dims) -> tuple[int, ...]:
     return tuple(math.prod(d) for d in dims)
 
 
+def replaced(placement: Placement, axis: int, state: State) -> Placement:
+    """`placement` with another state on one axis."""
+    return (*placement[:axis], state, *placement[axis + 1 :])
+
+
 def local_dims(dims: Dims, placement: Placement, axis_sizes: Sequence[int]) -> Dims:
     """Factor sizes of the local tensor; raises ValueError where a split does not divide."""
     sizes = [list(d) for d in dims]
@@ -178,7 +183,7 @@ def steps(dims: Dims, source: Placement, target: Placement, axis_sizes: tuple[in
             for state in options[axis]:
                 if state == here[axis] or not _legal(here, axis, state):
                     continue
-                there = (*here[:axis], state, *here[axis + 1 :])
+                there = replaced(here, axis, state)
                 price = cost + _step_cost(dims, here, axis, state, axis_sizes)
                 if price < best.get(there, math.inf):
                     best[there] = price

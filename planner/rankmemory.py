@@ -13,11 +13,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from .exchanges import Message, Receive, Send, Step
 from .memory import CAUSES, Held, Point
 from .schedules import Action
-from .timeline import Timeline, accumulated
+from .timeline import Timeline
 
 IN_FLIGHT = 8
 """Sends whose tensors a rank may hold (runtime/p2p.py)."""
@@ -46,7 +47,7 @@ class StageMemory:
     def of(cls, first: Timeline, line: Timeline, took: float) -> StageMemory:
         """Of a stage that takes `took` bytes with every microbatch, by the time lines of its first one and of a later one."""
         begins, points = first.changing(), line.changing()
-        last = accumulated(line.lanes["saved"])[line.count - 1] if line.count else 0.0
+        last = list(accumulate(line.lanes["saved"]))[line.count - 1] if line.count else 0.0
         ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
         fixed = dict(line.standing)
         kept, begun, later = last - took - line.returned, _beside(fixed, begins), _beside(fixed, points)

@@ -14,10 +14,10 @@ from types import MappingProxyType
 from ..errors import PinError
 from .assign import Storage
 from .choices import choices, states
-from .costs import Bucket, Call, Chain, Costs, replaced
+from .costs import Bucket, Call, Chain, Costs
 from .outline import DTYPE_BYTES, Factor, Op, Tensor
 from .pins import Pins
-from .placement import Placement, R, V, local_dims, local_elements
+from .placement import Placement, R, V, local_dims, local_elements, replaced
 from .plan import Precision
 from .template import OpClass, ParameterClass, Template
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 
 from .assign import Assignment
 from .dispatch import DISPATCH, dispatched
@@ -26,6 +27,7 @@ from .remake import Values, rerun
 from .ring import saves
 from .scratch import inside_bytes
 from .template import Cut
+from .turning import turning
 from .uses import Borders, Uses
 
 LANES = ("gradients", "saved", "gathered", "temporaries")
@@ -88,12 +90,12 @@ class Timeline:
     def changing(self) -> dict[Point, dict[str, float]]:
         """Bytes by cause at every time point, beside what is there all the time."""
         (self._training if self.training else self._inference)()
-        known = {cause: accumulated(lane)[: self.count] for cause, lane in self.lanes.items()}
+        known = {cause: list(accumulate(lane))[: self.count] for cause, lane in self.lanes.items()}
         lanes = {cause: known[cause] for cause in LANES}
         points: dict[Point, dict[str, float]] = {}
         for v in range(self.count):
             points["op", v] = {c: lanes[c][v] for c in lanes}
-            points["op", v]["temporaries"] += max(self.moment[v], self.making[v])
+            points["op", v]["temporaries"] += max(self.moment[v], self.making[v], self._turning(v, known["saved"]))
             for lane, cause in BESIDE.items():
                 points["op", v][cause] += known[lane][v]
         if self.training:
@@ -105,7 +107,7 @@ class Timeline:
         """The most saved and temporary bytes at once, over the backward pass of all ops."""
         self._saved()
         self._temporaries()
-        saved, held = (accumulated(self.lanes[cause]) for cause in ("saved", "temporaries"))
+        saved, held = (list(accumulate(self.lanes[cause])) for cause in ("saved", "temporaries"))
         return max((saved[v] + held[v] + self.moment[v] for v in range(self.count)), default=0.0)
 
     def passing(self) -> float:
@@ -115,7 +117,7 @@ class Timeline:
             amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
             lane[span.start] += amount
             lane[min(span.end, self.count) + 1] -= amount
-        return max(accumulated(lane), default=0.0)
+        return max(accumulate(lane), default=0.0)
 
     # -- lanes
 
@@ -187,15 +189,21 @@ class Timeline:
             if not h.whole or not found.uses[name]:
                 continue
             if self.looped and not self.each(name):
-                amount = self.accumulating(name)
-                self._over("gradients", 0, last if self.m > 1 else found.uses[name][-1], amount)
-                self.standing["gradients"] += amount
+                self._adds_up(name)
+                self.standing["gradients"] += self.accumulating(name)
                 continue
             self._over("gradients", found.low[name], found.uses[name][-1], h.whole)
             self._over("gradients", 0, last if self.m > 1 else found.low[name] - 1, h.final)
             self.standing["gradients"] += h.final
         if self.setting.reductions:
             self._flying()
+
+    def _adds_up(self, name: str) -> None:
+        """A gradient that adds up over microbatches; in each of them that of the last use waits for those of the others."""
+        uses, amount = self.facts.uses[name], self.accumulating(name)
+        self._over("gradients", 0, self.count - 1 if self.m > 1 else uses[-1], amount)
+        if self.m > 1:
+            self._over("gradients", uses[0], uses[-1] - 1, amount)
 
     def each(self, name: str) -> bool:
         """Whether a parameter's gradient is reduced in every microbatch, not once a step."""
@@ -276,6 +284,13 @@ class Timeline:
                 use = op.operands[j]
                 if self._adding(use.tensor):
                     self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
+
+    def _turning(self, v: int, saved: Sequence[float]) -> float:
+        """Bytes while gradients of an op's operands change placements, with what the op saved gone."""
+        if not (self.training and self.setting.staged):
+            return 0.0
+        most = turning(self.ops[v], self.tensors, self.facts, self.uses, self.sizes)
+        return most - max(0.0, saved[v] - (saved[v - 1] if v else 0.0))
 
     def _inside(self, op: Op, choice: tuple[str, ...]) -> float:
         """Bytes that live inside one op alone."""
@@ -379,12 +394,3 @@ class Timeline:
         for i, p in enumerate(self.outline.parameters):
             if self.held[p.tensor].step:
                 points["step", i] = {"gradients": final, "temporaries": self.held[p.tensor].step}
-
-
-def accumulated(differences: list[float]) -> list[float]:
-    """The running sums."""
-    total, found = 0.0, []
-    for d in differences:
-        total += d
-        found.append(total)
-    return found

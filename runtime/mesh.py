@@ -159,13 +159,13 @@ class Mesh:
         return flat
 
     def group_name(self, *axes: str) -> str:
-        """Name of the process group over the named axes together, "" where it has one rank.
+        """Name of the process group over the named axes together, in any order, "" where it has one rank.
 
         Creating the group of several axes is a collective: every rank asks for the same groups in the same order.
         """
         if self.size(*axes) == 1:
             return ""
-        live = tuple(a for a in axes if self.axes[self.index(a)].size > 1)
+        live = tuple(a.name for a in self.axes if a.name in axes and a.size > 1)
         if len(live) == 1:
             assert self.device_mesh is not None
             return self.device_mesh.get_group(live[0]).group_name
