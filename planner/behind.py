@@ -17,7 +17,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +24,7 @@ from .assign import entries_of
 from .away import HERE, PENDING, Away, read_offload, subgroups, updated_on_device
 from .hostupdate import SLOTS
 from .memory import Buffer, Held, Point, buffer, local_bytes, new_bytes
+from .needing import Unit
 from .offload import offloaded_state_bytes
 from .outline import DTYPE_BYTES, Outline, Tensor
 from .placement import R
@@ -32,7 +32,6 @@ from .plan import Plan
 from .precision import StateBytes, state_bytes
 from .timeline import Timeline
 
-Unit = tuple[int, int]
 """A region and one of its instances."""
 
 
@@ -86,11 +85,7 @@ class Behind(Timeline):
             for name, h in self.held.items()
         }
         self.state = state
-        spans: dict[Unit, tuple[int, int]] = {}
-        for i, unit in enumerate(self.facts.instance):
-            spans[unit] = (spans[unit][0] if unit in spans else i, i)
-        self.spans = spans
-        self.order = sorted(spans, key=lambda unit: spans[unit])
+        self.spans = self.needing.spans
         self.leaving = {self.facts.instance[i] for i, op in enumerate(self.ops) if op.name in lies.leaving}
 
     def away(self, name: str) -> Away:
@@ -173,39 +168,20 @@ class Behind(Timeline):
         its own, in inference from the unit's first op."""
         for unit in self.facts.touched[name]:
             low, high = self.spans[unit]
-            uses = self.needing.get(name, ()) if self.training else self.facts.uses[name]
+            uses = self.needing.ops_of.get(name, ()) if self.training else self.facts.uses[name]
             mine = sorted(i for i in uses if low <= i <= high)
             if mine:
-                start, end = (mine[0], self._asked(group, unit)) if self.training else (low, mine[-1])
+                start, end = (mine[0], self.needing.asked(group, unit)) if self.training else (low, mine[-1])
                 self._over("gathered", start, end, self.held[name].gathered)
-
-    def _asked(self, group: Sequence[str], unit: Unit) -> int:
-        """The op of a unit whose backward pass is the first to need one of a group; -1 where none does."""
-        low, high = self.spans[unit]
-        return max((i for t in group for i in self.needing.get(t, ()) if low <= i <= high), default=-1)
-
-    @cached_property
-    def needing(self) -> Mapping[str, list[int]]:
-        """The ops whose backward pass needs a parameter; in units of which ops run again all do, from their end on."""
-        found: dict[str, list[int]] = defaultdict(list)
-        units = {self.facts.instance[self.facts.order[name]] for name in self.assignment.again.ops}
-        for i, op in enumerate(self.ops):
-            saved = {item.index for item in self.saves(op) if item.source == "operand"}
-            again = self.facts.instance[i] in units
-            for j, use in enumerate(op.operands):
-                if again or j in saved:
-                    root = self.facts.aliases[use.tensor].root
-                    found[root] += [i, self.spans[self.facts.instance[i]][1]] if again else [i]
-        return found
 
     def _coming(self, one: Sequence[str], other: Sequence[str]) -> None:
         """Of two groups that follow each other, the one that comes in while the one before it is used."""
         if not self.training:
             self._over("gathered", *self.spans[self._unit(one)], sum(self._chunk(t) for t in other))
             return
-        asked = [self._asked(group, self._unit(group)) for group in (one, other)]
+        asked = [self.needing.asked(group, self._unit(group)) for group in (one, other)]
         if min(asked) >= 0:
-            coming = [t for t in one if t in self.needing or self.zero[t]]
+            coming = [t for t in one if t in self.needing.ops_of or self.zero[t]]
             self._over("gathered", asked[0] + 1, asked[1], sum(self._chunk(t) for t in coming))
 
     def _chunk(self, name: str) -> float:
@@ -271,7 +247,7 @@ class Behind(Timeline):
         """The op whose backward has what a unit saved back on the device: the last of the next unit that leaves, or its own."""
         if unit not in self.leaving:
             return last
-        later = [u for u in self.order if u in self.leaving and self.spans[u] > self.spans[unit]]
+        later = [u for u in self.spans if u in self.leaving and self.spans[u] > self.spans[unit]]
         return self.spans[later[0] if later else unit][1]
 
     # -- the optimizer's step
