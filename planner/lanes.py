@@ -193,7 +193,7 @@ class Lanes:
         for name, storage in self.assignment.storage.items():
             h = self.held[name]
             if found.lasting(name, self.training, 2 if self.looped else 1) or name in self.assignment.again.parameters:
-                self._over("gathered", 0 if self.looped else found.low[name], last, h.copy)
+                self._over("gathered", 0 if self.looped else self._first(name), last, h.copy)
                 self.standing["gathered"] += h.copy
             if h.gathered:
                 self._whole(name, h.gathered)
@@ -201,6 +201,11 @@ class Lanes:
                 size = local_bytes(self.tensors[name], want, self.sizes)
                 self._over("gathered", 0, last, size)
                 self.standing["gathered"] += size
+
+    def _first(self, name: str) -> int:
+        """The last op of a backward pass that has the copy of a parameter which the forward pass made."""
+        uses = self.needing.ops_of.get(name, ()) if self.training and self.setting.staged else ()
+        return min(uses, default=self.facts.low[name])
 
     def _whole(self, name: str, amount: float) -> None:
         """A parameter that units gather: in the backward pass from where one of its group is needed down to its last op."""

@@ -84,6 +84,8 @@ class Timeline(Lanes):
             now = {c: lanes[c][v] for c in ("gradients", "gathered")}
             # All that backward needs of the group is done.
             now["gathered"] -= sum(self.held[t].gathered for t in group if not self.setting.staged or self._needs(t, v))
+            if self.setting.staged and not self.looped:
+                now["gathered"] -= sum(self.held[t].copy for t in group if self._needs(t, v))
             now["gathered"] += lanes["ahead"][v]
             if self.m > 1 and self.setting.reductions:
                 now["gradients"] += self._summed_last(v)
