@@ -33,16 +33,14 @@ class Needing:
 
     @cached_property
     def ops_of(self) -> Mapping[str, list[int]]:
-        """By parameter, the ops whose backward pass needs it; in units of which ops run again all do, from their end on."""
+        """By parameter, the ops whose backward pass needs it; what runs again does so from the end of its unit on."""
         found: dict[str, list[int]] = defaultdict(list)
-        units = {self.facts.instance[self.facts.order[name]] for name in self._again}
         for i, op in enumerate(self.ops):
-            unit = self.facts.instance[i]
             saved = {item.index for item in self._saves(op) if item.source == "operand"}
+            end = [self.spans[self.facts.instance[i]][1]] if op.name in self._again else []
             for j, use in enumerate(op.operands):
-                if unit in units or j in saved:
-                    root = self.facts.aliases[use.tensor].root
-                    found[root] += [i, self.spans[unit][1]] if unit in units else [i]
+                if needs := end + ([i] if j in saved else []):
+                    found[self.facts.aliases[use.tensor].root] += needs
         return found
 
     def asked(self, group: Sequence[str], unit: Unit | None = None) -> int:
