@@ -123,9 +123,10 @@ class Behind(Timeline):
         groups = [g for g in self.groups if self.every(g[0])]
         groups.sort(key=lambda g: found.low[g[0]])
         for before, group in pairwise(groups):
-            # Chunks of ZeRO, and sums of a group, are parts of one buffer.
-            whole = self.zero[group[0]] or any(self.uses.reduced.get(t) for t in group)
-            waiting = group if whole else group[-PENDING:]
+            # Chunks of ZeRO, and sums of a group, are parts of one buffer, and come last.
+            flat = [t for t in group if self.zero[t] or self.uses.reduced.get(t)]
+            alone = [t for t in group if t not in flat]
+            waiting = flat + alone[len(alone) - max(0, PENDING - len(flat)) :]
             amount = sum(self.held[t].final if self.zero[t] else self.held[t].whole for t in waiting)
             self._over("gradients", found.low[before[0]], found.low[group[0]] - 1, amount)
 

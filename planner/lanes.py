@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from .assign import Assignment
@@ -20,6 +20,7 @@ from .memory import (
 )
 from .needing import Needing
 from .outline import Op, Saved
+from .passing import Interval, Passing
 from .placement import Placement, R
 from .remake import Values, rerun
 from .ring import saves
@@ -48,6 +49,8 @@ class Lanes:
         self.borders, self.looped = borders or Borders(), self.m > 1 or borders is not None
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
         self.training = self.outline.training
+        self.fine = self.training and setting.staged
+        """Whether the backward pass is followed as the runtime runs it on this device, closer than the rows of a search."""
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in (*LANES, *BESIDE)}
         self.standing = {"gradients": 0.0, "gathered": 0.0}
@@ -204,12 +207,12 @@ class Lanes:
 
     def _first(self, name: str) -> int:
         """The last op of a backward pass that has the copy of a parameter which the forward pass made."""
-        uses = self.needing.ops_of.get(name, ()) if self.training and self.setting.staged else ()
+        uses = self.needing.ops_of.get(name, ()) if self.fine else ()
         return min(uses, default=self.facts.low[name])
 
     def _whole(self, name: str, amount: float) -> None:
         """A parameter that units gather: in the backward pass from where one of its group is needed down to its last op."""
-        if not (self.training and self.setting.staged):
+        if not self.fine:
             for key in sorted(self.facts.touched[name]):
                 self._over("gathered", *self.needing.spans[key], amount)
         elif uses := self.needing.ops_of.get(name):
@@ -226,9 +229,8 @@ class Lanes:
         return Needing(self.ops, self.facts, self.saves, self.assignment.again.ops)
 
     def _temporaries(self) -> None:
-        for span in self.facts.spans:
-            amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
-            self._over("temporaries", span.start, span.end - 1, amount)
+        for interval in self._gradients_of_activations():
+            self._over("temporaries", *interval)
         for i, op in enumerate(self.ops):
             choice = self.assignment.choices[op.name]
             self.moment[i] += self._inside(op, choice)
@@ -243,9 +245,18 @@ class Lanes:
                 if self._adding(use.tensor):
                     self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
 
+    def _gradients_of_activations(self) -> Iterator[Interval]:
+        """When the gradients of activations are there, and their bytes."""
+        if self.fine:
+            yield from Passing(self.outline, self.facts, self.uses, self.sizes).intervals()
+            return
+        for span in self.facts.spans:
+            amount = local_bytes(self.tensors[span.root], self.uses.produced[span.root], self.sizes)
+            yield span.start, span.end - 1, amount
+
     def _turning(self, v: int, saved: Sequence[float]) -> float:
         """Bytes while gradients of an op's operands change placements, with what the op saved gone."""
-        if not (self.training and self.setting.staged):
+        if not self.fine:
             return 0.0
         most = turning(self.ops[v], self.tensors, self.facts, self.uses, self.sizes)
         return most - max(0.0, saved[v] - (saved[v - 1] if v else 0.0))

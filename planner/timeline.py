@@ -83,8 +83,8 @@ class Timeline(Lanes):
             before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
             now = {c: lanes[c][v] for c in ("gradients", "gathered")}
             # All that backward needs of the group is done.
-            now["gathered"] -= sum(self.held[t].gathered for t in group if not self.setting.staged or self._needs(t, v))
-            if self.setting.staged and not self.looped:
+            now["gathered"] -= sum(self.held[t].gathered for t in group if not self.fine or self._needs(t, v))
+            if self.fine and not self.looped:
                 now["gathered"] -= sum(self.held[t].copy for t in group if self._needs(t, v))
             now["gathered"] += lanes["ahead"][v]
             if self.m > 1 and self.setting.reductions:
@@ -97,8 +97,8 @@ class Timeline(Lanes):
 
     def _arriving(self, group: Sequence[str], lanes: Mapping[str, list[float]]) -> dict[str, float]:
         """Bytes where a group is gathered for the backward pass; what it does not need goes at once."""
-        at = self.needing.asked(group) if self.setting.staged else self.facts.high[group[0]]
-        unneeded = (t for t in group if self.setting.staged and t not in self.needing.ops_of)
+        at = self.needing.asked(group) if self.fine else self.facts.high[group[0]]
+        unneeded = (t for t in group if self.fine and t not in self.needing.ops_of)
         reserve = sum(self.held[t].arrival for t in group) + sum(self.held[t].gathered for t in unneeded)
         return {"reserve": reserve, **{c: lanes[c][at] for c in LANES}}
 
