@@ -8,7 +8,8 @@ weight begins between the two (runtime/early.py, runtime/products.py):
     begin(x);  begin(w1, b1);  begin(w2);  end_transition;  end_linear(.), end_linear(.)
 
 Backward, from last to first: gradients of the inputs, the collective launched, gradients of the weights, the collective waited for.
-What the backward pass runs again is left as it is.
+What the backward pass runs again is left as it is, and so are products behind the next transition, as those of a decoder's later
+layers with the encoder's result: what their weights' gradients need would be kept until the collective.
 """
 
 from __future__ import annotations
@@ -41,12 +42,16 @@ def late_weights(module: fx.GraphModule, ops: LateOps) -> None:
     """Rewrite in place."""
     graph, changed = module.graph, False
     at = {node: i for i, node in enumerate(graph.nodes)}
+    moves = [node for node in graph.nodes if node.target is ops.transition]
     for node in list(graph.nodes):
         if node.target is not ops.transition or node.meta.get(AGAIN) or not ops.returns(*node.args[1:3]):
             continue
         first = min(node.users, key=lambda user: at[user], default=None)
-        found = [p for p in _products(node, ops) if all(at[w] < at[first] for w in _weights(p, ops))]
-        if first is None or not found:
+        if first is None:
+            continue
+        later = next((at[n] for n in moves if at[n] > at[first]), len(at))
+        found = [p for p in _products(node, ops) if at[p] < later and all(at[w] < at[first] for w in _weights(p, ops))]
+        if not found:
             continue
         changed = True
         _rewrite(graph, node, first, found, ops)
