@@ -79,8 +79,7 @@ def one_graph(plan: Plan) -> bool:
 
 def counts_bytes(plan: Plan, cluster: Cluster) -> bool:
     """Whether a plan's bytes are counted: on devices whose kernels are the outline's own (CPUs), where runs confirmed them."""
-    halves = SCHEDULES[plan.pipeline.schedule].splits_backward
-    return not plan.pools and cluster.device.kind == "cpu" and not halves
+    return not plan.pools and cluster.device.kind == "cpu"
 
 
 def with_counts(
@@ -190,7 +189,9 @@ class _Counter:
         took = sum(self._size(name, at) for name, at in takes.items())
         begins = evaluator.timeline(own, ledger, self.lies, first=True)
         line = evaluator.timeline(own, ledger, self.lies)
-        return ledger.traffic(), StageMemory.of(begins, line, took)
+        divided = SCHEDULES[self.plan.pipeline.schedule].splits_backward
+        halved = evaluator.halved(own, ledger) if divided else None
+        return ledger.traffic(), StageMemory.of(begins, line, took, halved)
 
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))

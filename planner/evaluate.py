@@ -9,11 +9,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from .assign import Assignment, Storage
 from .away import HERE
 from .behind import Behind, Lying
 from .costs import Call, Costs
+from .halved import Halved
 from .memory import Facts, Held, Point, Setting, held
 from .outline import DTYPE_BYTES, Op
 from .placement import Placement, R, V, local_elements, reduced_over, replaced
@@ -25,6 +27,8 @@ from .space import Option, Times, stored_elements, times
 from .template import Template
 from .timeline import Timeline
 from .uses import Borders, Uses
+
+Line = TypeVar("Line", bound=Timeline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +97,24 @@ class Evaluator:
         self, assignment: Assignment, ledger: Ledger, lies: Lying | None = None, *, first: bool = False
     ) -> Timeline:
         """Bytes alone, without what `lies` behind the device; with `first` those of the first microbatch, before any gradient."""
+        given = self._given(assignment, ledger, first)
+        return self._with_rings(Timeline(*given) if lies is None else Behind(lies, *given))
+
+    def halved(self, assignment: Assignment, ledger: Ledger) -> Halved:
+        """Bytes of a backward pass in two halves."""
+        return self._with_rings(Halved(*self._given(assignment, ledger, False)))
+
+    def _given(self, assignment: Assignment, ledger: Ledger, first: bool) -> tuple[Any, ...]:
+        """What a time line is made of."""
         held = {name: self._held(name, assignment, ledger) for name in self.parameters}
         cut = replace(self.cut, microbatches=1) if first else self.cut
-        given = (
-            cut, self.facts, self.setting, self.sizes, assignment, held, ledger.uses(), ledger.again, self.borders
-        )  # fmt: skip
-        line = Timeline(*given) if lies is None else Behind(lies, *given)
+        uses = ledger.uses()
+        return cut, self.facts, self.setting, self.sizes, assignment, held, uses, ledger.again, self.borders
+
+    def _with_rings(self, line: Line) -> Line:
+        """With the buffers of rings."""
         for i, op in enumerate(self.outline.ops):
-            choice = assignment.choices[op.name]
+            choice = line.assignment.choices[op.name]
             if RING in choice:
                 share = self.costs.repeated.get(op.name, 1.0)
                 line.moment[i] += ring_scratch(op, self.tensors, choice, self.sizes, self.training, share)

@@ -17,10 +17,12 @@ Interval = tuple[int, int, float]
 
 
 class Passing:
-    """The memory of activations' gradients under one assignment of placements."""
+    """The memory of activations' gradients under one assignment of placements; those of `lasting` ones stay to the end."""
 
-    def __init__(self, outline: Outline, found: Facts, uses: Uses, sizes: tuple[int, ...]) -> None:
-        self.outline, self.facts, self.uses, self.sizes = outline, found, uses, sizes
+    def __init__(
+        self, outline: Outline, found: Facts, uses: Uses, sizes: tuple[int, ...], lasting: frozenset[str] = frozenset()
+    ) -> None:
+        self.outline, self.facts, self.uses, self.sizes, self.lasting = outline, found, uses, sizes, lasting
         self.users: dict[str, list[int]] = defaultdict(list)
         for i, op in enumerate(outline.ops):
             inside = {found.aliases[use.tensor].root for use in op.results}
@@ -37,6 +39,8 @@ class Passing:
             first, users = self._came(span), self.users[span.root]
             alone = users[-2] if len(users) > 1 and first != span.root else span.start
             times[first].append((alone, span.end - 1, amount))
+            if span.root in self.lasting:
+                times[first if alone == span.start else span.root].append((0, span.start, amount))
             if alone > span.start:
                 times[span.root].append((span.start, alone - 1, amount))
         return [interval for mine in times.values() for interval in _joined(mine)]

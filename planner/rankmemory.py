@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from .exchanges import Message, Receive, Send, Step
+from .halved import Halved
 from .memory import CAUSES, Held, Point
 from .schedules import Action
 from .timeline import Timeline
@@ -25,6 +26,23 @@ IN_FLIGHT = 8
 
 Key = tuple[str, int, int, str]
 """What, the stage it belongs to, microbatch, tensor."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A divided backward pass: bytes by cause over its first half, over the second one, the stage's first and a later one, and
+    the bytes `owed` between the halves."""
+
+    inputs: Sequence[Mapping[str, float]]
+    first: Sequence[Mapping[str, float]]
+    weights: Sequence[Mapping[str, float]]
+    owed: float
+
+    @classmethod
+    def of(cls, line: Halved) -> Halves:
+        """By the time line of a stage."""
+        points = {point: causes for point, causes in line.changing().items() if point[0] != "reduce"}
+        return cls(_beside(line.standing, points), line.weights(first=True), line.weights(first=False), line.owed)
 
 
 @dataclass(frozen=True)
@@ -42,16 +60,19 @@ class StageMemory:
     held: Mapping[str, Held]
     waiting: float
     ends: Sequence[Mapping[str, float]]
+    halves: Halves | None = None
 
     @classmethod
-    def of(cls, first: Timeline, line: Timeline, took: float) -> StageMemory:
-        """Of a stage that takes `took` bytes with every microbatch, by the time lines of its first one and of a later one."""
+    def of(cls, first: Timeline, line: Timeline, took: float, halved: Halved | None) -> StageMemory:
+        """Of a stage that takes `took` bytes with every microbatch, by the time lines of its first one and of a later one, and
+        that of a divided one."""
         begins, points = first.changing(), line.changing()
         last = list(accumulate(line.lanes["saved"]))[line.count - 1] if line.count else 0.0
         ends = [causes for (kind, _), causes in points.items() if kind == "finish"]
         fixed = dict(line.standing)
         kept, begun, later = last - took - line.returned, _beside(fixed, begins), _beside(fixed, points)
-        return cls(kept, fixed, begun, later, line.held, line.waiting, ends)
+        halves = Halves.of(halved) if halved is not None else None
+        return cls(kept, fixed, begun, later, line.held, line.waiting, ends, halves)
 
 
 def _beside(fixed: Mapping[str, float], points: Mapping[Point, Mapping[str, float]]) -> list[dict[str, float]]:
@@ -82,7 +103,7 @@ class RankMemory:
         """Bytes by cause at every action, beside what is there all the time."""
         for step in self.steps:
             if isinstance(step, Action):
-                self._forward(step) if step.kind == "F" else self._backward(step)
+                {"F": self._forward, "W": self._weights}.get(step.kind, self._backward)(step)
             elif isinstance(step, Send):
                 for key in self._sent(step.message):
                     self._flown(IN_FLIGHT - 1)
@@ -101,15 +122,35 @@ class RankMemory:
         mine = [k for k in self.alive if k[1:3] == (stage, i) and k[0] in ("kept", "take", "come")]
         for key in mine:
             del self.alive[key]
-        moments = self.stages[stage].passes if stage in self.begun else self.stages[stage].first
-        self.begun.add(stage)
-        for causes in moments:
+        for causes in self._moments(step):
             self._note(causes)
+        halves = self.stages[stage].halves
+        if step.kind == "I" and halves is not None:
+            self.alive["owed", stage, i, ""] = halves.owed
         for (source, target), names in self.back.items():
             if target == stage:
                 kind = "come" if self.rank_of[source] == self.rank_of[stage] else "back"
                 self.alive |= {(kind, source, i, name): self.sizes[name] for name in names}
         self.done |= {("give", stage, i, name) for name in self._given(stage)}
+
+    def _moments(self, step: Action) -> Sequence[Mapping[str, float]]:
+        """What a whole backward pass or its first half holds."""
+        stage = self.stages[step.stage]
+        if step.kind == "I":
+            assert stage.halves is not None
+            return stage.halves.inputs
+        begun = step.stage in self.begun
+        self.begun.add(step.stage)
+        return stage.passes if begun else stage.first
+
+    def _weights(self, step: Action) -> None:
+        halves = self.stages[step.stage].halves
+        assert halves is not None
+        del self.alive["owed", step.stage, step.microbatch, ""]
+        begun = step.stage in self.begun
+        self.begun.add(step.stage)
+        for causes in halves.weights if begun else halves.first:
+            self._note(causes)
 
     def _given(self, stage: int) -> Iterable[str]:
         return {name for (source, _), names in self.edges.items() if source == stage for name in names}
@@ -137,7 +178,7 @@ class RankMemory:
         """One moment: what is alive, with what the running action holds."""
         late = sum(self.sizes[k[3]] for k in self.sending if k in self.done)
         found = {c: 0.0 for c in CAUSES}
-        found["saved"] = math.fsum(b for k, b in self.alive.items() if k[0] in ("kept", "take"))
+        found["saved"] = math.fsum(b for k, b in self.alive.items() if k[0] in ("kept", "take", "owed"))
         found["temporaries"] = math.fsum(b for k, b in self.alive.items() if k[0] in ("come", "back")) + late
         for s, stage in self.stages.items():
             found["gathered"] += stage.fixed["gathered"]

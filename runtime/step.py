@@ -196,6 +196,8 @@ class Loop:
         self.cut_values.clear()
         self.step_values.clear()
         self.accumulated = {i: leaf.grad for i, leaf in enumerate(self.leaves) if leaf.grad is not None}
+        for leaf in self.leaves:
+            leaf.grad = None  # a leaf that something still holds would keep it: what is handed on would be copied
         self.leaves.clear()
 
     def finish(self) -> None:
