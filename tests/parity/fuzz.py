@@ -24,7 +24,6 @@ from shardwright.planner.offloaded import copied
 from shardwright.planner.plan import Plan
 from shardwright.planner.planfile import save_plan
 from shardwright.planner.prices import Prices
-from shardwright.planner.schedules import SCHEDULES
 
 FAMILIES = (
     "gpt2", "llama", "llama-deep", "bert", "vit", "mixtral", "t5", "bart", "whisper", "tied", "unet", "convnext", "swin",
@@ -110,7 +109,7 @@ def faults(drawn: Drawn, seen: list[Observed]) -> list[str]:
         found += _traffic_faults(drawn.plan, stage, mine)
         found += _copy_faults(drawn.plan, stage, mine, expected_copies(drawn, stage)) if offloads else []
     predicted, ratio = drawn.plan.predicted.peak_bytes_per_device, peak_ratio(drawn.plan, seen)
-    if peak_is_held(drawn.plan) and abs(ratio - 1) > PEAK:
+    if abs(ratio - 1) > PEAK:
         found.append(f"peak of {[one.peak for one in seen]} bytes, predicted {predicted} ({ratio:.3f} of it)")
     most = max(one.peak for one in seen)
     if most > drawn.plan.memory_limit_bytes:
@@ -124,16 +123,6 @@ def peak_ratio(plan: Plan, seen: list[Observed]) -> float:
     sends = any(t.collective == "all_to_all" and t.axis == "ep" for t in plan.predicted.traffic)
     peaks = [[one.peak for one in seen if one.stage == stage] for stage in {one.stage for one in seen}]
     return plan.predicted.peak_bytes_per_device / max(sum(p) / len(p) if sends else max(p) for p in peaks)
-
-
-def peak_is_held(plan: Plan) -> bool:
-    """Whether runs confirmed the peaks of such plans (docs/fuzzing.md)."""
-    split = SCHEDULES[plan.pipeline.schedule].splits_backward
-    ring = any(axis.role == "context" for axis in plan.mesh)
-    loose = {"activations", "params"} if plan.pipeline.ranks > 1 else {"activations"}
-    away = [{word.partition("@")[0] for word in region.offload} for region in plan.regions]
-    chunked = any(p.zero == 3 for region in plan.regions for p in region.parameters)
-    return not split and not chunked and not any(words & loose or (ring and words) for words in away)
 
 
 def _copy_faults(plan: Plan, stage: int, seen: list[Observed], told: Moved) -> list[str]:
