@@ -24,8 +24,8 @@ from .numbers import Numbers, Pass, UnitExperts, Weights
 from .outline import DTYPE_BYTES, Op, Tensor
 from .part import Part
 from .placement import Placement, R, State, V, local_elements
-from .ring import saves
 from .ring import scratch_bytes as ring_scratch
+from .saves import saves
 from .template import Cut
 from .timeline import Timeline
 from .uses import Uses

@@ -30,7 +30,7 @@ from .pins import Pins
 from .placement import Placement, R, State, V, split
 from .plan import MeshAxis
 from .program import INFINITE, Program
-from .ring import saves
+from .saves import saves
 from .space import restrict
 
 Regathered = tuple[str, str]

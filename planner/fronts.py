@@ -25,7 +25,8 @@ from .part import Chain, Part
 from .pins import Pins
 from .placement import Placement, R, State
 from .plan import MeshAxis
-from .ring import repeated, saves
+from .ring import repeated
+from .saves import saves
 
 BUDGETS = 4
 """Designs between keeping all and keeping least, per style."""

@@ -23,7 +23,8 @@ from .outline import Op, Saved
 from .passing import Interval, Passing
 from .placement import Placement, R
 from .remake import Values, rerun
-from .ring import saves
+from .rule_experts import received_bytes
+from .saves import saves
 from .scratch import inside_bytes
 from .template import Cut
 from .turning import turning
@@ -264,7 +265,9 @@ class Lanes:
     def _inside(self, op: Op, choice: tuple[str, ...]) -> float:
         """Bytes that live inside one op alone."""
         names, sizes = self._spread(op, choice)
-        return inside_bytes(op, self.tensors, names, sizes, training=self.training, unfolds=self.setting.unfolds)
+        came = received_bytes(op, self.tensors, names, sizes) if DISPATCH in choice and self.training else 0.0
+        inside = inside_bytes(op, self.tensors, names, sizes, training=self.training, unfolds=self.setting.unfolds)
+        return inside + came
 
     def _adding(self, name: str) -> bool:
         """Whether the gradient of an op's parameter is made beside one that it is then added to."""

@@ -21,7 +21,7 @@ from .outline import Op, Outline, Region, Saved
 from .part import part_of
 from .placement import Placement, R
 from .plan import RegionPlan
-from .ring import saves
+from .saves import saves
 
 Copy = tuple[str, Placement]
 """A tensor, and the placement that a chain of transitions brings it to."""

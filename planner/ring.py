@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .dispatch import DISPATCH, dispatched
-from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor, Use
+from .outline import DTYPE_BYTES, Op, Outline, Tensor, Use
 
 RING = "ring"
 """The choice of an attention op that runs as a ring."""
@@ -92,19 +92,6 @@ def split_by(op: Op, choice: str) -> tuple[int, ...]:
     if choice == DISPATCH:
         return dispatched(op) or ()
     return tuple(i for i, f in enumerate(op.factors) if f.name == choice)
-
-
-def saves(op: Op, choice: Sequence[str], tensors: Mapping[str, Tensor]) -> tuple[Saved, ...]:
-    """What an op keeps for its backward pass under one choice per axis.
-
-    A ring keeps its operands, its result and one sum per row, whatever the kernel that was observed keeps.
-    """
-    if RING not in choice or not op.saved:
-        return op.saved
-    rows = tuple(f for dim in op.operands[0].factors[:-1] for f in dim)
-    width = max(DTYPE_BYTES[tensors[op.operands[0].tensor].dtype], SUMS)
-    sums = Saved("new", factors=rows, bytes=math.prod(op.factors[f].size for f in rows) * width)
-    return (*(Saved("operand", i) for i in range(len(op.operands))), Saved("result", 0), sums)
 
 
 def repeated(outline: Outline) -> dict[str, float]:

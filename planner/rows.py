@@ -26,7 +26,8 @@ from .memory import (
 from .placement import Placement, R, local_elements
 from .precision import state_bytes
 from .region import Form, Key
-from .ring import RING, ring_of, saves
+from .ring import RING, ring_of
+from .saves import saves
 from .scratch import inside_bytes
 from .space import Space
 from .template import Template

@@ -148,19 +148,32 @@ def _layout(op: Op) -> str:
     return " ".join(n for n in names if n in "cf") if "c" in names else "f"
 
 
+def received_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:
+    """Bytes of the gradient that comes back for the rows of a rank's experts, where tokens are sent to them."""
+    return DTYPE_BYTES[tensors[op.operands[0].tensor].dtype] * _elements(
+        (1.0, letters(op.factors, "tkh")), _local(op, choice, sizes)
+    )
+
+
 def scratch_bytes(
     op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
 ) -> float:
     """Bytes of `scratch` at its fullest under one choice per axis; 0 for every other op."""
     if op.kind != "experts":
         return 0.0
-    local = [float(f.size) for f in op.factors]
-    names = [f.name for f in op.factors]
+    local, width = _local(op, choice, sizes), DTYPE_BYTES[tensors[op.operands[3].tensor].dtype]
+    return width * max(sum(_elements(term, local) for term in moment) for moment in scratch(op, tensors, training))
+
+
+def _local(op: Op, choice: Sequence[str], sizes: Sequence[int]) -> list[float]:
+    """Sizes of the op's factors on one rank."""
+    local, names = [float(f.size) for f in op.factors], [f.name for f in op.factors]
     for name, n in zip(choice, sizes, strict=True):
         if name in names:
             local[names.index(name)] /= n
-    width = DTYPE_BYTES[tensors[op.operands[3].tensor].dtype]
-    return width * max(
-        sum(scale * math.prod(local[i] for i in factors) for scale, factors in moment)
-        for moment in scratch(op, tensors, training)
-    )
+    return local
+
+
+def _elements(term: Term, local: Sequence[float]) -> float:
+    scale, factors = term
+    return scale * math.prod(local[i] for i in factors)
