@@ -139,7 +139,7 @@ class Behind(Timeline):
     # -- parameters
 
     def _early(self, name: str) -> bool:
-        """What is fetched from behind the device is gathered where it is fetched."""
+        """What is fetched from behind the device is gathered where it is fetched, and what leaves is reduced where it leaves."""
         return self.away(name) == HERE
 
     def _gathered(self) -> None:

@@ -156,7 +156,8 @@ class Lanes:
 
     def _flying(self) -> None:
         """Packed gradients, from the reduction of their group to that of the next; those of the last into the next microbatch."""
-        groups = [g for g in self.groups if self.assignment.storage[g[0]].zero >= (2 if self.looped else 1)]
+        least = 2 if self.looped else 1
+        groups = [g for g in self.groups if self.assignment.storage[g[0]].zero >= least and self._early(g[0])]
         when = sorted({self.facts.low[g[0]] for g in groups if any(self.held[t].whole for t in g)})
         for group in groups:
             amount, low = sum(self.held[t].whole for t in group), self.facts.low[group[0]]
@@ -165,7 +166,7 @@ class Lanes:
                 self._over("flying", when[-1], self.count - 1, amount)
 
     def _early(self, name: str) -> bool:
-        """Whether a parameter may be gathered ahead."""
+        """Whether collectives of a parameter's group run beside ops."""
         return True
 
     def _ahead(self) -> None:
