@@ -212,6 +212,8 @@ class Behind(Timeline):
                 use = (op.operands if own else op.results)[item.index]
                 placement = self.uses.wanted[op.name][item.index] if own else self.uses.produced[use.tensor]
                 savers[buffer(found, use.tensor, placement)].setdefault(found.instance[i], i)
+        for at, i in (remade or {}).items():  # what ops that run again take, too
+            savers[at].setdefault(found.instance[i], i)
         whole, staying = (R,) * len(self.sizes), dict[Buffer, int]()
         for (name, placement), units in savers.items():
             root = self.tensors[name]
