@@ -104,7 +104,8 @@ class Timeline(Lanes):
 
     def _summed_last(self, at: int) -> float:
         """Bytes of the sums of the group that was reduced before the one at `at`: they are added to what accumulates after it."""
-        low, later = self.facts.low, [g for g in self.groups if self.facts.low[g[0]] > at]
+        low = self.facts.low
+        later = [g for g in self.groups if low[g[0]] > at and self._early(g[0])]
         return sum(self.held[t].final for t in min(later, key=lambda g: low[g[0]], default=()))
 
     @cached_property
