@@ -17,7 +17,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 from .assign import entries_of
@@ -143,19 +144,39 @@ class Behind(Timeline):
         return self.away(name) == HERE
 
     def _gathered(self) -> None:
-        passing = [g for g in self.groups if self.away(g[0]).parameters]
         held = self.held
         self.held = self._fetched()
         super()._gathered()
         self.held = held
-        uses = self.facts.uses
-        passing.sort(key=lambda g: min(uses[t][0] for t in g if uses[t]))
-        for group in passing:
+        for group in self.through:
             if not self.zero[group[0]]:
                 for name in group:
                     self._passing(name, group)
-        for one, other in pairwise(passing):
+        for one, other in pairwise(self.through):
             self._coming(one, other)
+
+    @cached_property
+    def through(self) -> Sequence[Sequence[str]]:
+        """The groups that pass through the device, as they are first used."""
+        uses = self.facts.uses
+        groups = (g for g in self.groups if self.away(g[0]).parameters and any(uses[t] for t in g))
+        return sorted(groups, key=lambda g: min(uses[t][0] for t in g if uses[t]))
+
+    def changing(self) -> dict[Point, dict[str, float]]:
+        """With the forward pass where it brings in parameters: a group is there while the next one comes."""
+        points = super().changing()
+        if not self.training:
+            return points
+        saved = [0.0, *accumulate(self.lanes["saved"])] if not self.leaving else None
+        waiting = sum(self.accumulating(t) for t in self.held if self.m > 1 and not self.each(t) and not self.every(t))
+        for k, group in enumerate(self.through):
+            coming = sum(self._chunk(t) for g in self.through[k + 1 : k + 2] for t in g)
+            points["fetch", k] = {
+                "gathered": sum(self.held[t].gathered for t in group) + coming,
+                "saved": saved[self.spans[self._unit(group)][0]] if saved else 0.0,
+                "gradients": waiting,
+            }
+        return points
 
     def _fetched(self) -> dict[str, Held]:
         """What parameters take, without those that are fetched whole: they come and go otherwise than what is gathered."""

@@ -40,7 +40,7 @@ Place = tuple[int, int]
 
 Point = tuple[str, int]
 """A time point: ("op", index of the op whose backward runs), ("gather", group), ("reduce", group), ("finish", group),
-("step", index)."""
+("step", index); ("fetch", group) is one of the forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
