@@ -33,8 +33,6 @@ from .plan import Plan
 from .precision import StateBytes, state_bytes
 from .timeline import Timeline
 
-"""A region and one of its instances."""
-
 
 @dataclass(frozen=True)
 class Lying:

@@ -176,9 +176,7 @@ class Lanes:
         names = [n for n, s in storage.items() if s.zero == 3 and self.held[n].gathered and self._early(n)]
         if self.training:
             names = [n for n in names if n in self.regathered]
-        spans: dict[tuple[int, int], list[int]] = {}
-        for v, key in enumerate(found.instance):
-            spans.setdefault(key, [v, v])[1] = v
+        spans = self.needing.spans
         home = {n: found.instance[found.high[n] if self.training else found.low[n]] for n in names}
         order = sorted(set(home.values()), key=lambda key: spans[key])
         for name, key in home.items():

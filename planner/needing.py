@@ -13,6 +13,7 @@ from .memory import Facts
 from .outline import Op, Saved
 
 Unit = tuple[int, int]
+"""A region and one of its instances."""
 
 
 class Needing:
