@@ -145,10 +145,18 @@ class Lanes:
 
     def _adds_up(self, name: str) -> None:
         """A gradient that adds up over microbatches; in each of them that of the last use waits for those of the others."""
-        uses, amount = self.facts.uses[name], self.accumulating(name)
-        self._over("gradients", 0, self.count - 1 if self.m > 1 else uses[-1], amount)
-        if self.m > 1:
-            self._over("gradients", uses[0], uses[-1] - 1, amount)
+        uses = self.facts.uses[name]
+        self._over("gradients", 0, self.count - 1 if self.m > 1 else uses[-1], self.accumulating(name))
+        if not self.fine or self.m == 1 or len(uses) == 1:
+            return
+        for want in self.uses.wants.get(name, ()):
+            if mine := [i for i in uses if want in self._wanted(self.ops[i], name)]:
+                self._over("gradients", mine[0], mine[-1] - 1, local_bytes(self.tensors[name], want, self.sizes))
+
+    def _wanted(self, op: Op, name: str) -> list[Placement]:
+        """The placements in which an op uses a parameter."""
+        wanted = zip(op.operands, self.uses.wanted[op.name], strict=True)
+        return [want for use, want in wanted if self.facts.aliases[use.tensor].root == name]
 
     def each(self, name: str) -> bool:
         """Whether a parameter's gradient is reduced in every microbatch, not once a step."""

@@ -168,8 +168,7 @@ class Rows:
                 continue
             members = [n for n in self.members[w] if found.uses[n]]
             if self.m > 1 and self.space.options[w][o].zero < 2:
-                waiting = sum(found.uses[n][0] <= at < found.uses[n][-1] for n in members)
-                self._accumulating(total, w, o, len(members) + waiting)
+                self._accumulating(total, w, o, len(members))
                 continue
             whole = sum(found.low[n] <= at <= found.uses[n][-1] for n in members)
             final = len(members) if self.m > 1 else sum(at < found.low[n] for n in members)
