@@ -196,7 +196,9 @@ class _Counter:
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))
         staged = borders if self.plan.pipeline.ranks > 1 else None
-        return Evaluator(template, facts(outline), self.costs[pool], self.grounds[pool].setting, staged)
+        setting = self.grounds[pool].setting
+        setting = replace(setting, fine=setting.staged)
+        return Evaluator(template, facts(outline), self.costs[pool], setting, staged)
 
     def _size(self, name: str, placement: Placement) -> float:
         """Bytes of a tensor that crosses, of one microbatch on one rank."""

@@ -50,8 +50,7 @@ class Lanes:
         self.borders, self.looped = borders or Borders(), self.m > 1 or borders is not None
         self.ops, self.tensors, self.groups = self.outline.ops, self.outline.tensors, assignment.groups
         self.training = self.outline.training
-        self.fine = self.training and setting.staged
-        """Whether the backward pass is followed as the runtime runs it on this device, closer than the rows of a search."""
+        self.fine = self.training and setting.fine
         self.count = len(self.ops)
         self.lanes = {cause: [0.0] * (self.count + 1) for cause in (*LANES, *BESIDE)}
         self.standing = {"gradients": 0.0, "gathered": 0.0}

@@ -48,7 +48,8 @@ class Setting:
     """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does).
 
     `unfolds`: convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
-    under way beside the backward pass (planner/plan.py, OverlapPlan).
+    under way beside the backward pass (planner/plan.py, OverlapPlan). `fine`: the backward pass is followed as the runtime runs it,
+    closer than the rows of a search, which are sums over ops.
     """
 
     precision: Precision
@@ -59,6 +60,7 @@ class Setting:
     unfolds: bool = False
     prefetch: int = 0
     reductions: int = 0
+    fine: bool = False
 
 
 @dataclass(frozen=True, slots=True)

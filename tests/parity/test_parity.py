@@ -21,14 +21,14 @@ PINS = (
 """Pin sets; "" is free choice."""
 
 SAMPLE = [
-    ("gpt2", "dp=2", 1), ("gpt2", "dp=2 tp=2 zero=3", 1), ("llama", "tp=2 sequence_parallel=on dtype=fp32", 1),
-    ("llama", "", 1), ("llama", "dp=2 zero=3 dtype=bf16", 1), ("bert", "dp=2 zero=2 dtype=fp32", 4), ("llama-3kv", "tp=2", 1),
-    ("llama-ignored", "dp=2", 4), ("mlp", "tp=2", 4), ("loss-fn", "dp=2 zero=2", 4), ("tied", "dp=2 tp=2 zero=1", 1),
-    ("adapter", "tp=2", 1), ("teacher", "dp=2 zero=2", 1),
+    ("llama", "tp=2 sequence_parallel=on dtype=fp32", 1), ("llama", "", 1), ("llama", "dp=2 zero=3 dtype=bf16", 1),
+    ("bert", "dp=2 zero=2 dtype=fp32", 4), ("llama-3kv", "tp=2", 1), ("llama-ignored", "dp=2", 4), ("mlp", "tp=2", 4),
+    ("loss-fn", "dp=2 zero=2", 4), ("teacher", "dp=2 zero=2", 1),
 ]  # fmt: skip
 """(case, pins, microbatches) run every time."""
 
 MORE = [
+    ("gpt2", "dp=2", 1), ("gpt2", "dp=2 tp=2 zero=3", 1), ("tied", "dp=2 tp=2 zero=1", 1), ("adapter", "tp=2", 1),
     ("gpt2", "tp=2", 4), ("llama", "tp=2", 1), ("bert", "dp=2 tp=2", 1), ("vit", "tp=2", 1), ("bert-classify", "dp=2 zero=3", 1),
     ("adapter", "dp=2 zero=3", 4), ("phi3", "tp=2", 1), ("swin", "dp=2", 1), ("llama", "dp=4 zero=3", 4), ("vit", "dp=2 zero=1", 4),
     ("gpt2-6heads", "tp=4", 1), ("t5", "tp=2", 1), ("albert", "dp=2 zero=3", 2),
