@@ -1,14 +1,15 @@
-"""What a pass is, what passes work on, and the runner that records them.
+"""What a pass is, what passes work on, and the runner that checks, records and, where asked, takes them back.
 
-A pass is a frozen dataclass with a `name`, the facts it `requires` and `provides`, and `apply(program) -> program`.
-It owns the program it is given, leaves a valid graph, and does not log; the runner records time and node difference.
+A pass is a small frozen dataclass: a `Contract` and `apply(program) -> program`. It owns the program it is given, leaves a
+valid graph, and does not log. The runner refuses a pass whose contract does not hold, records time and node difference, and lets
+`weigh` look at what a pass did: what it says does not stay is taken back, with the reason.
 """
 
 from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -38,34 +39,72 @@ class Program:
 class HasGraph(Protocol):
     """Anything that carries an fx graph."""
 
-    @property
-    def graph(self) -> fx.Graph: ...
+    graph: fx.Graph
 
 
 P = TypeVar("P", bound=HasGraph)
 
 
-class Pass(Protocol[P]):
-    """One rewrite of a program."""
+@dataclass(frozen=True)
+class Contract:
+    """What a pass is called and promises; passes are frozen dataclasses of this with an `apply`.
 
-    name: str
-    requires: tuple[str, ...]
-    provides: tuple[str, ...]
+    It `requires` facts that earlier passes `provides`, and may not run after a pass that it `conflicts` with (names of
+    passes) or whose conflicts name it. `semantics` is the class of what it does to the function (planner/plan.py): EXACT but for
+    reassociation, STALE, LOSSY or ARCH.
+    """
+
+    name: str = ""
+    requires: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    semantics: str = "EXACT"
+
+
+class Pass(Protocol[P]):
+    """One rewrite of a program, under its contract."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def requires(self) -> tuple[str, ...]: ...
+    @property
+    def provides(self) -> tuple[str, ...]: ...
+    @property
+    def conflicts(self) -> tuple[str, ...]: ...
+    @property
+    def semantics(self) -> str: ...
 
     def apply(self, program: P) -> P: ...
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether what a pass did stays, and why not; what it gains a step where prices were asked: seconds, saved bytes."""
+
+    stays: bool
+    why: str = ""
+    seconds: float | None = None
+    saved_bytes: float | None = None
+
+
+@dataclass(frozen=True)
 class Record:
-    """What one pass did: wall-clock seconds and the number of nodes before and after."""
+    """What one pass did: wall-clock seconds and the number of nodes before and after; a `verdict` where it was weighed."""
 
     name: str
     seconds: float
     before: int
     after: int
+    verdict: Verdict | None = None
 
     def __str__(self) -> str:
-        return f"{self.name:<16} {self.seconds:7.3f} s  {self.before:>6} -> {self.after:<6} nodes ({self.after - self.before:+d})"
+        text = f"{self.name:<16} {self.seconds:7.3f} s  {self.before:>6} -> {self.after:<6} nodes ({self.after - self.before:+d})"
+        return text if self.verdict is None or self.verdict.stays else f"{text}  taken back: {self.verdict.why}"
+
+
+Weigh = Callable[[Pass[Any], fx.Graph, fx.Graph], Verdict]
+"""Judges a pass by the graph before and after it."""
 
 
 def run_passes(
@@ -74,24 +113,55 @@ def run_passes(
     *,
     known: Iterable[str] = (),
     after: Callable[[str, P], None] | None = None,
+    weigh: Weigh | None = None,
 ) -> tuple[P, tuple[Record, ...]]:
     """Run passes in order and record each; `after(name, program)` is called after each (to print, say).
 
-    `known` are facts that hold already. Raises ShardwrightError where a pass requires a fact that no earlier pass
-    provides.
+    `known` are facts that hold already. With `weigh`, a pass that changed the graph is judged, and taken back where its
+    verdict says so. Raises ShardwrightError where a pass requires a fact that no earlier pass provides, or conflicts with
+    one that ran.
     """
-    known = set(known)
+    facts, ran = set(known), list[Pass[P]]()
     records = []
     for step in passes:
-        if missing := [fact for fact in step.requires if fact not in known]:
-            raise ShardwrightError(f"pass {step.name} requires {', '.join(missing)}; no earlier pass provides it")
+        _check(step, facts, ran)
+        kept = _copied(program.graph) if weigh is not None else None
         begin, before = time.perf_counter(), len(program.graph.nodes)
         program = step.apply(program)
-        records.append(Record(step.name, time.perf_counter() - begin, before, len(program.graph.nodes)))
-        known.update(step.provides)
+        seconds, verdict = time.perf_counter() - begin, None
+        if weigh is not None and kept is not None and _differ(kept, program.graph):
+            verdict = weigh(step, kept, program.graph)
+            if not verdict.stays:
+                program.graph = kept
+        records.append(Record(step.name, seconds, before, len(program.graph.nodes), verdict))
+        if verdict is None or verdict.stays:
+            facts.update(step.provides)
+            ran.append(step)
         if after is not None:
             after(step.name, program)
     return program, tuple(records)
+
+
+def _check(step: Pass[P], facts: set[str], ran: Sequence[Pass[P]]) -> None:
+    if missing := [fact for fact in step.requires if fact not in facts]:
+        raise ShardwrightError(f"pass {step.name} requires {', '.join(missing)}; no earlier pass provides it")
+    for other in ran:
+        if other.name in step.conflicts or step.name in other.conflicts:
+            raise ShardwrightError(f"pass {step.name} conflicts with {other.name}, which ran before it; leave one out")
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """The same graph with the same names in nodes of its own."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for old, new in zip(graph.nodes, copy.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return copy
+
+
+def _differ(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs, of which one is a copy of the other or was, are not the same any more."""
+    return [n.format_node() for n in one.nodes] != [n.format_node() for n in other.nodes]
 
 
 def fake(node: fx.Node) -> Any:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .base import Program, emit, fake, replace
+from .base import Contract, Program, emit, fake, replace
 from .constants import Known
 from .gradients import differentiable
 from .lazy import Lazy, Unknown
@@ -36,7 +36,7 @@ SEED = 20240229
 
 
 @dataclass(frozen=True)
-class RecogniseMasks:
+class RecogniseMasks(Contract):
     """Simplifies masks of `scaled_dot_product_attention` and trivial lookups in what they are made of."""
 
     name: str = "masks"

@@ -25,6 +25,14 @@ CallForm = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 _MASK64 = (1 << 64) - 1
 
+DROPPING = {
+    **dict.fromkeys(
+        ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")
+    ),
+    "aten.scaled_dot_product_attention": (4, "dropout_p"),
+}
+"""Position and name of the probability of ops that drop."""
+
 
 def mix(seed: int, salt: int) -> int:
     """A 63-bit seed that depends on all bits of both (the finaliser of SplitMix64)."""

@@ -15,7 +15,7 @@ from ..passes.experts.op import split_experts, split_width
 from ..passes.late_weights import LateOps, late_weights
 from ..passes.lowered import CallForm, Emitted, Lowered
 from ..passes.overlap import Early, Ends, overlap
-from ..passes.random import drawn, seeded_call
+from ..passes.random import DROPPING, drawn, seeded_call
 from ..passes.summarize import target_name
 from ..planner.dispatch import DISPATCH
 from ..planner.placement import Dims, Step
@@ -123,7 +123,7 @@ class RankEmit:
         seeded = seeded_call(form, salt, self.device)
         if seeded is None or self.dropout:
             return seeded
-        if target_name(form[0]) in DROPOUT:
+        if target_name(form[0]) in DROPPING:
             return lambda _: _at_zero(form)
         target, args, kwargs = form
         return (lambda _: (drawn, (target, *args), kwargs)) if target_name(form[0]) in DRAWS else seeded
@@ -162,13 +162,6 @@ PRODUCTS = {
     aten.addmm.default: (1, products.end_addmm, (2, 0)), aten.mm.default: (0, products.end_addmm, (1,)),
 }  # fmt: skip
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
-DROPOUT = {
-    **dict.fromkeys(
-        ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")
-    ),
-    "aten.scaled_dot_product_attention": (4, "dropout_p"),
-}
-"""Position and name of the probability of ops that drop."""
 DRAWS = {f"aten.{name}" for name in ("rand", "rand_like", "randn", "randn_like", "bernoulli", "uniform", "exponential")}
 DRAWS |= {"aten.normal_functional"}
 """Ops that make a tensor of drawn numbers."""
@@ -176,7 +169,7 @@ DRAWS |= {"aten.normal_functional"}
 
 def _at_zero(form: CallForm) -> CallForm:
     target, args, kwargs = form
-    position, name = DROPOUT[target_name(target)]
+    position, name = DROPPING[target_name(target)]
     if len(args) > position:
         return target, (*args[:position], 0.0, *args[position + 1 :]), kwargs
     return target, args, {**kwargs, name: 0.0}

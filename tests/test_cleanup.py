@@ -10,7 +10,7 @@ import pytest
 import torch
 from eager import check, family
 from shardwright.errors import CaptureError, ShardwrightError
-from shardwright.passes.base import Program, run_passes
+from shardwright.passes.base import Contract, Program, run_passes
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.cleanup import cleanup_passes
 from shardwright.passes.constants import Known
@@ -352,10 +352,8 @@ def test_passes_are_values() -> None:
     assert cleanup_passes() == cleanup_passes()
 
     @dataclass(frozen=True)
-    class Nothing:
+    class Nothing(Contract):
         name: str = "nothing"
-        requires: tuple[str, ...] = ()
-        provides: tuple[str, ...] = ()
 
         def apply(self, program: Program) -> Program:
             return program

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..base import Program, emit, fake, replace
+from ..base import Contract, Program, emit, fake, replace
 from ..gradients import differentiable
 from ..torch_compat import OpOverload
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SplitBias:
+class SplitBias(Contract):
     """linear with bias -> linear + add; addmm and baddbmm with unit factors -> mm or bmm + add."""
 
     name: str = "split-bias"

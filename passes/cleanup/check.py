@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..base import Program
+from ..base import Contract, Program
 from ..torch_compat import OpOverload, arguments, is_mutable, storage_key
 
 aten = torch.ops.aten
@@ -16,7 +16,7 @@ _MEAN, _USED = 3, 5  # positions in aten.instance_norm
 
 
 @dataclass(frozen=True)
-class CheckSupported:
+class CheckSupported(Contract):
     """Adds problems to the program; changes nothing."""
 
     name: str = "check"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ..base import Program, emit, fake, is_tensor, replace
+from ..base import Contract, Program, emit, fake, is_tensor, replace
 from ..constants import Known
 from ..torch_compat import mode_of
 
@@ -23,7 +23,7 @@ LIMIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class FoldConstants:
+class FoldConstants(Contract):
     """Folds the last known value of each input-independent chain."""
 
     name: str = "fold"

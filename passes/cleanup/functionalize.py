@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base import Program, emit, fake, is_tensor
+from ..base import Contract, Program, emit, fake, is_tensor
 from ..gradients import differentiable
 from ..torch_compat import OpOverload, is_mutable, storage_key
 from .batch_norm import open_batch_norms
@@ -27,7 +27,7 @@ from .views import in_place_twin, write_back
 
 
 @dataclass(frozen=True)
-class Functionalize:
+class Functionalize(Contract):
     """No op of the graph changes its arguments afterwards."""
 
     name: str = "functionalize"

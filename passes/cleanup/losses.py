@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base import Program, emit, fake, replace
+from ..base import Contract, Program, emit, fake, replace
 from ..gradients import differentiable
 from ..torch_compat import arguments
 
@@ -28,7 +28,7 @@ MEAN, SUM = 1, 2
 
 
 @dataclass(frozen=True)
-class SplitLosses:
+class SplitLosses(Contract):
     """Mean-reduced losses and means over the batch become a sum and a division."""
 
     name: str = "split-losses"

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import fx
 
-from ..base import Program, replace
+from ..base import Contract, Program, replace
 from .check import is_random
 
 
 @dataclass(frozen=True)
-class MergeEqual:
+class MergeEqual(Contract):
     """Common subexpressions, in one walk."""
 
     name: str = "merge-equal"

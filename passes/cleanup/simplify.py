@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base import Program, emit, fake, replace
+from ..base import Contract, Program, emit, fake, replace
 from ..gradients import differentiable
 from ..torch_compat import OpOverload, arguments, name_of, overload_name
 
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Simplify:
+class Simplify(Contract):
     """One walk in order, so that arguments are simple when their user is looked at."""
 
     name: str = "simplify"

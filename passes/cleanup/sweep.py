@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..base import Program
+from ..base import Contract, Program
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Contract):
     """Dead code elimination in one backward walk."""
 
     name: str = "sweep"

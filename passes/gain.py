@@ -1,0 +1,157 @@
+"""What a pass gains on one device, from the price model: seconds of a step and bytes that wait for the backward pass.
+
+What a pass took out of the graph and what it put in fall into pieces that hang together (a norm, an activation). Every piece is
+summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Boundary
+tensors count where they are kept for the backward pass on one side only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ..planner.flow import Flow
+from ..planner.fusedsaves import fused_saves
+from ..planner.fusing import fusions
+from ..planner.outline import Outline
+from ..planner.prices import Prices
+from .base import Pass, Program, Verdict
+from .capture import Captured, Entry
+from .summarize import summarize
+from .torch_compat import pytree
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of forward and backward, and bytes kept for the backward pass."""
+
+    seconds: float = 0.0
+    saved_bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.saved_bytes + other.saved_bytes)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.seconds * times, self.saved_bytes * times)
+
+
+@dataclass(frozen=True)
+class Paying:
+    """A `weigh` for `run_passes`: what does not pay under `prices` is taken back.
+
+    A pass pays that saves seconds and keeps no more bytes, or keeps fewer bytes and costs no more than `slower` of the seconds
+    that its pieces took.
+    """
+
+    prices: Prices
+    slower: float = 0.1
+
+    def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
+        known, made = _names(before), _names(after)
+        was = self.cost([n for n in _calls(before) if _text(n) not in made])
+        now = self.cost([n for n in _calls(after) if _text(n) not in known])
+        seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
+        pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
+        why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
+        return Verdict(pays, why, seconds, saved)
+
+    def cost(self, nodes: Sequence[fx.Node]) -> Cost:
+        """What calls cost, piece by piece."""
+        pieces = Counter[str]()
+        first: dict[str, list[fx.Node]] = {}
+        for piece in _pieces(nodes):
+            text = _signature(piece)
+            first.setdefault(text, piece)
+            pieces[text] += 1
+        total = Cost()
+        for text, times in pieces.items():
+            total += self._priced(_outline(first[text])) * times
+        return total
+
+    def _priced(self, outline: Outline) -> Cost:
+        prices = self.prices
+        if prices.fused:
+            outline = fused_saves(outline)
+            prices = replace(prices, fused=fusions(outline))
+        seconds = 0.0
+        for op in outline.ops:
+            forward, backward = prices.op(op, tuple(f.size for f in op.factors), outline.tensors)
+            seconds += forward.seconds + backward.seconds
+        flow = Flow(outline)
+        roots = {name for name in flow.saved if outline.tensors[name].role not in ("parameter", "buffer", "constant")}
+        new = sum(s.bytes for op in outline.ops for s in op.saved if s.source == "new")
+        return Cost(seconds, new + sum(outline.tensors[name].bytes for name in roots))
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function"]
+
+
+def _text(node: fx.Node) -> tuple[str, str]:
+    return node.name, str(node.target)
+
+
+def _names(graph: fx.Graph) -> frozenset[tuple[str, str]]:
+    return frozenset(_text(n) for n in _calls(graph))
+
+
+def _pieces(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """Calls that hang together, in order."""
+    own, owner = list(nodes), dict[fx.Node, int]()
+    members = dict[int, list[fx.Node]]()
+    inside = set(own)
+    for index, node in enumerate(own):
+        joined = {owner[n] for n in node.all_input_nodes if n in inside and n in owner}
+        home = min(joined, default=index)
+        members.setdefault(home, [])
+        for other in sorted(joined - {home}):
+            for moved in members.pop(other):
+                owner[moved] = home
+                members[home].append(moved)
+        owner[node] = home
+        members[home].append(node)
+    order = {node: i for i, node in enumerate(own)}
+    return [sorted(piece, key=order.__getitem__) for piece in members.values()]
+
+
+def _signature(piece: Sequence[fx.Node]) -> str:
+    """A text that is equal for pieces that do the same work."""
+    number: dict[fx.Node, str] = {}
+
+    def name(node: fx.Node) -> str:
+        if node not in number:
+            value = node.meta["val"]
+            shape = f"{tuple(value.shape)}{value.dtype}" if hasattr(value, "shape") else ""
+            number[node] = f"%{len(number)}{shape}{node.meta.get('differentiable')}{node.meta.get('role', '')}"
+        return number[node]
+
+    return "\n".join(f"{name(n)} {n.target} {fx.map_arg(n.args, name)} {fx.map_arg(n.kwargs, name)}" for n in piece)
+
+
+def _outline(piece: Sequence[fx.Node]) -> Outline:
+    """The outline of one piece, with what it reads as inputs and what others read as outputs."""
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    inside = set(piece)
+    entries: list[Entry] = []
+    outside = dict.fromkeys(n for node in piece for n in node.all_input_nodes if n not in inside)
+    for node in outside:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = dict(node.meta)
+        role = node.meta.get("role", "input")
+        entries.append(Entry(new[node].name, role, new[node].name, trainable=bool(node.meta.get("differentiable"))))
+    for node in piece:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        new[node].meta = dict(node.meta)
+    left = [n for n in piece if any(u not in inside for u in n.users) and not isinstance(n.meta["val"], tuple | list)]
+    graph.output(tuple(new[n] for n in left))
+    empty = pytree.tree_flatten(())[1]
+    captured = Captured(fx.GraphModule({}, graph), tuple(entries), {}, "", empty, (), empty, (), False)
+    return replace(summarize(captured).outline, trains=any(map(_flows, piece)))
+
+
+def _flows(node: fx.Node) -> bool:
+    flags = node.meta.get("differentiable", False)
+    return any(flags) if isinstance(flags, tuple) else bool(flags)
