@@ -26,6 +26,7 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     """
     if not is_stale(plan) or plan.source.kind == "module":
         return plan
+    from ..passes.choose import listed
     from ..passes.measure import measured_prices
     from ..passes.models import rebuild
     from ..passes.prepare import prepare, prepare_phase
@@ -38,7 +39,8 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     tell("capture")
     loaded = rebuild(plan.source, device="meta")
     given = (loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
-    summary = prepare_phase(*given, plan.phase) if plan.phase else prepare(*given)
+    choice = listed(plan)
+    summary = prepare_phase(*given, plan.phase, choice=choice) if plan.phase else prepare(*given, choice=choice)
     tell("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())

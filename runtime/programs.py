@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import PlanError, PlanMismatch, UsageError
 from ..passes.capture import Captured
+from ..passes.choose import listed
 from ..passes.lowered import Lowered
 from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
@@ -232,7 +233,8 @@ class Programs:
             self.model.train(train)
         lift = self.exact and self.plan.precision.compute == "float64"
         loss_fn = self.loss_fn if grad else None
-        return prepare_bare(self.model, args, kwargs, loss_fn=loss_fn, train=grad, lift=lift)
+        choice = listed(self.plan)
+        return prepare_bare(self.model, args, kwargs, loss_fn=loss_fn, train=grad, lift=lift, choice=choice)
 
     def _microbatches(self, outline: Outline) -> int:
         """Microbatches of the plan's size; another batch must be a multiple of it."""
