@@ -32,7 +32,7 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     from ..passes.prepare import prepare, prepare_phase
     from ..planner.cluster import Cluster
     from ..planner.planmatch import check_results
-    from ..planner.solve import reprice
+    from ..planner.repricing import reprice
     from ..profiles.store import default_path
 
     tell.note(f"{path} was edited: pricing it again")
