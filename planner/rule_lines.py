@@ -169,7 +169,13 @@ LOSSES: Mapping[str, Rule] = {
     **_same(replace(_LOSS, adapt=variants.reduction(4)), "binary_cross_entropy_with_logits"),
 }  # fmt: skip
 
+FUSED: Mapping[str, Rule] = {
+    "shardwright.gated": Rule("*b, *b -> *b", ((1,),)),
+}
+"""Composite ops of passes/fuse."""
+
 LINES: Mapping[str, Rule] = {
-    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, rule_experts.TARGET: rule_experts.RULE,
+    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, **FUSED,
+    rule_experts.TARGET: rule_experts.RULE,
 }  # fmt: skip
 """Every op with a line, by overload packet."""
