@@ -9,5 +9,6 @@ from __future__ import annotations
 from ..base import Pass, Program
 from .gated import FuseGated
 from .gelu import FuseGelu
+from .rms_norm import FuseRmsNorm
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated())}
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm())}
