@@ -7,6 +7,7 @@ tensors count where they are kept for the backward pass on one side only.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,10 @@ from ..planner.fusedsaves import fused_saves
 from ..planner.fusing import fusions
 from ..planner.outline import Outline
 from ..planner.prices import Prices
+from ..planner.rules import VIEWS
 from .base import Pass, Program, Verdict
 from .capture import Captured, Entry
+from .pattern import target_of
 from .summarize import summarize
 from .torch_compat import pytree
 
@@ -52,8 +55,8 @@ class Paying:
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         known, made = _names(before), _names(after)
-        was = self.cost([n for n in _calls(before) if _text(n) not in made])
-        now = self.cost([n for n in _calls(after) if _text(n) not in known])
+        was = self.cost(_with_views([n for n in _calls(before) if _text(n) not in made]))
+        now = self.cost(_with_views([n for n in _calls(after) if _text(n) not in known]))
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
@@ -97,6 +100,22 @@ def _text(node: fx.Node) -> tuple[str, str]:
 
 def _names(graph: fx.Graph) -> frozenset[tuple[str, str]]:
     return frozenset(_text(n) for n in _calls(graph))
+
+
+def _with_views(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls and the views that what they read comes through: halves of one tensor are one piece of memory, kept whole."""
+    found, queue = set(nodes), list(nodes)
+    while queue:
+        views = {n for n in queue.pop().all_input_nodes if _is_view(n)} - found
+        found |= views
+        queue.extend(views)
+    return sorted(found)
+
+
+def _is_view(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    view = VIEWS.get(target_of(source)) if isinstance(source, fx.Node) else None
+    return view is not None and view.kind == "view"
 
 
 def _pieces(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:

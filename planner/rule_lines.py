@@ -169,7 +169,14 @@ LOSSES: Mapping[str, Rule] = {
     **_same(replace(_LOSS, adapt=variants.reduction(4)), "binary_cross_entropy_with_logits"),
 }  # fmt: skip
 
+FUSED: Mapping[str, Rule] = {
+    "shardwright.gated": Rule("*b, *b -> *b", ((1,),)),
+    "shardwright.rms_norm": Rule("*b n!, n -> *b n", kind="norm", flops="norm", slots=((0, "x"), (1, "weight"))),
+}
+"""Composite ops of passes/fuse."""
+
 LINES: Mapping[str, Rule] = {
-    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, rule_experts.TARGET: rule_experts.RULE,
+    **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, **FUSED,
+    rule_experts.TARGET: rule_experts.RULE,
 }  # fmt: skip
 """Every op with a line, by overload packet."""

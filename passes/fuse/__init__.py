@@ -7,6 +7,8 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .gated import FuseGated
 from .gelu import FuseGelu
+from .rms_norm import FuseRmsNorm
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(),)}
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm())}

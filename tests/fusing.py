@@ -1,0 +1,130 @@
+"""What tests of fusing passes share: the pass is run on a captured model, checked on numbers, and its bytes are measured.
+
+Values and gradients are those of the graph before and after (passes/checked.py). Predicted bytes are what the pass is judged by
+(passes/gain.py), measured ones what autograd keeps in a real run of the whole graph, parameters and buffers aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from shardwright.passes.base import Pass, Program
+from shardwright.passes.capture import Captured, capture
+from shardwright.passes.checked import Outcome, Verifying, inputs_of, outcome
+from shardwright.passes.experiment import flat, strip
+from shardwright.passes.gain import Paying
+from shardwright.passes.pattern import target_of
+from shardwright.passes.rewrite import rewritten
+from shardwright.passes.verify import verify_rule
+from shardwright.planner.prices import Prices
+from shardwright.planner.rules import instantiate
+from shardwright.profiles.devices import parse_cluster
+from torch import Tensor, fx, nn
+
+PRICES = Prices(parse_cluster("cpu:2"), "float32")
+SMALL = 64
+"""Saved tensors of at most so many bytes are not counted (passes/observe.py)."""
+LOW, ROUNDED = (torch.bfloat16, torch.float16), 0.02
+"""Dtypes of low precision, and how far apart results in them may be, relative to their norm."""
+HELD = ("parameter", "buffer", "constant")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A captured graph before and after a pass."""
+
+    before: Captured
+    after: Captured
+    step: Pass[Program]
+    values: Mapping[str, Tensor] = field(repr=False)
+
+    def count(self, name: str) -> int:
+        """Calls of "aten.mul" or "shardwright.gated" after the pass."""
+        return calls(self.after, name)
+
+    @property
+    def predicted(self) -> float:
+        """Saved bytes that the pass takes away, as it is judged."""
+        verdict = Paying(PRICES)(self.step, self.before.graph.graph, self.after.graph.graph)
+        assert verdict.saved_bytes is not None
+        return verdict.saved_bytes
+
+    @property
+    def measured(self) -> int:
+        """Saved bytes that it takes away in a run."""
+        return saved_bytes(self.before, self.values) - saved_bytes(self.after, self.values)
+
+    @property
+    def nodes(self) -> int:
+        """Calls that it takes away."""
+        return sum(n.op == "call_function" for n in self.before.graph.graph.nodes) - sum(
+            n.op == "call_function" for n in self.after.graph.graph.nodes
+        )
+
+
+def calls(captured: Captured, name: str) -> int:
+    return sum(target_of(n) == name for n in captured.graph.graph.nodes)
+
+
+def fuse(step: Pass[Program], model: nn.Module, *args: Any, seed: int = 0, first: Any = (), **kwargs: Any) -> Fused:
+    """Capture a model, run the passes of `first` and then this one; assert that outputs and all gradients are the same."""
+    before = capture(model, args, kwargs, lift_float64=all(p.dtype == torch.float64 for p in model.parameters()))
+    before = rewritten(before, first)
+    values = dict(before.constants) | inputs_of(before.graph.graph, seed)
+    values |= before.flatten(args, kwargs)
+    values = {n: v.detach() for n, v in values.items()}
+    low = any(p.dtype in LOW for p in model.parameters())
+    after = rewritten(before, [step], weigh=None if low else Verifying(before.constants, given=values))
+    verdict = after.records[-1].verdict
+    assert verdict is None or verdict.stays, verdict
+    if low:
+        _close(*(outcome(c.graph.graph, values) for c in (before, after)))
+    return Fused(before, after, step, values)
+
+
+def _close(one: Outcome, other: Outcome) -> None:
+    """Half precision rounds sums in another order: every tensor as a whole is the same to a few roundings."""
+    pairs = list(zip(one.outputs, other.outputs, strict=True))
+    pairs += [(a, other.gradients[n]) for n, a in one.gradients.items()]
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (a.double() - b.double()).norm() <= ROUNDED * a.double().norm() + 1e-6
+
+
+def saved_bytes(captured: Captured, values: Mapping[str, Tensor]) -> int:
+    """Bytes that autograd keeps when the graph runs, each storage once, without parameters, buffers and constants."""
+    leaves, held = [], set()
+    for node in captured.graph.graph.nodes:
+        if node.op == "placeholder":
+            leaf = values[node.name].clone()
+            leaves.append(leaf.requires_grad_(bool(node.meta["differentiable"])))
+            held |= {_storage(leaf)} if node.meta["role"] in HELD else set()
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(_storage(x), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        fx.Interpreter(captured.graph).run(*leaves)
+    sizes = {s: x.untyped_storage().nbytes() for s, x in kept.items() if s not in held}
+    return sum(n for n in sizes.values() if n > SMALL)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def rule_problems(target: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """What is wrong with the rule of one call."""
+    found: list[Tensor] = []
+    bare, named = strip(tuple(args), found), strip(dict(kwargs), found)
+    results = flat(target(*args, **kwargs))
+    rule = instantiate(str(target), bare, named, [x.shape for x in found], [r.shape for r in results])
+    assert rule is not None, f"{target} has no rule for {[tuple(x.shape) for x in found]}"
+    return verify_rule(target, args, kwargs, rule)
