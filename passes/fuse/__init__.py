@@ -9,6 +9,9 @@ from __future__ import annotations
 from ..base import Pass, Program
 from .gated import FuseGated
 from .gelu import FuseGelu
+from .head_loss import FuseHeadLoss
 from .rms_norm import FuseRmsNorm
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm())}
+PASSES: dict[str, Pass[Program]] = {
+    step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseHeadLoss())
+}
