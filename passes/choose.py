@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import PinError
+from ..errors import PinError, PlanError
 from ..planner.pins import Pins
 from ..planner.plan import PassPlan, Plan
 from ..planner.prices import Prices
@@ -51,9 +51,15 @@ DEFAULT = "none"
 """Without a pin."""
 
 
-def listed(plan: Plan) -> Choice:
-    """The passes that a plan lists."""
-    return Choice(tuple(one.name for one in plan.passes))
+def listed(plan: Plan, *, outputs: bool = False) -> Choice:
+    """The passes that a plan lists; with `outputs` those that leave all outputs of the graph.
+
+    Raises PlanError for a pass that does not exist.
+    """
+    for i, one in enumerate(plan.passes):
+        if one.name not in PASSES:
+            raise PlanError(f"passes[{i}].name: there is no pass {one.name!r}; known: {', '.join(PASSES)}")
+    return Choice(tuple(one.name for one in plan.passes if not (outputs and PASSES[one.name].drops_outputs)))
 
 
 def run(captured: Captured, choice: Choice) -> Captured:

@@ -8,8 +8,8 @@ Between the product and the loss may stand what models put there: a bias, a fact
 splits means).
 
 Logits that the model returns as well are given up as an output (`drops_outputs`): a call with `outputs=True` needs a capture
-without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do losses that
-nothing is trained by.
+without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do
+losses that nothing is trained by.
 """
 
 from __future__ import annotations
