@@ -10,5 +10,6 @@ from ..base import Pass, Program
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .rms_norm import FuseRmsNorm
+from .rotary import FuseRotary
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm())}
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary())}
