@@ -11,7 +11,15 @@ from .gated import FuseGated
 from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
 from .rms_norm import FuseRmsNorm
+from .rotary import FuseRotary
 
 PASSES: dict[str, Pass[Program]] = {
-    step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseHeadLoss())
+    step.name: step
+    for step in (
+        FuseGelu(),
+        FuseGated(),
+        FuseRmsNorm(),
+        FuseRotary(),
+        FuseHeadLoss(),
+    )
 }
