@@ -7,8 +7,21 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
+from .merge_convs import MergeConvs
+from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm())}
+PASSES: dict[str, Pass[Program]] = {
+    step.name: step
+    for step in (
+        FuseGelu(),
+        FuseGated(),
+        FuseRmsNorm(),
+        FoldNorm(),
+        Reparameterize(),
+        MergeConvs(),
+    )
+}
