@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from .errors import Infeasible, PinError
 from .planner.cluster import Cluster, default_limit_bytes
 from .planner.goal import Aim
 from .planner.outline import Outline
 from .planner.pins import Pins
-from .planner.plan import Plan, Precision, Source
+from .planner.plan import PassPlan, Plan, Precision, Source
 from .planner.precision import state_bytes
 from .planner.prices import Prices
 from .planner.progress import Event
@@ -61,7 +63,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned. `outline` is the model at the batch of the inputs, in the phase of `aim`; `prices` are the cluster's."""
+    """What is planned. `outline` is the model at the batch of the inputs, in the phase of `aim`; `prices` are the cluster's.
+
+    `passes` rewrote its graph (passes/choose.py)."""
 
     outline: Outline
     cluster: Cluster
@@ -69,6 +73,7 @@ class Job:
     request: Request
     clock: Clock
     aim: Aim = field(default_factory=Aim)
+    passes: tuple[PassPlan, ...] = ()
 
     @classmethod
     def create(
@@ -81,15 +86,17 @@ class Job:
         `runnable` keeps the plan to what the runtime executes. The cluster is calibrated where the store has a factor for its
         devices and the stack (profiles/calibrate.py).
         """
+        from .passes.choose import asked, chosen
         from .passes.kernels import dropping_attention
         from .passes.prepare import prepare, prepare_phase
 
         aim = settled(objective, aim or Aim(), runnable=runnable)
+        choice = asked(pins, Prices(cluster, precision.compute))
         with clock.phase("capture"):
             if aim.phase:
-                summary = prepare_phase(model, args, kwargs, precision.compute, aim.phase)
+                summary = prepare_phase(model, args, kwargs, precision.compute, aim.phase, choice=choice)
             else:
-                summary = prepare(model, args, kwargs, precision.compute, loss_fn=loss_fn)
+                summary = prepare(model, args, kwargs, precision.compute, loss_fn=loss_fn, choice=choice)
         if pins.optimizer is not None:
             optimizer = pins.optimizer
         pins.check("optimizer", optimizer)
@@ -109,12 +116,13 @@ class Job:
             source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,
             frozenset(dropping_attention(summary.calls)),
         )  # fmt: skip
-        return cls(summary.outline, cluster, prices, request, clock, aim)
+        return cls(summary.outline, cluster, prices, request, clock, aim, chosen(summary.captured))
 
     def solve(self) -> Plan:
         """The plan; raises Infeasible or PinError."""
         with self.clock.phase("solve"):
-            return pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
+            plan = pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
+        return msgspec.structs.replace(plan, passes=self.passes)
 
     def estimate(self) -> dict[str, float]:
         """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""
@@ -165,6 +173,4 @@ class Job:
 
 
 def _with_batch(source: Source, batch: int) -> Source:
-    import msgspec
-
     return msgspec.structs.replace(source, batch=batch)

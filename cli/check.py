@@ -1,4 +1,4 @@
-"""`shardwright check MODEL`: what capture finds. All problems together, ops without a rule, the regions."""
+"""`shardwright check MODEL`: what capture finds, and what passes do. All problems together, ops without a rule, the regions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .options import json_option
 
 if TYPE_CHECKING:
     from ..passes.capture import Captured
+    from ..passes.review import Review
     from ..passes.summarize import Summary
 
 
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N")
 @click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
+@click.option("--passes", is_flag=True, help="Run every graph pass: time, nodes, gain by price, verified in float64.")
+@click.option("--print-after", metavar="PASS", help="Print the graph as it is after PASS.")
+@click.option(
+    "--cluster", default="cpu:1", show_default=True, metavar="C", help="Device whose prices say what passes gain."
+)
 @json_option
-def command(model: str, batch: int, seq: int | None, as_json: bool) -> None:
-    """Capture MODEL and show problems, ops without a rule, and the regions found."""
+def command(
+    model: str, batch: int, seq: int | None, passes: bool, print_after: str | None, cluster: str, as_json: bool
+) -> None:
+    """Capture MODEL and show problems, ops without a rule, and the regions found; or what every pass does to it."""
+    if passes or print_after is not None:
+        _review(model, batch, seq, print_after, cluster, passes, as_json)
+        return
     from ..passes.capture import capture
     from ..passes.models import load_model
     from ..passes.summarize import summarize
@@ -39,6 +50,53 @@ def command(model: str, batch: int, seq: int | None, as_json: bool) -> None:
         print_json(found)
     else:
         show(check_tables(found))
+
+
+def _review(
+    model: str, batch: int, seq: int | None, print_after: str | None, cluster: str, passes: bool, as_json: bool
+) -> None:
+    """Show every pass, or the graph after one."""
+    from ..passes.models import load_model
+    from ..passes.review import review
+    from ..planner.prices import Prices
+    from ..profiles.devices import parse_cluster
+    from .listings import pass_tables
+    from .tables import print_json, progress, show
+
+    with progress() as tell:
+        tell("load")
+        loaded = load_model(model, batch=batch, seq=seq, device="meta")
+        prices = Prices(parse_cluster(cluster), "float32")
+        found = review(loaded.model, loaded.args, loaded.kwargs, prices, print_after=print_after, say=tell)
+    if as_json:
+        print_json(reviewed(found, cluster))
+        return
+    if passes:
+        show(pass_tables(reviewed(found, cluster)))
+    if print_after is not None:
+        click.echo(found.listing)
+
+
+def reviewed(found: Review, cluster: str) -> dict[str, Any]:
+    """What every pass did, as plain values."""
+    rows: list[dict[str, Any]] = []
+    for record in (*found.cleanup, *found.optional):
+        row: dict[str, Any] = {
+            "name": record.name, "seconds": record.seconds, "nodes_before": record.before, "nodes_after": record.after,
+        }  # fmt: skip
+        if record in found.optional:
+            verdict = record.verdict
+            row |= {
+                "applied": verdict is not None and verdict.stays,
+                "why_not": "it finds nothing to rewrite" if verdict is None else verdict.why,
+                "gain_seconds": verdict.seconds if verdict is not None else 0.0,
+                "gain_saved_bytes": verdict.saved_bytes if verdict is not None else 0.0,
+            }
+            if record.name in found.verified:
+                row["verified"] = found.verified[record.name] or "equal"
+        rows.append(row)
+    shown = {"passes": rows, "cluster": cluster, "unverified": found.unverified}
+    return shown | ({"listing": found.listing} if found.listing else {})
 
 
 def document(captured: Captured, summary: Summary) -> dict[str, Any]:

@@ -26,19 +26,21 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     """
     if not is_stale(plan) or plan.source.kind == "module":
         return plan
+    from ..passes.choose import listed
     from ..passes.measure import measured_prices
     from ..passes.models import rebuild
     from ..passes.prepare import prepare, prepare_phase
     from ..planner.cluster import Cluster
     from ..planner.planmatch import check_results
-    from ..planner.solve import reprice
+    from ..planner.repricing import reprice
     from ..profiles.store import default_path
 
     tell.note(f"{path} was edited: pricing it again")
     tell("capture")
     loaded = rebuild(plan.source, device="meta")
     given = (loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
-    summary = prepare_phase(*given, plan.phase) if plan.phase else prepare(*given)
+    choice = listed(plan)
+    summary = prepare_phase(*given, plan.phase, choice=choice) if plan.phase else prepare(*given, choice=choice)
     tell("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -103,6 +103,33 @@ def _side(where: str, value: Any) -> str:
         name = next((value[key] for key in ("op", "name", "names", "collective") if key in value), None)
         return str(name[0] if isinstance(name, (list, tuple)) else name) if name is not None else "present"
     return str(value)
+
+
+def pass_tables(found: Mapping[str, Any]) -> Group:
+    """What `check --passes` found: cleanup, then optional passes with what they gain a step."""
+    first = table("cleanup", "time", "nodes", title="Always", right=(1, 2))
+    rows = table("pass", "nodes", "gain", "saved bytes", "", title=f"By price on {found['cluster']}", right=(1, 2, 3))
+    for row in found["passes"]:
+        nodes = f"{row['nodes_after'] - row['nodes_before']:+d}"
+        if "applied" not in row:
+            first.add_row(row["name"], seconds_text(row["seconds"]), nodes)
+        elif not row["applied"]:
+            rows.add_row(row["name"], "", "", "", Text(f"not applied: {row['why_not']}"))
+        else:
+            gain, saved = row["gain_seconds"], row["gain_saved_bytes"]
+            rows.add_row(
+                row["name"], nodes, _signed(gain, seconds_text), _signed(saved, bytes_text),
+                Text(f"verified: {row['verified']}" if "verified" in row else "not verified"),
+            )  # fmt: skip
+    parts: list[RenderableType] = [first, Text(), rows]
+    if found["unverified"]:
+        parts += [Text(), Text(f"Not verified: {found['unverified']}")]
+    return Group(*parts)
+
+
+def _signed(value: float, text: Callable[[float], str]) -> str:
+    """What is gained a step, and with a sign what is lost."""
+    return text(value) if value >= 0 else f"-{text(-value)}"
 
 
 def check_tables(found: Mapping[str, Any]) -> Group:

@@ -51,7 +51,8 @@ class Contract:
 
     It `requires` facts that earlier passes `provides`, and may not run after a pass that it `conflicts` with (names of
     passes) or whose conflicts name it. `semantics` is the class of what it does to the function (planner/plan.py): EXACT but for
-    reassociation, STALE, LOSSY or ARCH.
+    reassociation, STALE, LOSSY or ARCH. One that `drops_outputs` puts None in the place of outputs that are
+    not the loss and that it no longer makes: whoever wants those captures without it.
     """
 
     name: str = ""
@@ -59,6 +60,7 @@ class Contract:
     provides: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     semantics: str = "EXACT"
+    drops_outputs: bool = False
 
 
 class Pass(Protocol[P]):
@@ -74,6 +76,8 @@ class Pass(Protocol[P]):
     def conflicts(self) -> tuple[str, ...]: ...
     @property
     def semantics(self) -> str: ...
+    @property
+    def drops_outputs(self) -> bool: ...
 
     def apply(self, program: P) -> P: ...
 

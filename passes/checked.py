@@ -7,7 +7,7 @@ classes that they may index, buffers are positive (they hold variances), constan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,8 @@ class Verifying:
 
     def __call__(self, step: Pass[Any], before: fx.Graph, after: fx.Graph) -> Verdict:
         values = dict(self.constants) | inputs_of(before, self.seed) | dict(self.given)
-        wrong = difference(outcome(before, values), outcome(after, values))
+        dropped = _dropped(after) if step.drops_outputs else frozenset()
+        wrong = difference(outcome(before, values, dropped), outcome(after, values, dropped))
         if wrong:
             return Verdict(False, f"{step.name} changes {wrong}")
         return self.also(step, before, after) if self.also is not None else Verdict(True)
@@ -50,9 +51,12 @@ class Verifying:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outputs in order and gradients by placeholder, of the sum of all floating outputs times fixed random numbers."""
+    """Outputs in order and gradients by placeholder, of the sum of all floating outputs times fixed random numbers.
 
-    outputs: tuple[Tensor, ...]
+    An output that a pass gave up is None.
+    """
+
+    outputs: tuple[Tensor | None, ...]
     gradients: Mapping[str, Tensor | None]
 
 
@@ -66,8 +70,14 @@ def inputs_of(graph: fx.Graph, seed: int) -> dict[str, Tensor]:
     }
 
 
-def outcome(graph: fx.Graph, values: Mapping[str, Tensor]) -> Outcome:
-    """Run a graph without dropout and differentiate it."""
+def _dropped(graph: fx.Graph) -> frozenset[int]:
+    """Positions of outputs that were given up."""
+    outputs: Any = graph.output_node().args[0]
+    return frozenset(i for i, node in enumerate(outputs) if node is None)
+
+
+def outcome(graph: fx.Graph, values: Mapping[str, Tensor], dropped: Container[int] = ()) -> Outcome:
+    """Run a graph without dropout and differentiate it, but for the outputs at the positions `dropped`."""
     leaves: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -76,13 +86,14 @@ def outcome(graph: fx.Graph, values: Mapping[str, Tensor]) -> Outcome:
                 bool(node.meta.get("differentiable")) and value.is_floating_point()
             )
     outputs = _Undropped(fx.GraphModule({}, graph)).run(*leaves.values())
+    outputs = [None if i in dropped else o for i, o in enumerate(outputs)]
     generator = torch.Generator().manual_seed(0)
-    ways = [o for o in outputs if o.requires_grad]
+    ways = [o for o in outputs if o is not None and o.requires_grad]
     incoming = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in ways]
     wanted = [x for x in leaves.values() if x.requires_grad]
     found = torch.autograd.grad(ways, wanted, incoming, allow_unused=True) if ways and wanted else [None] * len(wanted)
     grads = dict(zip([n for n, x in leaves.items() if x.requires_grad], found, strict=True))
-    return Outcome(tuple(o.detach() for o in outputs), grads)
+    return Outcome(tuple(None if o is None else o.detach() for o in outputs), grads)
 
 
 def difference(one: Outcome, other: Outcome) -> str:
@@ -147,6 +158,8 @@ def _bound(node: fx.Node) -> int:
                 sizes.append(fake(user.args[0]).shape[0])  # type: ignore[arg-type]
             elif op in ("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_forward") and user.args[1] is here:
                 sizes.append(fake(user.args[0]).shape[1 if fake(user.args[0]).dim() > 1 else 0])  # type: ignore[arg-type]
+            elif op == "shardwright.linear_cross_entropy" and user.args[2] is here:
+                sizes.append(fake(user.args[1]).shape[0])  # type: ignore[arg-type]
             elif op in AS_THEY_ARE and user not in seen:
                 seen.add(user)
                 queue.append(user)

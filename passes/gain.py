@@ -46,11 +46,12 @@ class Paying:
     """A `weigh` for `run_passes`: what does not pay under `prices` is taken back.
 
     A pass pays that saves seconds and keeps no more bytes, or keeps fewer bytes and costs no more than `slower` of the seconds
-    that its pieces took.
+    that its pieces took. With `keep` what does not pay stays and is only priced.
     """
 
     prices: Prices
     slower: float = 0.1
+    keep: bool = False
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         known, made = _names(before), _names(after)
@@ -59,7 +60,7 @@ class Paying:
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
-        return Verdict(pays, why, seconds, saved)
+        return Verdict(pays or self.keep, why, seconds, saved)
 
     def cost(self, nodes: Sequence[fx.Node]) -> Cost:
         """What calls cost, piece by piece."""

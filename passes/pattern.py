@@ -39,10 +39,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Near:
-    """One number, as closely as it is written in models (GELU's constants are given to 6 or to 17 digits)."""
+    """One number. Constants cut to so few digits that float64 tells them apart are other constants."""
 
     value: float
-    tolerance: float = 1e-6
+    tolerance: float = 1e-10
 
 
 @dataclass(frozen=True)

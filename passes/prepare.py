@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..garbage import held_back
 from ..planner.inference import inference_outline
 from .capture import capture
+from .choose import NONE, Choice, run
 from .discover import discover_node
 from .skeleton import skeleton, to_meta
 from .summarize import Summary, summarize
@@ -23,14 +24,20 @@ from .summarize import Summary, summarize
 
 def prepare(
     model: nn.Module, args: Any, kwargs: Any, compute: str, *, loss_fn: Callable[..., Any] | None = None,
-    lift: bool = False, cache: Path | None = None,
+    lift: bool = False, cache: Path | None = None, choice: Choice = NONE,
 ) -> Summary:  # fmt: skip
-    """Summarise `model` without touching it: the capture is made from a weightless copy in dtype `compute`."""
+    """Summarise `model` without touching it: the capture is made from a weightless copy in dtype `compute`.
+
+    `choice` says which optional passes run on it (passes/choose.py).
+    """
     args, kwargs = cast_inputs((args, kwargs), other_dtypes(model, compute), compute)
-    return prepare_bare(in_dtype(skeleton(model), compute), args, kwargs, loss_fn=loss_fn, lift=lift, cache=cache)
+    bare = in_dtype(skeleton(model), compute)
+    return prepare_bare(bare, args, kwargs, loss_fn=loss_fn, lift=lift, cache=cache, choice=choice)
 
 
-def prepare_phase(model: nn.Module, args: Any, kwargs: Any, compute: str, phase: str) -> Summary:
+def prepare_phase(
+    model: nn.Module, args: Any, kwargs: Any, compute: str, phase: str, *, choice: Choice = NONE
+) -> Summary:
     """Summarise the forward pass of `model` in a phase of inference (planner/inference.py), in eval mode and without labels.
 
     What of the graph depends on parameters is found by capturing it as if the sum of its outputs were a loss.
@@ -39,7 +46,7 @@ def prepare_phase(model: nn.Module, args: Any, kwargs: Any, compute: str, phase:
     bare = in_dtype(skeleton(model), compute).eval()
     for parameter in bare.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    summary = prepare_bare(bare, args, inference_inputs(bare, kwargs), loss_fn=_sum)
+    summary = prepare_bare(bare, args, inference_inputs(bare, kwargs), loss_fn=_sum, choice=choice)
     return replace(summary, outline=inference_outline(summary.outline, phase))
 
 
@@ -67,7 +74,7 @@ def _sum(output: Any) -> Tensor:
 
 def prepare_bare(
     bare: nn.Module, args: Any, kwargs: Any, *, loss_fn: Callable[..., Any] | None = None, train: bool = True,
-    lift: bool = False, cache: Path | None = None,
+    lift: bool = False, cache: Path | None = None, choice: Choice = NONE,
 ) -> Summary:  # fmt: skip
     """The same for a weightless module; `train` False summarises the inference graph (no loss).
 
@@ -75,6 +82,7 @@ def prepare_bare(
     """
     with held_back():
         captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, train=train, lift_float64=lift)
+        captured = run(captured, choice)
         return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance)
 
 

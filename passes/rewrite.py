@@ -21,6 +21,7 @@ from ..errors import ShardwrightError
 from .base import Contract, Pass, Program, Weigh, emit, fake, is_tensor, run_passes, tensor_name
 from .capture import Captured
 from .gradients import differentiable, mark
+from .inline import Fixed
 from .pattern import Match, Pattern, find
 
 
@@ -103,7 +104,11 @@ def _replaced(match: Match, by: fx.Node) -> frozenset[fx.Node]:
 def rewritten(
     captured: Captured, passes: Iterable[Pass[Program]], *, weigh: Weigh | None = None, after: After | None = None
 ) -> Captured:
-    """A captured graph after `passes`; `captured` is left as it is. `weigh` judges each pass that changed something (base.py)."""
+    """A captured graph after `passes`; `captured` is left as it is. `weigh` judges each pass that changed something (base.py).
+
+    An output that a pass gave up (None in its place; the pass `drops_outputs`) is no output of the result, and stands in
+    `flat_outputs` as the constant None.
+    """
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     old = captured.graph.graph
     graph.output(graph.graph_copy(old, new))
@@ -113,7 +118,8 @@ def rewritten(
     program, records = run_passes(passes, program, known=CLEAN, weigh=weigh, after=after)
     mark(program.graph)
     before, now = (tuple(g.output_node().args[0]) for g in (old, program.graph))  # type: ignore[arg-type]
-    name = {tensor_name(a): tensor_name(b) for a, b in zip(before, now, strict=True)}
+    name = {tensor_name(a): tensor_name(b) for a, b in zip(before, now, strict=True) if b is not None}
+    program.graph.output_node().args = (tuple(n for n in now if n is not None),)
     held = {n.name for n in program.graph.nodes if n.op == "placeholder"}
     return replace(
         captured,
@@ -121,7 +127,7 @@ def rewritten(
         entries=tuple(e for e in captured.entries if e.node in held),
         constants={n: v for n, v in captured.constants.items() if n in held},
         loss=name[captured.loss] if captured.loss else "",
-        flat_outputs=tuple(name[o] if isinstance(o, str) else o for o in captured.flat_outputs),
+        flat_outputs=tuple(name.get(o, Fixed(None)) if isinstance(o, str) else o for o in captured.flat_outputs),
         writes={buffer: name[n] for buffer, n in captured.writes.items()},
         records=(*captured.records, *records),
     )

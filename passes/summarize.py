@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedOp
-from ..planner import rule_experts
+from ..planner import rule_experts, rule_heads
 from ..planner.factors import Classes, LetteredOp, Refined, classes, refine
 from ..planner.microbatch import BatchCut, cut_batch
 from ..planner.outline import Op, Outline, Parameter, Saved, Tensor, Use
@@ -233,7 +233,7 @@ def _tensors(captured, values, calls, refined, seen, reaching) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for entry in captured.entries:
         value = values[entry.node]
-        grad = entry.role == "parameter" and entry.trainable and (reaching is None or entry.node in reaching)
+        grad = entry.trainable and (reaching is None or entry.node in reaching)
         found[entry.node] = Tensor(entry.node, refined.dims[entry.node], _dtype(value), entry.role, grad, entry.node)
     for name, call in calls.items():
         grad = call.node.meta["differentiable"]
@@ -258,7 +258,7 @@ def _weighted(calls: Mapping[str, Call], tensors: Mapping[str, Tensor], groups: 
     """Classes of factors that stand in the weight of a projection or in an embedding table."""
     found: set[tuple[str, int, int]] = set()
     for call in calls.values():
-        if call.rule.kind not in ("matmul", "conv", "embedding", "experts"):
+        if call.rule.kind not in ("matmul", "conv", "embedding", "experts", rule_heads.KIND):
             continue
         for operand in call.operands:
             root = tensors[tensors[operand].storage]
@@ -285,9 +285,15 @@ def _op(call, refined, tensors, seen, groups, batches, weighted) -> Op:  # type:
     if rule.kind == "experts" and backward:
         shapes = [shape_of(tensors[o].dims) for o in call.operands]
         backward = rule_experts.backward_flops(shapes, [tensors[o].differentiable for o in call.operands])
+    forward = rule.flops
+    if rule.kind == rule_heads.KIND:  # the gradients are made with the loss
+        made = rule_heads.products([tensors[o].differentiable for o in call.operands]) if backward else (0,)
+        forward, backward = rule.flops * len(made), 0.0
+        saved = rule_heads.saved(operands, tensors, seen.new)
+    else:
+        saved = _saved(seen, refined.factors[name], results, rule.kind)
     return Op(
-        name, target_name(call.node.target), rule.kind, operands, results, tuple(factors), rule.linear,
-        rule.flops, backward, _saved(seen, refined.factors[name], results, rule.kind),
+        name, target_name(call.node.target), rule.kind, operands, results, tuple(factors), rule.linear, forward, backward, saved,
         projection=(rule.kind in ("matmul", "conv") and len(weights) == 1) or (rule.kind == "experts" and bool(weights)),
         source=str(call.node.meta.get("source", "")),
     )  # fmt: skip

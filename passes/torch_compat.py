@@ -35,8 +35,8 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 __all__ = [
     "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
-    "is_plain", "is_tracing", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet", "short_stacks",
-    "storage_key", "watch_autograd_functions",
+    "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet",
+    "short_stacks", "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
 """OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
 return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
@@ -49,6 +49,16 @@ def is_tracing() -> bool:
     mode. Both are needed so that tracing a graph does not look like running it.
     """
     return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward pass leaves its graph for another one (`retain_graph`), which reads what was saved again.
+
+    What a function saved may be overwritten in its backward pass only where this is False; no public call tells (tried: 2.13).
+    True where torch cannot tell.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
 
 
 def full_name(target: OpOverload) -> str:

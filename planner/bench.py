@@ -29,7 +29,7 @@ from .saves import saves
 from .template import Cut
 from .timeline import Timeline
 from .uses import Uses
-from .work import FLOPS_KINDS
+from .work import PRODUCT_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def weight_share(op: Op, tensors: Mapping[str, Tensor]) -> float:
         return 0.0
     if len(mine) == len(flows):
         return 1.0
-    return len(mine) / len(flows) if op.kind in FLOPS_KINDS else 0.0
+    return len(mine) / len(flows) if op.kind in PRODUCT_KINDS else 0.0
 
 
 class _Walk:

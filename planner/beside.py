@@ -44,11 +44,18 @@ def beside(setting: Setting, way: OverlapPlan) -> Setting:
     return replace(setting, prefetch=way.prefetch, reductions=way.reductions)
 
 
+def closely(setting: Setting) -> Setting:
+    """The setting in which one plan is counted, where bytes are counted at all: not that of a search, whose rows are simpler."""
+    return replace(setting, fine=setting.staged)
+
+
 def as_found(best: Candidate, limit: int, objective: str) -> tuple[OverlapPlan, Evaluation]:
     """What runs beside computing in what a search found, and what that comes to."""
     known, assignment = best.evaluator, best.assignment(best.chosen)
 
     def evaluate(way: OverlapPlan) -> Evaluation:
-        return Evaluator(best.template, known.facts, known.costs, beside(known.setting, way)).evaluate(assignment)
+        return Evaluator(best.template, known.facts, known.costs, closely(beside(known.setting, way))).evaluate(
+            assignment
+        )
 
     return most_overlap(limit, objective, evaluate)

@@ -88,7 +88,7 @@ def implementation(op: Op, choice: str) -> str:
     return "" if kind == "free" else kind
 
 
-CLOSED = frozenset({"vocab_loss", "batch_norm"})
+CLOSED = frozenset({"vocab_loss", "vocab_head", "batch_norm"})
 """Implementations that reduce inside: their results are R, not P, where they lack the split factor."""
 
 

@@ -18,7 +18,7 @@ import msgspec
 from ..errors import PlanError
 from .assign import Assignment, assign
 from .behind import lying
-from .beside import beside, most_overlap
+from .beside import beside, closely, most_overlap
 from .cluster import Cluster
 from .costs import Costs, PriceBook, Shape
 from .dispatch import expert_stacks, spread_experts
@@ -196,8 +196,7 @@ class _Counter:
     def _evaluator(self, outline: Outline, borders: Borders, pool: int) -> Evaluator:
         template = tie(cut_outline(outline, self.m, self.batch))
         staged = borders if self.plan.pipeline.ranks > 1 else None
-        setting = self.grounds[pool].setting
-        setting = replace(setting, fine=setting.staged)
+        setting = closely(self.grounds[pool].setting)
         return Evaluator(template, facts(outline), self.costs[pool], setting, staged)
 
     def _size(self, name: str, placement: Placement) -> float:

@@ -15,7 +15,7 @@ from .memory import Buffer, buffer, local_bytes, parameter_gradients
 from .outline import Op
 from .passing import Interval, Passing
 from .timeline import Timeline
-from .work import FLOPS_KINDS
+from .work import PRODUCT_KINDS
 
 
 class Halved(Timeline):
@@ -38,7 +38,7 @@ class Halved(Timeline):
         if not any(self.tensors[name].differentiable for name in self._activations(op)):
             return True
         remade = any(self._maker.get(name) in again for name, _ in self._operands(op))
-        return op.kind in FLOPS_KINDS and not remade
+        return op.kind in PRODUCT_KINDS and not remade
 
     @cached_property
     def _maker(self) -> Mapping[str, str]:

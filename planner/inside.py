@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .dispatch import DISPATCH
 from .outline import DTYPE_BYTES, Op, Tensor
 from .rule_experts import letters
+from .rule_heads import chunk_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,14 @@ def _vocab_loss(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: 
     """Per row the maximum; then the sum of exponentials with the logit of the label (runtime/kernels/vocab.py)."""
     rows = math.prod(s for s, f in zip(sizes, op.factors, strict=True) if f.split != "vocab_loss")
     return [Inside("all_reduce", float(rows * _width(op, tensors) * values)) for values in (1, 2)]
+
+
+def _vocab_head(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: int) -> list[Inside]:
+    """As of the loss on logits, chunk by chunk of rows (runtime/kernels/vocab_head.py)."""
+    width = _width(op, tensors)
+    rows, classes = (math.ceil(math.prod(sizes[f] for f in letters(op.factors, name))) for name in ("b", "v"))
+    chunks = -(-rows // chunk_rows(rows, classes, tensors[op.operands[0].tensor].dtype))
+    return [Inside("all_reduce", rows / chunks * width * values) for values in (1, 2)] * chunks
 
 
 def _batch_norm(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: int) -> list[Inside]:
@@ -57,6 +66,6 @@ def _exchanges(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: i
     ]
 
 
-INSIDE = {"vocab_loss": _vocab_loss, "batch_norm": _batch_norm, DISPATCH: _exchanges}
+INSIDE = {"vocab_loss": _vocab_loss, "vocab_head": _vocab_head, "batch_norm": _batch_norm, DISPATCH: _exchanges}
 """Collectives of implementations that reduce or exchange inside, of an op on local `sizes` split over an axis of n ranks: by what
 the split factor is split by, or by the choice of an op that is not one factor."""

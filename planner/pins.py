@@ -40,6 +40,7 @@ class Pins:
     recompute: str | None = None
     schedule: str | None = None
     offload: str | None = None
+    passes: str | None = None
     forbidden: tuple[tuple[str, Value], ...] = ()
     texts: tuple[str, ...] = ()
 
@@ -88,6 +89,13 @@ def _switch(key: str, text: str) -> bool:
     return text == "on"
 
 
+def _names(key: str, text: str) -> str:
+    names = [name.strip() for name in text.split(",")]
+    if not all(name.replace("_", "").isalnum() for name in names) or (len(names) > 1 and {"auto", "none"} & set(names)):
+        raise PinError(f"{key}={text}: {key} is auto, none, or names of passes with commas between")
+    return ",".join(sorted(set(names)))
+
+
 def _optimizer(key: str, text: str) -> str:
     return find_optimizer(text).name
 
@@ -113,6 +121,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "kernels": Key(_one_of("eager", "fused")),
         "loss": Key(_one_of("float", "compute", "fused")),
         "tp_overlap": Key(_switch),
+        "passes": Key(_names),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
@@ -137,6 +146,7 @@ _FIELDS = (
     "recompute",
     "schedule",
     "offload",
+    "passes",
 )
 
 

@@ -218,6 +218,14 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     given_up: tuple[str, ...] = ()
 
 
+class PassPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph pass that the plan applies, and what it was priced to gain a step on one device (negative: to cost)."""
+
+    name: str
+    seconds: float
+    saved_bytes: float
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole plan. `phase` is of inference, "" for a training step; `goal` says how an objective beside seconds was met.
 
@@ -247,6 +255,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frontier: tuple[Point, ...] = ()
     pools: tuple[PoolPlan, ...] = ()
     overlap: OverlapPlan = OverlapPlan()
+    passes: tuple[PassPlan, ...] = ()
     edited: bool = False
     digest: str = ""
 

@@ -73,7 +73,7 @@ class Roofline:
 
     def _computed(self, work: Work, sizes: tuple[float, ...], narrow: bool) -> tuple[float, float]:
         device = self.device
-        kind = {"experts": "matmul", "attention": self.attention}.get(work.kind, work.kind)
+        kind = {"experts": "matmul", "head_loss": "matmul", "attention": self.attention}.get(work.kind, work.kind)
         if narrow:
             best = best_back = device.peak(self.products) * device.efficiency(f"matmul_{self.products}")
         else:
@@ -87,7 +87,7 @@ class Roofline:
         shape = work.shape(sizes)
         parts = work.gradients if shape is not None else (1,)
         rates = [best_back * self._shape_factor(shape, part) for part in parts]
-        ahead = done / (best * self._shape_factor(shape, 0))
+        ahead = sum(done / len(work.ahead) / (best * self._shape_factor(shape, part)) for part in work.ahead)
         return ahead, sum(undone / len(parts) / rate for rate in rates)
 
     def _shape_factor(self, shape: tuple[float, float, float, float] | None, which: int) -> float:

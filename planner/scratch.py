@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from . import rule_heads
 from .outline import DTYPE_BYTES, Op, Tensor
 from .ring import split_by
 from .rule_experts import scratch_bytes
@@ -26,7 +27,8 @@ def inside_bytes(
 ) -> float:
     """Bytes inside an op under one choice per axis. `unfolds`: the device is a CPU."""
     columns = column_bytes(op, tensors, choice, sizes) if unfolds else 0.0
-    return columns + scratch_bytes(op, tensors, choice, sizes, training)
+    logits = rule_heads.scratch_bytes(op, tensors, choice, sizes)
+    return columns + logits + scratch_bytes(op, tensors, choice, sizes, training)
 
 
 def column_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
-from ..errors import ClusterError, Infeasible, PinError, PlanError
-from .appraise import appraise
-from .appraise import predict as predict_joint
-from .assign import Assignment, Storage, assign
+from ..errors import ClusterError, PinError, PlanError
+from .assign import Assignment, Storage
 from .attention import GENERATIONS, byte_masks, fused_attention, math_attention
 from .behind import lying
-from .beside import as_found, beside
+from .beside import as_found, beside, closely
 from .capability import check_pins
 from .cluster import Cluster, has_host, pool_names, unlike
 from .costs import Costs, PriceBook, Shape
-from .counted import with_counts
 from .evaluate import Evaluation, Evaluator
-from .fitting import fitting, within_limit
+from .fitting import fitting
 from .fusedsaves import fused_saves
 from .fusing import fusions
 from .infeasible import explain
 from .interval import step_interval
 from .joint import search
-from .legal import check_choices
 from .losses import cast_loss
 from .memory import Setting, facts
-from .objectives import housed, limited
-from .onestage import COUNTED, NARROW, beyond_one_stage, explain_here, recounted, solve_here
+from .objectives import limited
+from .onestage import NARROW, beyond_one_stage, explain_here, solve_here
 from .outline import Outline
-from .pins import Pins, parse_pins
+from .pins import Pins
 from .plan import (
     VERSION,
     MeshAxis,
@@ -46,7 +41,6 @@ from .plan import (
     Search,
     Source,
 )  # fmt: skip
-from .plancheck import first_problem
 from .precision import RECIPES, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
@@ -55,7 +49,7 @@ from .residual import residual_factors
 from .search import Candidate, Found, Problem
 from .search import Search as ShapeSearch
 from .shapes import Arrangement, Room, arrangements, mesh_shapes
-from .spell import grounds, plan_of, shape_in, stages_of, units_in
+from .spell import plan_of
 from .template import build, retyped
 from .unitexperts import expert_sizes
 from .unlike import UnlikeBench, pool_limits, pool_prices
@@ -99,13 +93,38 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
         return plan
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
-    found = ShapeSearch(problem, shapes, request.progress).run()
-    if found.best is None:
-        wider = _wider(outline, cluster, prices, request) if outline.training else None
-        if wider is None:
-            raise explain(problem, shapes, request.progress)
-        return wider
-    return _plan(outline, cluster, request, found, found.best)
+    plan = _one_stage(problem, shapes, outline, cluster, request)
+    if plan is None and outline.training:
+        plan = _wider(outline, cluster, prices, request)
+    if plan is None:
+        raise explain(problem, shapes, request.progress)
+    return plan
+
+
+CLOSER = 6
+"""Searches at most, each allowed less than the one before, until what is found, counted closely, is within the limit."""
+
+
+def _one_stage(
+    problem: Problem, shapes: tuple[Shape, ...], outline: Outline, cluster: Cluster, request: Request
+) -> Plan | None:  # fmt: skip
+    """The fastest plan of one plain stage within the limit; None where there is none.
+
+    A search counts a little less closely than its plan is counted in the end. The bound is that of the first search, which is
+    allowed the most.
+    """
+    limit = asked = request.memory_limit_bytes
+    bound: float | None = None
+    for _ in range(CLOSER):
+        found = ShapeSearch(replace(problem, limit=asked), shapes, request.progress).run()
+        if found.best is None:
+            return None
+        bound = found.bound if bound is None else bound
+        plan = _plan(outline, cluster, request, replace(found, bound=bound), found.best)
+        if plan.predicted.peak_bytes_per_device <= limit:
+            return plan
+        asked = math.floor(asked * limit / plan.predicted.peak_bytes_per_device)
+    return None
 
 
 def _wider(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Plan | None:
@@ -247,74 +266,11 @@ def solve_fixed(
     return dict(candidate.assignment(candidate.solution.choice).choices)
 
 
-def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """An edited plan, checked and priced again, without a certificate.
-
-    Raises PlanError naming the first illegal choice or placement, Infeasible where it breaks its memory limit.
-    """
-    if plan.stages:
-        return reprice_joint(plan, outline, cluster, prices)
-    assignment = assign(plan, outline)
-    shape = Shape(plan.mesh)
-    check_choices(outline, assignment, shape.sizes)
-    _check_roles(outline, assignment, shape)
-    evaluation = evaluated(plan, outline, cluster, prices, assignment)
-    predicted = predict(
-        outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error
-    )
-    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
-    return within_limit(msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True))
-
-
-def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """As `reprice`, for a plan of the joint search."""
-    problem = first_problem(plan)
-    if problem is not None:
-        raise PlanError(problem)
-    assignment = assign(plan, outline)
-    request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
-    limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
-    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster), limits=limits)
-    shape = shape_in(plan)
-    check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
-    cuts, options = units_in(bench, plan)
-    figures = appraise(bench, shape, cuts, options)
-    if not housed(bench, shape, cuts, options):
-        raise Infeasible("the edited plan offloads more than a rank's share of host memory and disk", cause="offload")
-    op_by_op = (COUNTED,) if COUNTED in plan.search.given_up else ()
-    given_up = ("edited: no certificate", *op_by_op)
-    search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=given_up)
-    predicted, stages = predict_joint(bench, shape, figures), stages_of(figures, plan.stages)
-    priced = msgspec.structs.replace(
-        plan, predicted=predicted, stages=stages, search=search, memory_limit_bytes=figures.limit_bytes, edited=True
-    )
-    if op_by_op:
-        return recounted(priced, outline, cluster, prices)
-    return within_limit(with_counts(priced, bench.task.outline, cluster, grounds(bench, shape), edited=True))
-
-
-def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:
-    """A data axis splits the batch only; ZeRO chunks a dim 0 that its axis does not split already."""
-    for op in outline.ops:
-        factors = {f.name: f for f in op.factors}
-        for axis, choice in zip(shape.axes, assignment.choices[op.name], strict=True):
-            if axis.role == "data" and axis.size > 1 and choice in factors and not factors[choice].batch:
-                raise PlanError(f"op {op.name}: {choice} is not the batch, and axis {axis.name} splits the batch only")
-    for name, storage in assignment.storage.items():
-        for a in storage.zero_axes:
-            if storage.home[a].is_split:
-                raise PlanError(
-                    f"parameter {name}: zero_axes has {shape.names[a]}, which splits it already ({storage.home[a]})"
-                )
-        if storage.zero and not outline.tensors[name].dims:
-            raise PlanError(f"parameter {name}: zero={storage.zero}, but a parameter without dims cannot be chunked")
-
-
 def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, assignment: Assignment) -> Evaluation:
     """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
     costs = Costs(prices, Shape(plan.mesh), bool(outline.loss), summed=sum_ratio(plan.precision))
-    setting = beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap)
+    setting = closely(beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap))
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
         behind = lying(plan, outline) if any(region.offload for region in plan.regions) else None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import rule_experts, rule_made
+from . import rule_experts, rule_heads, rule_made
 from .attention import MATH, MATH_KIND, causal, math_kernels, moved, price_kind
 from .fusing import Fusion
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
@@ -18,7 +18,10 @@ from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
 ALONE = Fusion()
 """No kernel beside it."""
 
-FLOPS_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
+PRODUCT_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
+"""Kinds whose backward pass computes products too, which may be divided into those of activations and of parameters."""
+
+FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND}
 """Kinds priced by FLOP/s; all others move bytes."""
 
 FREE_KINDS = frozenset({"view"})
@@ -61,7 +64,8 @@ class Work:
     `rows_shared` are the groups that share the rows of a grouped product; `beside` what a composite op moves besides.
     `launched` are the kernels it starts forward and backward (fewer where it is fused with others), `weighted` says that it
     multiplies by a parameter. `forward` lists terms of operands first. `keys` are the factors of the positions that attention
-    looks at, `causal` says that it looks at those before its own only.
+    looks at, `causal` says that it looks at those before its own only. `ahead` and `gradients` are the products of the forward
+    and of the backward pass (0 the result, 1 and 2 the gradients of the first and the second operand).
     """
 
     target: str
@@ -82,6 +86,7 @@ class Work:
     weighted: bool = False
     causal: bool = False
     keys: tuple[int, ...] = ()
+    ahead: tuple[int, ...] = (0,)
 
     def forward_bytes(self, sizes: tuple[float, ...]) -> float:
         return sum(term.at(sizes) for term in self.forward)
@@ -136,12 +141,13 @@ def work_of(op: Op, tensors: Mapping[str, Tensor], compute: str, arguments: str 
     )
     experts, asked = op.kind == "experts", price_kind(op) == "attention" and len(op.operands) > 2
     gradients = tuple(i + 1 for i, grad in enumerate(grads[:2]) if grad) if not experts else (1, 2)
+    ahead = rule_heads.products(grads) if op.kind == rule_heads.KIND else (0,)
     return Work(
         op.target, price_kind(op), tuple(forward), tuple(backward), differentiable, kernels, (op.flops, op.backward_flops),
         tuple(f.size for f in op.factors), _matmul(op), gradients, shapes, arguments,
-        rule_experts.experts_of(op.factors) if experts else 1, _beside(op, compute, fusion.masks),
+        rule_experts.experts_of(op.factors) if experts else 1, _beside(op, compute, fusion.masks, grads),
         _launched(op, kernels, fusion), any(tensors[t.storage].role == "parameter" for t in sides),
-        asked and causal(op), op.operands[1].factors[-2] if asked else (),
+        asked and causal(op), op.operands[1].factors[-2] if asked else (), ahead,
     )  # fmt: skip
 
 
@@ -190,8 +196,11 @@ def _bytes(use: Use, dtype: str, compute: str) -> Term:
     return Term(float(DTYPE_BYTES[_dtype(dtype, compute)]), tuple(f for dim in use.factors for f in dim))
 
 
-def _beside(op: Op, compute: str, masks: bool) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+def _beside(op: Op, compute: str, masks: bool, grads: tuple[bool, ...]) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """Bytes a composite op moves besides its products, forward and backward."""
+    if op.kind == rule_heads.KIND:
+        ahead, back = (tuple(Term(n, f) for n, f in side) for side in rule_heads.moved(op, grads, compute))
+        return ahead, back
     if op.target in (rule_made.CONV, rule_made.LINEAR):
         sides = rule_made.moved(op)
     else:
@@ -213,6 +222,8 @@ def _matmul(op: Op) -> tuple[tuple[int, ...], ...]:
     """Factor groups (batch, m, n, k) of a product of the two operands with the most factors; () for other kinds."""
     if op.kind == "experts":
         return rule_experts.product_groups(op)
+    if op.kind == rule_heads.KIND:
+        return rule_heads.product_groups(op)
     if op.kind != "matmul":
         return ()
     uses = sorted(op.operands, key=lambda use: -sum(map(len, use.factors)))[:2]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LaunchError, PlanMismatch, UsageError
+from ..passes.choose import listed
 from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
 from ..passes.summarize import Summary
@@ -67,7 +68,7 @@ def apply(
         if exact is not None:
             found = _exact(model, args, kwargs, plan, exact, loss_fn)
         else:
-            summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn)
+            summary = prepare(model, args, kwargs, compute, loss_fn=loss_fn, choice=listed(plan))
             spread = spread_experts(plan, expert_stacks(summary.outline))
             found = summary, agreed(spread, summary), spread, summary.outline
         return found, stages_of(found[2], found[3])
@@ -113,11 +114,11 @@ def _exact(
     """The graph in the dtype of verification, and the plan's choices on it: casts of the plan's own dtype are not in it."""
     args_then, kwargs_then = cast_inputs((args, kwargs), FLOATING, exact)
     bare = in_dtype(skeleton(model), exact)
-    summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64")
+    summary = prepare_bare(bare, args_then, kwargs_then, loss_fn=loss_fn, lift=exact == "float64", choice=listed(plan))
     plan = spread_experts(plan, expert_stacks(summary.outline))
     if summary.outline.fingerprint == plan.graph:
         return summary, agreed(plan, summary), plan, summary.outline
-    own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn)
+    own = prepare(model, args, kwargs, plan.precision.compute, loss_fn=loss_fn, choice=listed(plan))
     choices = transfer(agreed(plan, own), own.outline, summary.outline)
     return summary, choices, plan, own.outline
 

@@ -25,7 +25,7 @@ from ..planner.ring import RING
 from ..planner.schedules import SCHEDULES
 from . import groups, products, transitions
 from .early import Begin, Window
-from .kernels import dispatch, ring, vocab
+from .kernels import dispatch, ring, vocab, vocab_head
 from .kernels.batch_norm import batch_norm_form
 from .mesh import Mesh
 from .offload.engine import OffloadEmit
@@ -177,7 +177,8 @@ def _at_zero(form: CallForm) -> CallForm:
 
 Make = Callable[[CallForm, str, int, int], CallForm]
 IMPLEMENTATIONS: dict[str, Make] = {
-    "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form, "batch_norm": batch_norm_form,
+    "vocab_embedding": vocab.embedding_form, "vocab_loss": vocab.loss_form, "vocab_head": vocab_head.head_form,
+    "batch_norm": batch_norm_form,
     "experts": split_experts, "experts_width": split_width, DISPATCH: dispatch.dispatch_form,
 }  # fmt: skip
 """Name of an implementation (planner rules) -> how to call it on this rank: form, group, index, size -> form."""

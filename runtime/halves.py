@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..passes.lowered import Feed
 from ..planner.outline import Outline
-from ..planner.work import FLOPS_KINDS
+from ..planner.work import PRODUCT_KINDS
 from .meetings import Meeting, divisible, edges_of, meetings_of
 from .regather import Handle, Regather, active_regather
 from .step import Buckets
@@ -65,7 +65,7 @@ def with_halves(body: fx.GraphModule, feeds: Sequence[Feed], outline: Outline, b
                 continue
             user.replace_input_with(node, cut)
             if not isinstance(user.target, Half):
-                user.target = Half(user.target, kinds.get(user.meta.get("op", "")) in FLOPS_KINDS)
+                user.target = Half(user.target, kinds.get(user.meta.get("op", "")) in PRODUCT_KINDS)
     body.recompile()
     return body
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import PlanError, PlanMismatch, UsageError
 from ..passes.capture import Captured
+from ..passes.choose import listed
 from ..passes.lowered import Lowered
 from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
@@ -161,7 +162,7 @@ class Programs:
         if self.local_batch:
             data = self.mesh.size(*[a.name for a in self.mesh.axes if a.role == "data"])
             args, kwargs = tree_map(lambda v: _grown(v, data), (args, kwargs))
-        summary = self._summary(args, kwargs, train=train, grad=grad)
+        summary = self._summary(args, kwargs, train=train, grad=grad, outputs=outputs)
         captured = summary.captured
         training = grad and bool(captured.loss)
         microbatches = self._microbatches(summary.outline) if training else 1
@@ -224,15 +225,19 @@ class Programs:
             return compiled(lowered.body, tagged=bool(assignment.again))
         return with_recipes(lowered.body) if training else lowered.body
 
-    def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool) -> Summary:
-        """The plan's own where the call is as the example was, else a capture of it."""
-        if signature(args, kwargs, train=train, grad=grad) == self.example:
+    def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Summary:
+        """The plan's own where the call is as the example was, else a capture of it.
+
+        Passes that give up outputs do not run for a call that asks for them.
+        """
+        choice = listed(self.plan, outputs=outputs)
+        if signature(args, kwargs, train=train, grad=grad) == self.example and choice == listed(self.plan):
             return self.summary
         if self.model.training != train:  # submodules in a mode of their own keep it until the module's mode changes
             self.model.train(train)
         lift = self.exact and self.plan.precision.compute == "float64"
         loss_fn = self.loss_fn if grad else None
-        return prepare_bare(self.model, args, kwargs, loss_fn=loss_fn, train=grad, lift=lift)
+        return prepare_bare(self.model, args, kwargs, loss_fn=loss_fn, train=grad, lift=lift, choice=choice)
 
     def _microbatches(self, outline: Outline) -> int:
         """Microbatches of the plan's size; another batch must be a multiple of it."""

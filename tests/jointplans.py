@@ -14,7 +14,8 @@ from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan, Precision, Source
 from shardwright.planner.plancheck import problems
 from shardwright.planner.prices import Prices
-from shardwright.planner.solve import Request, reprice, solve
+from shardwright.planner.repricing import reprice
+from shardwright.planner.solve import Request, solve
 from shardwright.profiles.devices import parse_cluster
 from solver_outlines import transformer
 

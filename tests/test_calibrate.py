@@ -15,7 +15,8 @@ from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan
 from shardwright.planner.planfile import dump_plan, parse_plan
 from shardwright.planner.prices import OpRow, Prices, Rate
-from shardwright.planner.solve import Request, reprice, solve
+from shardwright.planner.repricing import reprice
+from shardwright.planner.solve import Request, solve
 from shardwright.planner.work import OpKey
 from shardwright.profiles.calibrate import Calibration, Group, bare, calibrated, keep, release, scaled, with_stored
 from shardwright.profiles.devices import parse_cluster

@@ -17,7 +17,8 @@ from shardwright.errors import Infeasible
 from shardwright.planner.objectives import least_memory
 from shardwright.planner.prices import Prices
 from shardwright.planner.rebatch import rebatch
-from shardwright.planner.solve import reprice, solve
+from shardwright.planner.repricing import reprice
+from shardwright.planner.solve import solve
 from shardwright.profiles.devices import parse_bytes
 
 

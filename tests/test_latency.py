@@ -23,7 +23,8 @@ from shardwright.planner.planfile import dump_plan, parse_plan
 from shardwright.planner.precision import model_precision
 from shardwright.planner.prices import Prices
 from shardwright.planner.pursue import pursue
-from shardwright.planner.solve import Request, reprice
+from shardwright.planner.repricing import reprice
+from shardwright.planner.solve import Request
 from shardwright.planner.template import retyped
 from shardwright.profiles.devices import parse_cluster
 

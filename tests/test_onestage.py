@@ -19,7 +19,8 @@ from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan
 from shardwright.planner.prices import Prices
 from shardwright.planner.remake import Again
-from shardwright.planner.solve import Request, evaluated, reprice, solve
+from shardwright.planner.repricing import reprice
+from shardwright.planner.solve import Request, evaluated, solve
 from solver_outlines import FP32, SOURCE, FakePrices, transformer
 from test_region import cluster
 

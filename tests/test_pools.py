@@ -27,9 +27,10 @@ from shardwright.planner.plancheck import first_problem, problems
 from shardwright.planner.planfile import dump_plan, parse_plan
 from shardwright.planner.pooled import neighbours, shared_seconds
 from shardwright.planner.prices import Prices
+from shardwright.planner.repricing import reprice
 from shardwright.planner.schedules import Action, Lists, actions, fault, stage_rank
 from shardwright.planner.simulate import simulate
-from shardwright.planner.solve import Request, reprice, solve
+from shardwright.planner.solve import Request, solve
 from shardwright.planner.stagecosts import Links, StageCost
 from shardwright.planner.stageproblem import Pool
 from shardwright.planner.stages import Memory, Pipeline, StageProblem, StageSolve

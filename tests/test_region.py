@@ -19,8 +19,9 @@ from shardwright.planner.evaluate import Evaluator
 from shardwright.planner.outline import Outline
 from shardwright.planner.pins import parse_pins
 from shardwright.planner.plan import Plan
+from shardwright.planner.repricing import reprice
 from shardwright.planner.search import Candidate
-from shardwright.planner.solve import Request, make_problem, reprice, shape_of, solve, solve_fixed
+from shardwright.planner.solve import Request, make_problem, shape_of, solve, solve_fixed
 from solver_outlines import FP32, SOURCE, FakePrices, transformer
 
 PLENTY = 10**9

@@ -10,18 +10,10 @@ from ..base import Pass, Program
 from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
+from .head_loss import FuseHeadLoss
 from .merge_convs import MergeConvs
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 
-PASSES: dict[str, Pass[Program]] = {
-    step.name: step
-    for step in (
-        FuseGelu(),
-        FuseGated(),
-        FuseRmsNorm(),
-        FoldNorm(),
-        Reparameterize(),
-        MergeConvs(),
-    )
-}
+_ORDER = (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseHeadLoss(), FoldNorm(), Reparameterize(), MergeConvs())
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in _ORDER}

@@ -107,6 +107,6 @@ def _rows() -> tuple[Row, ...]:
 class FuseRmsNorm(Rewriting):
     """RMS norm, with or without a weight."""
 
-    name: str = "rms-norm"
+    name: str = "rms_norm"
     requires: tuple[str, ...] = ("simple",)
     table: tuple[Row, ...] = _rows()

@@ -28,7 +28,7 @@ NONE, MEAN = 0, 1  # torch's codes for the reduction of a loss; 2 is sum
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def _start(rows: int, index: Sequence[int], size: Sequence[int]) -> int:
+def start_of(rows: int, index: Sequence[int], size: Sequence[int]) -> int:
     """First global row of this rank."""
     flat = 0
     for i, n in zip(index, size, strict=True):
@@ -102,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _embedding(
     weight: Tensor, ids: Tensor, padding_idx: int, by_frequency: bool, index: list[int], size: list[int]
 ) -> Tensor:
-    return _Embedding.apply(weight, ids, padding_idx, by_frequency, _start(weight.shape[0], index, size))
+    return _Embedding.apply(weight, ids, padding_idx, by_frequency, start_of(weight.shape[0], index, size))
 
 
 def _cross_entropy(
@@ -116,7 +116,7 @@ def _cross_entropy(
     groups: list[str],
 ) -> Tensor:
     own = logits.shape[1 if logits.dim() > 1 else 0]
-    classes, start = own * math.prod(size), _start(own, index, size)
+    classes, start = own * math.prod(size), start_of(own, index, size)
     live = [group for group, n in zip(groups, size, strict=True) if n > 1]
     rows = _CrossEntropy.apply(logits, target, ignore_index, label_smoothing, start, classes, live)
     if reduction != NONE:
@@ -140,7 +140,7 @@ vocab_embedding = torch.ops.shardwright.vocab_embedding.default
 vocab_cross_entropy = torch.ops.shardwright.vocab_cross_entropy.default
 
 
-def _bound(form: CallForm, names: Mapping[str, Any]) -> list[Any]:
+def bound(form: CallForm, names: Mapping[str, Any]) -> list[Any]:
     """Arguments of a call by position, the missing ones from `names` (name -> default)."""
     _, args, kwargs = form
     return [args[i] if i < len(args) else kwargs.get(name, default) for i, (name, default) in enumerate(names.items())]
@@ -152,7 +152,7 @@ def embedding_form(form: CallForm, group: str, index: int, size: int) -> CallFor
     if target is vocab_embedding:
         return target, (*args[:4], [*args[4], index], [*args[5], size]), {}
     names = {"weight": None, "indices": None, "padding_idx": -1, "scale_grad_by_freq": False}
-    return vocab_embedding, (*_bound(form, names), [index], [size]), {}
+    return vocab_embedding, (*bound(form, names), [index], [size]), {}
 
 
 def loss_form(form: CallForm, group: str, index: int, size: int) -> CallForm:
@@ -161,7 +161,7 @@ def loss_form(form: CallForm, group: str, index: int, size: int) -> CallForm:
     if target is vocab_cross_entropy:
         return target, (*args[:5], [*args[5], index], [*args[6], size], [*args[7], group]), {}
     names = {"self": None, "target": None, "weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
-    logits, labels, weight, *rest = _bound(form, names)
+    logits, labels, weight, *rest = bound(form, names)
     if weight is not None:
         raise UnsupportedOp("cross_entropy_loss with class weights cannot split its classes; keep them whole")
     return vocab_cross_entropy, (logits, labels, *rest, [index], [size], [group]), {}

@@ -35,7 +35,7 @@ def share() -> None:
             vars(bare)[TAG],
             *_state(bare),
             called,
-            frozenset(options.items()),
+            frozenset((k, getattr(v, "names", v)) for k, v in options.items()),
             tuple(rule.line for rule in rules.RULES.values()),
         )
         if key not in known:

@@ -8,9 +8,9 @@ re-parameterisation: "RepVGG", Ding et al. 2021, section 3.3; dilated kernels: "
 parts follow each other in the channels of the result.
 
 Shapes: x [z, g i, *space]; weights [g o, i, *taps], or [g i, o, *taps] where transposed (then there is one branch); no weight
-is the identity, g o = g i. `vectors` has bias, gamma, beta, mean and var of each branch, [g o] or None; without var there is no norm.
-`parts` are the numbers of branches of each part ([] for one part), `kernel` the taps of K by dim, `places` per branch and dim the
-(first tap, step) at which its taps stand in K ([] for both where every branch has all taps).
+is the identity, g o = g i. `vectors` has bias, gamma, beta, mean and var of each branch, [g o] or None; without var there is no
+norm. `parts` are the numbers of branches of each part ([] for one part), `kernel` the taps of K by dim, `places` per branch and
+dim the (first tap, step) at which its taps stand in K ([] for both where every branch has all taps).
 
 It keeps x and what the kernel is made of, and makes the kernel again in the backward pass.
 """

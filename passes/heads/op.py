@@ -1,0 +1,205 @@
+"""`shardwright::linear_cross_entropy`: the summed cross-entropy of rows projected to classes, whose logits never are whole.
+
+    loss = sum_i cross_entropy(steps(x[i] @ weight^T), target[i])        over rows i whose target is not `ignore_index`
+
+Shapes: x [rows, k], weight [classes, k], target [rows] (int64), bias [classes] (what the step "bias" adds; steps.py); the result is
+0-dim, in float32 for half precision and else in the dtype of x. Labels are smoothed as torch's `cross_entropy` does.
+
+Rows go through `chunk` at a time; 0 means as many as `planner.rule_heads.chunk_rows` says of this rank's sizes: at least 16 MiB of
+normalised logits, 256 rows (1024 in half precision) and a 32nd of all rows. The loss is a number, so every gradient is one
+multiplication away when a chunk's logits are at hand: they are made there (the idea of the fused linear cross-entropy in Hsu et al.
+2024, "Liger Kernel", arXiv 2410.10989), kept as large as x, weight and bias, and scaled by what comes in backward. That is three
+products in all, of which only those run whose gradient is wanted; without gradients the loss alone is computed.
+
+The weight's gradient is summed over chunks in float32 at least. It is kept in the weight's dtype, but that of float16 in float32,
+since a sum over rows that is not yet divided by their number may be too large for it. Second derivatives are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...errors import UsageError
+from ...planner.rule_heads import chunk_rows
+from ..torch_compat import keeps_graph
+from .steps import NARROW, Step, apply_steps, parsed, undo_steps, wide_dtype
+
+_LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+
+Reduce = Callable[[Tensor], Tensor]
+Grads = list[Tensor | None]
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is done to a chunk. `start` is the first class of this rank's weight, of all `classes`; `top` and `total` are the
+    maximum and the sum over the ranks that have the others."""
+
+    steps: tuple[Step, ...]
+    ignore_index: int
+    smoothing: float
+    chunk: int
+    classes: int
+    start: int = 0
+    top: Reduce = _alone
+    total: Reduce = _alone
+
+    def rows(self, x: Tensor, weight: Tensor) -> int:
+        """Rows of a chunk."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        return self.chunk or chunk_rows(x.shape[0], weight.shape[0], dtype)
+
+    def place(self, target: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(columns of the targets among `own` ones, 1 where that is the target, 1 where the row counts); all [rows, 1].
+
+        Where all classes are here, a target that is none is left for `gather` to refuse.
+        """
+        counts = (target != self.ignore_index).unsqueeze(1)
+        local = target.unsqueeze(1) - self.start
+        inside = counts if own == self.classes else counts & (local >= 0) & (local < own)
+        return local.masked_fill(~inside, 0), inside, counts
+
+    def loss(self, logits: Tensor, target: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """The summed loss of a chunk, and its gradient by the logits, which are overwritten."""
+        local, inside, counts = self.place(target, logits.shape[1])
+        top = self.top(logits.amax(1, keepdim=True))
+        picked = logits.gather(1, local) - top
+        even = [logits.sum(1, keepdim=True) - top * logits.shape[1]] if self.smoothing else []
+        powers = logits.sub_(top).exp_()
+        sums = self.total(torch.stack([powers.sum(1, keepdim=True), picked.masked_fill(~inside, 0), *even]))
+        loss = sums[0].log() - (1 - self.smoothing) * sums[1]
+        if self.smoothing:
+            loss = loss - self.smoothing / self.classes * sums[2]
+        loss = loss.masked_fill(~counts, 0).sum()
+        if not differentiate:
+            return loss, None
+        grad = powers.mul_(counts / sums[0])
+        if self.smoothing:
+            grad.sub_(counts.to(grad.dtype) * (self.smoothing / self.classes))
+        return loss, grad.scatter_add_(1, local, inside.to(grad.dtype) * (self.smoothing - 1))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss, with the gradients made and kept in the forward pass. `wanted`: of x, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, head, wanted):  # type: ignore[no-untyped-def,override]
+        loss, grads = _run(x, weight, bias, target, head, wanted)
+        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.home = wanted, tuple(None if t is None else t.dtype for t in (x, weight, bias))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        wanted, dtypes = ctx.home
+        kept = iter(ctx.saved_tensors)
+        made = [
+            _scaled(next(kept), grad).to(dtype) if want else None for want, dtype in zip(wanted, dtypes, strict=True)
+        ]
+        return *made, None, None, None
+
+
+def _scaled(kept: Tensor, grad: Tensor) -> Tensor:
+    """A kept gradient times the incoming one, written over it where nobody can ask for it again.
+
+    One on a CPU is looked at, as that waits for nothing: times 1 it is the gradient itself.
+    """
+    if keeps_graph():
+        return kept * grad
+    if type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1:
+        return kept
+    return kept.mul_(grad)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Grads]:
+    """The loss and the gradients that are `wanted` of x, weight and bias."""
+    loss, d_x, d_weight, d_bias = x.new_zeros((), dtype=wide_dtype(x.dtype)), [], None, None
+    size = head.rows(x, weight)
+    several = x.shape[0] > size
+    for first in range(0, x.shape[0], size):
+        rows = x[first : first + size]
+        logits, kept = apply_steps(head.steps, torch.mm(rows, weight.t()), bias)
+        part, grad = head.loss(logits, target[first : first + size], any(wanted))
+        loss = loss + part
+        if grad is None:
+            continue
+        grad, more = undo_steps(head.steps, grad, kept, x.dtype, wanted[2])
+        d_bias = more if d_bias is None else d_bias.add_(more)
+        if wanted[0]:
+            d_x.append(torch.mm(grad, weight))
+        if wanted[1]:
+            d_weight = _added(d_weight, grad, rows, several)
+        del logits, kept, grad, more  # before the next chunk's
+    return loss, [
+        _joined(d_x, x) if wanted[0] else None,
+        _kept(d_weight, weight, wanted[1]),
+        _kept(d_bias, bias, wanted[2]),
+    ]
+
+
+def _added(total: Tensor | None, grad: Tensor, rows: Tensor, several: bool) -> Tensor:
+    """The weight's gradient with that of a chunk: [classes, k], in float32 at least where there are `several`."""
+    if total is None:
+        first = torch.mm(grad.t(), rows)
+        return first.float() if several and first.dtype in NARROW else first
+    if total.dtype == rows.dtype:
+        return total.addmm_(grad.t(), rows)
+    return total.add_(torch.mm(grad.t(), rows))
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)
+
+
+def _kept(grad: Tensor | None, of: Tensor | None, wanted: bool) -> Tensor | None:
+    """A gradient summed over chunks in the dtype that it waits in."""
+    if not wanted or of is None:
+        return None
+    if grad is None:  # no rows, or no step that adds it
+        return torch.zeros_like(of)
+    return grad.to(torch.float32 if of.dtype == torch.float16 else of.dtype)
+
+
+def program_of(steps: str, bias: Tensor | None) -> tuple[Step, ...]:
+    """The steps of a call; raises UsageError where they do not fit it."""
+    program = parsed(steps)
+    if [step.name for step in program].count("bias") != (bias is not None):
+        raise UsageError("linear_cross_entropy takes a bias if and only if one step adds it")
+    return program
+
+
+def linear_loss(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """The op on what a rank has of it."""
+    on = torch.is_grad_enabled()
+    wanted = tuple(on and t is not None and t.requires_grad for t in (x, weight, bias))
+    return _LinearCrossEntropy.apply(x, weight, bias, target, head, wanted)
+
+
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, steps: str = "", ignore_index: int = -100,
+    label_smoothing: float = 0.0, chunk: int = 0,
+) -> Tensor:  # fmt: skip
+    head = Head(program_of(steps, bias), ignore_index, label_smoothing, chunk, weight.shape[0])
+    return linear_loss(x, weight, target, bias, head)
+
+
+_LIBRARY.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias=None, str steps='', int ignore_index=-100, "
+    "float label_smoothing=0.0, int chunk=0) -> Tensor"
+)
+_LIBRARY.impl("linear_cross_entropy", _linear_cross_entropy, "CompositeImplicitAutograd")
+
+linear_cross_entropy: Any = torch.ops.shardwright.linear_cross_entropy.default
