@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..planner import rule_made
 from ..planner.outline import Op
 from ..planner.rule_types import Letters, RuleInstance
 from ..planner.rules import packet
@@ -83,7 +84,7 @@ def localize(
     """
     sizes = {**instance.sizes, **local_sizes}
     name = packet(str(target))
-    handler = _HANDLERS.get(name.partition(".")[2]) if name.startswith("aten.") else None
+    handler = _HANDLERS.get(name.removeprefix("aten."))
     if handler is None or sizes == instance.sizes:
         return target, tuple(args), dict(kwargs)
     return handler(target, tuple(args), dict(kwargs), Local(name, instance, sizes))
@@ -254,6 +255,7 @@ _HANDLERS: Mapping[str, Handler] = {
     "repeat_interleave": _repeat_interleave,
     "tensor_split": _tensor_split,
     "convolution": _groups(8),
+    rule_made.CONV: _groups(rule_made.GROUPS),
     "group_norm": _groups(1),
     "native_group_norm": _native_group_norm,
     "mean": _mean,

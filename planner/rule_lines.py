@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import rule_experts, rule_heads
+from . import rule_experts, rule_heads, rule_made
 from . import rule_variants as variants
 from .rule_types import Linear, Rule
 
@@ -173,6 +173,10 @@ FUSED: Mapping[str, Rule] = {
     "shardwright.gated": Rule("*b, *b -> *b", ((1,),)),
     "shardwright.rotary": Rule("*b d!, *b c!, *b e! -> *b d", EACH),
     "shardwright.rms_norm": Rule("*b n!, n -> *b n", kind="norm", flops="norm", slots=((0, "x"), (1, "weight"))),
+    rule_made.CONV: Rule(
+        "z (g i) *s!, (g o) i *k! -> z (g o) *t!", BOTH, "conv", "folded_conv", adapt=rule_made.folded_conv
+    ),
+    rule_made.LINEAR: Rule("*b k, n k, ... -> *b n", BOTH, "matmul", "contract", adapt=rule_made.linear_sum),
 }
 """Composite ops of passes/fuse."""
 

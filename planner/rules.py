@@ -13,6 +13,7 @@ from typing import Any
 
 from .rule_experts import forward_flops
 from .rule_lines import LINES as RULES
+from .rule_made import conv_flops
 from .rule_pattern import Mismatch, match, parse
 from .rule_types import Call, Factors, Linear, Operand, Rule, RuleInstance, Shape
 from .rule_variants import dtype_name
@@ -125,6 +126,9 @@ def _flops(formula: str, call: Call, factors: Factors) -> tuple[float, float]:
         half = 0.5 if call.arg(5, "is_causal", False) else 1.0
         forward = 2.0 * half * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
         return forward, 2.5 * forward
+    if formula == "folded_conv":
+        forward = conv_flops(call)
+        return forward, 2.0 * forward
     if formula == "experts":
         forward = forward_flops(call.operands)
         return forward, 2.0 * forward

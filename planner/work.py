@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import rule_experts, rule_heads
+from . import rule_experts, rule_heads, rule_made
 from .attention import MATH, MATH_KIND, causal, math_kernels, moved, price_kind
 from .fusing import Fusion
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
@@ -201,7 +201,10 @@ def _beside(op: Op, compute: str, masks: bool, grads: tuple[bool, ...]) -> tuple
     if op.kind == rule_heads.KIND:
         ahead, back = (tuple(Term(n, f) for n, f in side) for side in rule_heads.moved(op, grads, compute))
         return ahead, back
-    sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute, masks)
+    if op.target in (rule_made.CONV, rule_made.LINEAR):
+        sides = rule_made.moved(op)
+    else:
+        sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute, masks)
     forward, backward = (tuple(Term(n * DTYPE_BYTES[compute], f) for n, f in side) for side in sides)
     return forward, backward
 

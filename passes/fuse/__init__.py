@@ -7,19 +7,16 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
+from .merge_convs import MergeConvs
+from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
-PASSES: dict[str, Pass[Program]] = {
-    step.name: step
-    for step in (
-        FuseGelu(),
-        FuseGated(),
-        FuseRmsNorm(),
-        FuseRotary(),
-        FuseHeadLoss(),
-    )
-}
+_ORDER: tuple[Pass[Program], ...] = (
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FoldNorm(), Reparameterize(), MergeConvs(), FuseHeadLoss(),
+)  # fmt: skip
+PASSES = {step.name: step for step in _ORDER}
