@@ -7,9 +7,9 @@ Between the product and the loss may stand what models put there: a bias, a fact
 `linear`, `mm` or `matmul`, the loss `cross_entropy_loss` or `nll_loss` of `log_softmax`, summed over ids (passes/cleanup/losses.py
 splits means).
 
-Logits that the model returns as well are given up as an output (`drops_outputs`): a call with `outputs=True` needs a capture without
-this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do losses that
-nothing is trained by.
+Logits that the model returns as well are given up as an output (`drops_outputs`): a call with `outputs=True` needs a capture
+without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do losses
+that nothing is trained by.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def _alone(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """What is done to a chunk. `start` is the first class of this rank's weight, of all `classes`; `top` and `total` are the maximum
-    and the sum over the ranks that have the others."""
+    """What is done to a chunk. `start` is the first class of this rank's weight, of all `classes`; `top` and `total` are the
+    maximum and the sum over the ranks that have the others."""
 
     steps: tuple[Step, ...]
     ignore_index: int

@@ -1,7 +1,7 @@
 """What a model does to logits between projection and loss, as a short program: "mul 0.0625", "bias", "div 30.0;tanh;wide".
 
-Steps work on a chunk of logits [rows, classes] in place where they can. Each knows its derivative from its result: with y the result
-and g the gradient of it, the gradient of the step's operand is
+Steps work on a chunk of logits [rows, classes] in place where they can. Each knows its derivative from its result: with y the
+result and g the gradient of it, the gradient of the step's operand is
 
     bias        y = z + bias       g          (and the sum of g over rows for the bias)
     mul c       y = c z            c g
