@@ -134,15 +134,14 @@ def test_a_gradient_of_one_costs_no_pass_and_another_is_scaled_in_place() -> Non
 
 def test_second_derivatives_and_wrong_calls_are_refused() -> None:
     *wanted, target = operands()
-    (first,) = torch.autograd.grad(op(*wanted, target), wanted[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(UsageError, match="second derivative"):
+        torch.autograd.grad(op(*wanted, target), wanted[0], create_graph=True)
     x, weight, bias = wanted
     with pytest.raises(UsageError, match="no step 'cube'"):
         linear_cross_entropy(x, weight, target, None, "cube")
     with pytest.raises(UsageError, match="bias"):
         linear_cross_entropy(x, weight, target, bias)
-    with pytest.raises(IndexError):  # as torch's own on a CPU
+    with pytest.raises(RuntimeError, match="out of bounds"):
         linear_cross_entropy(x, weight, torch.full_like(target, 12))
 
 
@@ -170,8 +169,7 @@ def test_no_more_logits_than_a_chunk_are_made(dtype: torch.dtype) -> None:
     rows, k, classes = 4096, 32, 8192
     *wanted, target = operands(rows, k, classes, dtype)
     name, width = str(dtype).removeprefix("torch."), wanted[0].element_size()
-    whole = rows * classes * width
-    chunk = rule_heads.chunk_rows(rows, classes, name)
+    chunk = rule_heads.chunk_rows(rows, classes, k, name)
     assert chunk * classes * 4 <= max(rule_heads.CHUNK_BYTES, 1024 * classes * 4)
 
     def step(of: Callable[..., Tensor]) -> int:
@@ -180,10 +178,10 @@ def test_no_more_logits_than_a_chunk_are_made(dtype: torch.dtype) -> None:
     peak = step(lambda x, w, t: linear_cross_entropy(x, w, t))
     plain = step(lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t, reduction="sum"))
     kept = (rows * k + classes * k) * width
-    inside = chunk * classes * (4 if width == 4 else 6) + (4 * classes * k if width == 2 else 0)
-    assert plain > 2 * whole
+    inside = chunk * classes * (8 if width == 4 else 10) + (4 * classes * k if width == 2 else 0)
+    assert plain > 2 * rows * classes * 4
     assert peak < 1.02 * (inside + 2 * kept)
-    assert peak < 0.6 * whole
+    assert peak < 0.25 * plain
 
 
 # -- the rule
@@ -208,9 +206,13 @@ def test_the_rule_is_true_of_the_op(seed: int, smoothing: float) -> None:
 # -- random graphs
 
 
-STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "mul": lambda z, c: c * z, "div": lambda z, c: z / c, "tanh": lambda z, c: torch.tanh(z), "cap": lambda z, c: c * torch.tanh(z / c),
-}  # fmt: skip
+STEPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "mul": lambda z, c: c * z,
+    "div": lambda z, c: z / c,
+    "tanh": lambda z, c: torch.tanh(z),
+    "cap": lambda z, c: c * torch.tanh(z / c),
+    "bias": lambda z, bias: bias + z,
+}
 
 
 class Body(nn.Module):
@@ -251,10 +253,7 @@ class Body(nn.Module):
             h = h + torch.sin(layer(h))
         z = self.project(h)
         for step, c in zip(self.steps, self.numbers, strict=True):
-            if step == "bias":
-                z = self.bias + z if c == 0.5 else z + self.bias
-            else:
-                z = STEPS[step](z, c)
+            z = STEPS[step](z, self.bias if step == "bias" else c)
         return z
 
     def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
