@@ -46,7 +46,7 @@ def head(sizes: tuple[int, ...]) -> None:
         form = linear_cross_entropy, (own[0], own[1], target), {**given, "label_smoothing": smoothing, "chunk": chunk}
         with CommLedger() as ledger:
             part = formed(vocab_head.head_form, form, mesh)
-        assert ledger.counts() == {"all_reduce": (3 if chunk else 1) * 3 * len(sizes)}
+        assert ledger.counts() == {"all_reduce": (3 if chunk else 1) * 2 * len(sizes)}
         with CommLedger() as ledger:
             (part * 3).backward()
         assert ledger.records == []

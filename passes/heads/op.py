@@ -73,20 +73,26 @@ class Head:
         """The summed loss of a chunk, and the logarithms of its probabilities."""
         local, inside, counts = self.place(target, logits.shape[1])
         logs = torch.log_softmax(logits, 1, dtype=wide_dtype(logits.dtype))
-        own = logits.shape[1]
-        if own != self.classes:
-            logs.add_(self._shift(logits.amax(1, keepdim=True).to(logs.dtype) - logs.amax(1, keepdim=True)))
-        even = [logs.sum(1, keepdim=True)] if self.smoothing else []
-        sums = self.total(torch.stack([logs.gather(1, local).masked_fill(~inside, 0), *even]))
-        loss = (self.smoothing - 1) * sums[0]
+        parts = [logs.gather(1, local), *([logs.sum(1, keepdim=True)] if self.smoothing else [])]
+        if logits.shape[1] != self.classes:
+            parts, shift = self._joined(logits, logs, parts, inside)
+            logs.add_(shift)
+        loss = (self.smoothing - 1) * parts[0]
         if self.smoothing:
-            loss = loss - self.smoothing / self.classes * sums[1]
+            loss = loss - self.smoothing / self.classes * parts[1]
         return loss.masked_fill(~counts, 0).sum(), logs
 
-    def _shift(self, own: Tensor) -> Tensor:
-        """What is to be added to logarithms of probabilities among this rank's classes, whose log-sum-exp is `own` [rows, 1]."""
-        top = self.top(own)
-        return own - top - self.total((own - top).exp()).log()
+    def _joined(self, logits: Tensor, logs: Tensor, parts: list[Tensor], inside: Tensor) -> tuple[list[Tensor], Tensor]:
+        """From logarithms of probabilities among this rank's classes those among all: (of the target, their sum), [rows, 1] each,
+        and what is to be added to every one of `logs`."""
+        spread = logits.amax(1, keepdim=True).to(logs.dtype) - logs.amax(
+            1, keepdim=True
+        )  # log-sum-exp of this rank's logits
+        above = spread - self.top(spread)
+        lifted = [part + times * above for part, times in zip(parts, (1, logits.shape[1]), strict=False)]
+        total = self.total(torch.stack([above.exp(), lifted[0].masked_fill(~inside, 0), *lifted[1:]]))
+        rest = total[0].log()
+        return [part - times * rest for part, times in zip(total[1:], (1, self.classes), strict=False)], above - rest
 
     def gradient(self, logs: Tensor, target: Tensor) -> Tensor:
         """The gradient by the logits, over `logs`, where rows count; that of others is left to be dropped."""
@@ -159,7 +165,7 @@ def _run(
             d_weight = _added(d_weight, grad, rows * counts, several)
         del grad
     return loss, [
-        _joined(d_x, x) if wanted[0] else None,
+        _whole(d_x, x) if wanted[0] else None,
         _kept(d_weight, weight, wanted[1]),
         _kept(d_bias, bias, wanted[2]),
     ]
@@ -175,7 +181,7 @@ def _added(total: Tensor | None, grad: Tensor, rows: Tensor, several: bool) -> T
     return total.add_(torch.mm(grad.t(), rows))
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+def _whole(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)
 
 
