@@ -8,8 +8,8 @@ Between the product and the loss may stand what models put there: a bias, a fact
 splits means).
 
 Logits that the model returns as well are given up as an output (`drops_outputs`): a call with `outputs=True` needs a capture
-without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do
-losses that nothing is trained by.
+without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do losses
+that nothing is trained by.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOSSES = either(
     ),
 )  # fmt: skip
 _SAME = frozenset({"aten.contiguous", "aten.clone", "aten.alias"})
-_MOVES = frozenset({"aten.transpose", "aten.permute", "aten.slice"})
+_MOVES = frozenset({"aten.transpose", "aten.permute", "aten.slice", "aten.select"})
 _TURNS = frozenset({"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T"})
 
 
@@ -89,15 +89,20 @@ class _Chain:
         rank = fake(node).dim()
         if rest or node.kwargs or not isinstance(weight, fx.Node) or fake(weight).dim() != 2 or self.dim != rank - 1:
             return None
+        if fake(node).shape[-1] != self.classes:
+            return None
         self.x, self.weight = x, weight  # type: ignore[assignment]
         self.turned = target_of(node) != "aten.linear"
         return self.x
 
     def _moved(self, node: fx.Node, name: str) -> bool:
-        """Transposed dims, or a slice of rows."""
+        """Transposed dims, or some of the rows."""
         if name not in _MOVES:
             return False
         rank = fake(node).dim()
+        if name == "aten.select":
+            self.dim += node.args[1] % (rank + 1) <= self.dim  # type: ignore[operator]
+            return True
         if name == "aten.slice":
             return (node.args[1] if len(node.args) > 1 else 0) % rank != self.dim  # type: ignore[operator]
         order = list(range(rank))

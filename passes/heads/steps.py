@@ -9,7 +9,7 @@ result and g the gradient of it, the gradient of the step's operand is
     tanh        y = tanh(z)        g (1 - y^2)
     wide        y = float(z)       g in the dtype of the product
 
-"wide" takes half precision to float32; where it is not said it comes last.
+"wide" takes half precision to float32; where no step says so the softmax does.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def spelled(steps: list[Step]) -> str:
 
 
 def parsed(text: str) -> tuple[Step, ...]:
-    """The steps of a program, "wide" among them; raises UsageError for one that is not in the table."""
+    """The steps of a program; raises UsageError for one that is not in the table."""
     found = []
     for part in filter(None, text.split(";")):
         name, _, number = part.partition(" ")
         if name not in KINDS:
             raise UsageError(f"linear_cross_entropy has no step {name!r}; it has {', '.join(KINDS)}")
         found.append(Step(name, float(number or 0.0)))
-    return tuple(found) if any(step.name == WIDE for step in found) else (*found, Step(WIDE))
+    return tuple(found)
 
 
 def apply_steps(steps: tuple[Step, ...], logits: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -91,14 +91,19 @@ def apply_steps(steps: tuple[Step, ...], logits: Tensor, bias: Tensor | None) ->
 
 
 def undo_steps(
-    steps: tuple[Step, ...], grad: Tensor, kept: list[Tensor], dtype: torch.dtype, biased: bool
+    steps: tuple[Step, ...], grad: Tensor, kept: list[Tensor], dtype: torch.dtype, counts: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the product, in its `dtype`, and that of the bias where it is wanted. `grad` is overwritten."""
+    """The gradient of the product, in its `dtype`, and that of the bias over the rows that count ([rows, 1]) where it is wanted.
+
+    `grad` is overwritten.
+    """
     d_bias = None
+    if all(step.name != WIDE for step in steps):
+        grad = grad.to(dtype)
     for step in reversed(steps):
         kind = KINDS[step.name]
-        if step.name == "bias" and biased:
-            d_bias = grad.sum(0, dtype=wide_dtype(dtype))
+        if step.name == "bias" and counts is not None:
+            d_bias = (grad * counts).sum(0, dtype=wide_dtype(dtype))
         if step.name == WIDE:
             grad = grad.to(dtype)
         grad = kind.back(grad, kept.pop() if kind.keeps else grad, step.number)
