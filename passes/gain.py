@@ -1,15 +1,15 @@
 """What a pass gains on one device, from the price model: seconds of a step and bytes that wait for the backward pass.
 
 What a pass took out of the graph and what it put in fall into pieces that hang together (a norm, an activation). Every piece is
-summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Boundary
-tensors count where they are kept for the backward pass on one side only.
+summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Every
+tensor that pieces read or make counts once, however many of them keep it for the backward pass, and also where only ops beside
+them keep it (kept.py): what is kept before and after makes no difference.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -22,6 +22,7 @@ from ..planner.prices import Prices
 from ..planner.rules import VIEWS
 from .base import Pass, Program, Verdict
 from .capture import Captured, Entry
+from .kept import Beside
 from .pattern import target_of
 from .summarize import summarize
 from .torch_compat import pytree
@@ -33,12 +34,6 @@ class Cost:
 
     seconds: float = 0.0
     saved_bytes: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.saved_bytes + other.saved_bytes)
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.seconds * times, self.saved_bytes * times)
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ class Paying:
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         known, made = _names(before), _names(after)
-        was = self.cost(_with_views([n for n in _calls(before) if _text(n) not in made]))
-        now = self.cost(_with_views([n for n in _calls(after) if _text(n) not in known]))
+        was = self.cost([n for n in _calls(before) if _text(n) not in made])
+        now = self.cost([n for n in _calls(after) if _text(n) not in known])
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
@@ -64,18 +59,20 @@ class Paying:
 
     def cost(self, nodes: Sequence[fx.Node]) -> Cost:
         """What calls cost, piece by piece."""
-        pieces = Counter[str]()
-        first: dict[str, list[fx.Node]] = {}
-        for piece in _pieces(nodes):
-            text = _signature(piece)
-            first.setdefault(text, piece)
-            pieces[text] += 1
-        total = Cost()
-        for text, times in pieces.items():
-            total += self._priced(_outline(first[text])) * times
-        return total
+        priced: dict[str, _Priced] = {}
+        seconds, new = 0.0, 0.0
+        kept: dict[tuple[fx.Node, str], float] = {}
+        every = _with_views(nodes)
+        for piece in _pieces(every):
+            text, touched = _signature(piece), _touched(piece)
+            if text not in priced:
+                priced[text] = self._priced(*_outline(piece))
+            seconds, new = seconds + priced[text].seconds, new + priced[text].new
+            kept |= {(touched[i], result): size for (i, result), size in priced[text].kept.items()}
+        beside = Beside(every, [node for node, _ in kept])
+        return Cost(seconds, new + sum(kept.values()) + beside.bytes())
 
-    def _priced(self, outline: Outline) -> Cost:
+    def _priced(self, outline: Outline, names: Sequence[str]) -> _Priced:
         prices = self.prices
         if prices.fused:
             outline = fused_saves(outline)
@@ -87,7 +84,20 @@ class Paying:
         flow = Flow(outline)
         roots = {name for name in flow.saved if outline.tensors[name].role not in ("parameter", "buffer", "constant")}
         new = sum(s.bytes for op in outline.ops for s in op.saved if s.source == "new")
-        return Cost(seconds, new + sum(outline.tensors[name].bytes for name in roots))
+        position = {name: i for i, name in enumerate(names)}
+        sides = {name: name.partition(":") for name in roots}
+        kept = {(position[node], result): outline.tensors[name].bytes for name, (node, _, result) in sides.items()}
+        return _Priced(seconds, new, kept)
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A piece: seconds, bytes that its ops keep besides operands and results, and those of the tensors they keep, by position
+    among what the piece touches and result of it."""
+
+    seconds: float
+    new: float
+    kept: Mapping[tuple[int, str], float]
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:
@@ -151,13 +161,18 @@ def _signature(piece: Sequence[fx.Node]) -> str:
     return "\n".join(f"{name(n)} {n.target} {fx.map_arg(n.args, name)} {fx.map_arg(n.kwargs, name)}" for n in piece)
 
 
-def _outline(piece: Sequence[fx.Node]) -> Outline:
-    """The outline of one piece, with what it reads as inputs and what others read as outputs."""
-    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+def _touched(piece: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a piece reads, and its own nodes."""
     inside = set(piece)
+    return [*dict.fromkeys(n for node in piece for n in node.all_input_nodes if n not in inside), *piece]
+
+
+def _outline(piece: Sequence[fx.Node]) -> tuple[Outline, list[str]]:
+    """The outline of one piece, with what it reads as inputs and what others read as outputs; its names of what it touches."""
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    inside, touched = set(piece), _touched(piece)
     entries: list[Entry] = []
-    outside = dict.fromkeys(n for node in piece for n in node.all_input_nodes if n not in inside)
-    for node in outside:
+    for node in touched[: len(touched) - len(piece)]:
         new[node] = graph.placeholder(node.name)
         new[node].meta = dict(node.meta)
         role = node.meta.get("role", "input")
@@ -169,7 +184,8 @@ def _outline(piece: Sequence[fx.Node]) -> Outline:
     graph.output(tuple(new[n] for n in left))
     empty = pytree.tree_flatten(())[1]
     captured = Captured(fx.GraphModule({}, graph), tuple(entries), {}, "", empty, (), empty, (), False)
-    return replace(summarize(captured).outline, trains=any(map(_flows, piece)))
+    outline = replace(summarize(captured).outline, trains=any(map(_flows, piece)))
+    return outline, [new[node].name for node in touched]
 
 
 def _flows(node: fx.Node) -> bool:
