@@ -126,7 +126,8 @@ class Sum(nn.Module):
         super().__init__()
         self.body = body
         for name, kernel, given in (
-            ("one", 1, {}), ("three", 3, {"padding": 1}), ("wide", (1, 7), {"padding": (0, 3)}), ("high", (7, 1), {"padding": (3, 0)}),
+            ("one", 1, {}), ("three", 3, {"padding": 1}), ("wide", (1, 7), {"padding": (0, 3)}),
+            ("high", (7, 1), {"padding": (3, 0)}),
             ("grouped", 3, {"padding": 1, "groups": 2}), ("bare", 3, {}), ("odd", 3, {"padding": 2, "dilation": 2}),
             ("pair", 2, {"padding": 1, "dilation": 2}),
         ):  # fmt: skip

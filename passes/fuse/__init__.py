@@ -11,12 +11,11 @@ from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
-from .merge_convs import MergeConvs
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
-    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FoldNorm(), Reparameterize(), MergeConvs(), FuseHeadLoss(),
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FoldNorm(), Reparameterize(), FuseHeadLoss(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
