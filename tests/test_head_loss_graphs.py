@@ -71,7 +71,6 @@ LEFT_ALONE: dict[str, Callable[..., Any]] = {
     "some classes": lambda net, z, t: F.cross_entropy(z[:, :-1], t.clamp(max=CLASSES - 2)),
     "rows as classes": lambda net, z, t: F.cross_entropy(z.t(), torch.arange(CLASSES) % ROWS),
     "probabilities": probabilities,
-    "a lower precision": lambda net, z, t: F.cross_entropy(z.bfloat16().float(), t),
     "softmax of other dims": lambda net, z, t: F.nll_loss(z.log_softmax(0), t),
     "a trained nothing": lambda net, z, t: F.cross_entropy(z.detach(), t) + net.temperature,
     "no product": lambda net, z, t: F.cross_entropy(net.table.weight, net.ids.new_zeros(CLASSES)),

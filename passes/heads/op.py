@@ -3,7 +3,7 @@
     loss = sum_i cross_entropy(steps(x[i] @ weight^T), target[i])        over rows i whose target is not `ignore_index`
 
 Shapes: x [rows, k], weight [classes, k], target [rows] (int64), bias [classes] (what the step "bias" adds; steps.py); the result is
-0-dim, in float32 for half precision and else in the dtype of x. Labels are smoothed as torch's `cross_entropy` does.
+0-dim, in the dtype that the steps leave, float32 for half precision. Labels are smoothed as torch's `cross_entropy` does.
 
 Rows go through `chunk` at a time; 0 means as many as `planner.rule_heads.chunk_rows` says of this rank's sizes: at least 16 MiB of
 normalised logits, 256 rows and k / 4 of them (1024 and k in half precision), and a 32nd of all rows. The loss is a number, so every
@@ -28,7 +28,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...planner.rule_heads import chunk_rows
 from ..torch_compat import keeps_graph
-from .steps import NARROW, Step, apply_steps, parsed, undo_steps, wide_dtype
+from .steps import NARROW, Step, apply_steps, dtypes, parsed, undo_steps, wide_dtype
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 
@@ -143,7 +143,7 @@ def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Grads]:
     """The loss and the gradients that are `wanted` of x, weight and bias."""
-    loss, d_x, d_weight, d_bias = x.new_zeros((), dtype=wide_dtype(x.dtype)), [], None, None
+    loss, d_x, d_weight, d_bias = x.new_zeros((), dtype=wide_dtype(dtypes(head.steps, x.dtype)[-1])), [], None, None
     size = head.rows(x, weight)
     several = x.shape[0] > size
     for first in range(0, x.shape[0], size):
