@@ -105,9 +105,9 @@ def moved(op: Op, differentiable: Sequence[bool], compute: str) -> tuple[tuple[T
     rows, classes, width = (letters(op.factors, name) for name in "bvk")
     terms = [((2.0 if len(made) == 1 else 6.0 if half else 4.0) * n, (*rows, *classes))]
     if 2 in made:
-        sizes = [math.prod(op.factors[f].size for f in group) for group in (classes, width)]
+        v, k = (math.prod(op.factors[f].size for f in group) for group in (classes, width))
         added = 2.0 * wide_bytes(compute) + (n if half else 0.0)
-        terms.append((added / _least_rows(*sizes, compute), (*rows, *classes, *width)))
+        terms.append((added / _least_rows(v, k, compute), (*rows, *classes, *width)))
     return tuple(terms), ()
 
 
@@ -125,7 +125,7 @@ def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], 
             local[name[:1]] /= n
     dtype = tensors[op.operands[0].tensor].dtype
     wide, narrow = wide_bytes(dtype), DTYPE_BYTES[dtype]
-    rows = chunk_rows(*(math.ceil(local[name]) for name in "bvk"), dtype)
+    rows = chunk_rows(math.ceil(local["b"]), math.ceil(local["v"]), math.ceil(local["k"]), dtype)
     summed = 0.0
     if narrow < wide and rows < local["b"] and tensors[op.operands[1].tensor].differentiable:
         summed = wide * local["v"] * local["k"]
