@@ -137,7 +137,7 @@ def _phrase(region: RegionPlan, axis: int, mesh: tuple[MeshAxis, ...]) -> str:
 
 
 def _is_main(op: OpPlan) -> bool:
-    return _packet(op.target).removeprefix("aten.") in MAIN
+    return _packet(op.target).partition(".")[2] in MAIN
 
 
 def _groups(parameters: tuple[ParameterPlan, ...]) -> tuple[ParameterGroup, ...]:
