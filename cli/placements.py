@@ -17,11 +17,12 @@ _WORDS: Mapping[str, Mapping[str, str]] = {
     **{f"aten.{name}": _COLUMN_ROW for name in ("linear", "mm", "addmm", "matmul", "bmm")},
     "aten.embedding": {"v": "vocabulary", "h": "features"},
     "aten.cross_entropy_loss": {"v": "vocabulary"},
+    "shardwright.linear_cross_entropy": {"v": "vocabulary"},
 }
 _CHOICE = re.compile(r"(?P<letter>[a-z]+)(?P<number>\d*)(?:\.(?P<factor>\d+))?")
 # What a region's row leads with; the rest is counted under "other ops".
 MAIN = ("linear", "mm", "addmm", "matmul", "bmm", "scaled_dot_product_attention", "embedding", "conv2d", "convolution",
-        "cross_entropy_loss")  # fmt: skip
+        "cross_entropy_loss", "linear_cross_entropy")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def _phrase(region: RegionPlan, axis: int, mesh: tuple[MeshAxis, ...]) -> str:
 
 
 def _is_main(op: OpPlan) -> bool:
-    return _packet(op.target).removeprefix("aten.") in MAIN
+    return _packet(op.target).partition(".")[2] in MAIN
 
 
 def _groups(parameters: tuple[ParameterPlan, ...]) -> tuple[ParameterGroup, ...]:

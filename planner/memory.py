@@ -25,6 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import rule_heads
 from .outline import DTYPE_BYTES, Op, Outline, Saved, Tensor
 from .placement import Placement, R, State, local_elements, split
 from .plan import Precision
@@ -260,9 +261,9 @@ def gradient_copies(op: Op, choice: tuple[str, ...]) -> int:
     """How many tensors of the operands' size the backward of `op` makes.
 
     Cross-entropy goes through log-softmax and makes two; its vocabulary-parallel form makes one, and as one kernel it writes
-    over its logits.
+    over its logits. With its projection it has made its gradients in the forward pass.
     """
-    if op.target == FUSED_LOSS:
+    if op.target == FUSED_LOSS or op.kind == rule_heads.KIND:
         return 0
     classes = {f.name for f in op.factors if f.split == "vocab_loss"}
     return 2 if classes and classes.isdisjoint(choice) else 1
