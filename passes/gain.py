@@ -1,8 +1,8 @@
 """What a pass gains on one device, from the price model: seconds of a step and bytes that wait for the backward pass.
 
 What a pass took out of the graph and what it put in fall into pieces that hang together (a norm, an activation). Every piece is
-summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Boundary
-tensors count where they are kept for the backward pass on one side only.
+summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Bytes are
+those that the graphs keep as wholes (kept.py); with fused kernels those of the pieces, boundary tensors included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ..planner.prices import Prices
 from ..planner.rules import VIEWS
 from .base import Pass, Program, Verdict
 from .capture import Captured, Entry
+from .kept import kept_bytes
+from .observe import Observer
 from .pattern import target_of
 from .summarize import summarize
 from .torch_compat import pytree
@@ -57,6 +59,9 @@ class Paying:
         was = self.cost(_with_views([n for n in _calls(before) if _text(n) not in made]))
         now = self.cost(_with_views([n for n in _calls(after) if _text(n) not in known]))
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
+        if not self.prices.fused:  # what is kept outside the pieces may be what they keep
+            observer = Observer()
+            saved = float(kept_bytes(before, observer) - kept_bytes(after, observer))
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
         return Verdict(pays, why, seconds, saved)

@@ -7,9 +7,12 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .attention import FuseAttention
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary())}
+PASSES: dict[str, Pass[Program]] = {
+    step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention())
+}
