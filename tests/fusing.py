@@ -74,9 +74,9 @@ def fuse(step: Pass[Program], model: nn.Module, *args: Any, seed: int = 0, first
     before = capture(model, args, kwargs, lift_float64=all(p.dtype == torch.float64 for p in model.parameters()))
     before = rewritten(before, first)
     values = dict(before.constants) | inputs_of(before.graph.graph, seed)
-    values |= before.flatten(args, kwargs)
-    values = {n: v.detach() for n, v in values.items()}
     low = any(p.dtype in LOW for p in model.parameters())
+    values |= before.flatten(args, kwargs) | (dict(before.values(model)) if low else {})
+    values = {n: v.detach() for n, v in values.items()}
     after = rewritten(before, [step], weigh=None if low else Verifying(before.constants, given=values))
     verdict = after.records[-1].verdict
     assert verdict is None or verdict.stays, verdict
