@@ -10,9 +10,10 @@ from ..base import Pass, Program
 from .attention import FuseAttention
 from .gated import FuseGated
 from .gelu import FuseGelu
+from .merge_linears import MergeLinears
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 PASSES: dict[str, Pass[Program]] = {
-    step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention())
+    step.name: step for step in (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), MergeLinears())
 }
