@@ -1,9 +1,8 @@
 """What a pass gains on one device, from the price model: seconds of a step and bytes that wait for the backward pass.
 
 What a pass took out of the graph and what it put in fall into pieces that hang together (a norm, an activation). Every piece is
-summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Every
-tensor that pieces read or make counts once, however many of them keep it for the backward pass, and also where only ops beside
-them keep it (kept.py): what is kept before and after makes no difference.
+summarised by itself, as the model is (summarize.py), and priced as the planner prices ops; equal pieces are priced once. Bytes are
+those that the graphs keep as wholes (kept.py); with fused kernels those of the pieces, every tensor that they read or make once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from ..planner.prices import Prices
 from ..planner.rules import VIEWS
 from .base import Pass, Program, Verdict
 from .capture import Captured, Entry
-from .kept import Beside
+from .kept import kept_bytes
+from .observe import Observer
 from .pattern import target_of
 from .summarize import summarize
 from .torch_compat import pytree
@@ -53,6 +53,9 @@ class Paying:
         was = self.cost([n for n in _calls(before) if _text(n) not in made])
         now = self.cost([n for n in _calls(after) if _text(n) not in known])
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
+        if not self.prices.fused:  # what is kept outside the pieces may be what they keep
+            observer = Observer()
+            saved = float(kept_bytes(before, observer) - kept_bytes(after, observer))
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
         return Verdict(pays or self.keep, why, seconds, saved)
@@ -62,15 +65,13 @@ class Paying:
         priced: dict[str, _Priced] = {}
         seconds, new = 0.0, 0.0
         kept: dict[tuple[fx.Node, str], float] = {}
-        every = _with_views(nodes)
-        for piece in _pieces(every):
+        for piece in _pieces(_with_views(nodes)):
             text, touched = _signature(piece), _touched(piece)
             if text not in priced:
                 priced[text] = self._priced(*_outline(piece))
             seconds, new = seconds + priced[text].seconds, new + priced[text].new
             kept |= {(touched[i], result): size for (i, result), size in priced[text].kept.items()}
-        beside = Beside(every, [node for node, _ in kept])
-        return Cost(seconds, new + sum(kept.values()) + beside.bytes())
+        return Cost(seconds, new + sum(kept.values()))
 
     def _priced(self, outline: Outline, names: Sequence[str]) -> _Priced:
         prices = self.prices

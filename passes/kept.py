@@ -1,69 +1,45 @@
-"""What ops beside some calls keep for the backward pass of the tensors that these read or make."""
+"""Bytes that wait for the backward pass when a graph runs eagerly: each piece of memory once, whoever keeps it."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-import torch
 from torch import fx
 
-from .base import fake
-from .observe import Observer
+from .base import is_tensor, tensor_name
+from .observe import SMALL, Observer
 from .summarize import operands_of
-from .torch_compat import OpOverload
 
-HELD = ("parameter", "buffer", "constant")
-"""Roles of tensors that are there anyway."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """`calls` of a graph, with the views that they read through; `counted` are tensors that they keep themselves."""
-
-    calls: Iterable[fx.Node]
-    counted: Iterable[fx.Node]
-    observer: Observer = field(default_factory=Observer)
-
-    def bytes(self) -> int:
-        """Of tensors that the calls touch, do not keep, and others keep."""
-        inside = set(self.calls)
-        touched = inside | {n for node in inside for n in node.all_input_nodes}
-        left = [n for n in sorted(touched - set(self.counted)) if _is_whole(n) and not self._is_view(n)]
-        return sum(fake(n).untyped_storage().nbytes() for n in left if self._kept(n, inside))
-
-    def _is_view(self, node: fx.Node) -> bool:
-        if node.target is operator.getitem:
-            return True  # of a result that stands for itself, or of one kept with its op
-        return isinstance(node.target, OpOverload) and self.observer.observe(node).alias is not None
-
-    def _kept(self, node: fx.Node, inside: set[fx.Node]) -> bool:
-        """Whether an op that is not `inside` keeps a tensor or a view of it."""
-        if isinstance(node.target, OpOverload) and node not in inside and self.observer.observe(node).results:
-            return True
-        queue = [node]
-        while queue:
-            here = queue.pop()
-            for user in here.users:
-                if user.target is operator.getitem:
-                    queue.append(user)
-                elif isinstance(user.target, OpOverload):
-                    seen = self.observer.observe(user)
-                    read = {i for i, name in enumerate(operands_of(user)[0]) if name in _names(here)}
-                    if user not in inside and not read.isdisjoint(seen.operands):
-                        return True
-                    queue += [user] if seen.alias in read else []
-        return False
+HELD = frozenset({"parameter", "buffer", "constant"})
+"""Roles of placeholders that are there anyway."""
 
 
-def _names(node: fx.Node) -> tuple[str, ...]:
-    if node.target is operator.getitem:
-        parent, index = node.args
-        return node.name, f"{parent}:{index}"
-    return (node.name,)
+def kept_bytes(graph: fx.Graph, observer: Observer) -> int:
+    """What all ops of a graph keep, by what autograd was seen to save for each (observe.py); parameters and the like do not count.
+
+    A view keeps the whole of what it is a view of. Tensors of two ops that are one piece of memory count once.
+    """
+    root: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    total, saved = 0, set[str]()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            _own(node, root, sizes)
+            if node.meta["role"] in HELD:
+                sizes[node.name] = 0
+        elif node.op == "call_function" and tensor_name(node) == node.name:
+            operands, seen = operands_of(node)[0], observer.observe(node)
+            results = _own(node, root, sizes)
+            if seen.alias is not None:
+                root |= dict.fromkeys(results, root[operands[seen.alias]])
+            saved |= {root[operands[i]] for i in seen.operands} | {root[results[i]] for i in seen.results}
+            total += sum(size for _, size in seen.new)
+    return total + sum(sizes[name] for name in saved if sizes[name] > SMALL)
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Whether a node is one tensor that the model does not hold anyway."""
-    return isinstance(node.meta.get("val"), torch.Tensor) and node.meta.get("role") not in HELD
+def _own(node: fx.Node, root: dict[str, str], sizes: dict[str, int]) -> list[str]:
+    """Enter the tensors of a node as memory of their own; their names."""
+    value = node.meta["val"]
+    named = {node.name: value} if is_tensor(value) else {f"{node.name}:{i}": v for i, v in enumerate(value)}
+    tensors = {name: v for name, v in named.items() if is_tensor(v)}
+    root |= {name: name for name in tensors}
+    sizes |= {name: v.numel() * v.element_size() for name, v in tensors.items()}
+    return list(tensors)

@@ -141,9 +141,9 @@ class Judge:
 
 
 def make_band(node: fx.Node, kind: Kind) -> fx.Node:
-    """The boolean (rows, rows) mask of a band, after `node`."""
+    """The boolean (rows, rows) mask of a band, after `node` (after all placeholders, where it is one)."""
     graph = node.graph
-    with graph.inserting_after(node):
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node):
         made = emit(graph, aten.full.default, ([kind.rows, kind.rows], True), {"dtype": torch.bool}, like=node)
     for target, *arguments in [(aten.tril.default,)] + ([] if kind.causal else [(aten.triu.default, 1 - kind.window)]):
         with graph.inserting_after(_known_flag(made)):

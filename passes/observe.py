@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_map
 from .random import own_form
 from .torch_compat import fake_mode
 
+SMALL = 64
+"""Saved tensors of at most so many bytes weigh nothing (scalars, mostly)."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -78,7 +81,7 @@ def _sort(operands: list[torch.Tensor], results: list[torch.Tensor], saved: list
             from_operand.add(of_operand[key])
         elif key in of_result:
             from_result.add(of_result[key])
-        elif tensor.untyped_storage().nbytes() > 64:  # scalars saved as tensors weigh nothing
+        elif tensor.untyped_storage().nbytes() > SMALL:
             new.setdefault(key, (tuple(tensor.shape), tensor.untyped_storage().nbytes()))
     return Observation(tuple(sorted(from_operand)), tuple(sorted(from_result)), tuple(new.values()), alias)
 

@@ -64,9 +64,13 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 }  # fmt: skip
 
 
-def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model of a family in a dtype, and its inputs."""
+def model(
+    name: str, dtype: torch.dtype = torch.float64, seq: int = eager.SEQ, **changes: Any
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model of a family in a dtype, and its inputs (of `seq` positions for what reads text; not bert)."""
     torch.manual_seed(0)
     made = FAMILIES[name](**changes).to(dtype)
-    kwargs = eager.family({"bert": "bert-padded"}.get(name, name))[1] if name in ("bert", "vit") else eager.tokens()
+    kwargs = (
+        eager.family({"bert": "bert-padded"}.get(name, name))[1] if name in ("bert", "vit") else eager.tokens(seq=seq)
+    )
     return made, {k: v.to(dtype) if v.is_floating_point() else v for k, v in kwargs.items()}

@@ -16,6 +16,7 @@ from shardwright.passes.capture import Captured, capture
 from shardwright.passes.checked import Outcome, Verifying, inputs_of, outcome
 from shardwright.passes.experiment import flat, strip
 from shardwright.passes.gain import Paying
+from shardwright.passes.observe import SMALL
 from shardwright.passes.pattern import target_of
 from shardwright.passes.rewrite import rewritten
 from shardwright.passes.verify import verify_rule
@@ -25,10 +26,9 @@ from shardwright.profiles.devices import parse_cluster
 from torch import Tensor, fx, nn
 
 PRICES = Prices(parse_cluster("cpu:2"), "float32")
-SMALL = 64
-"""Saved tensors of at most so many bytes are not counted (passes/observe.py)."""
-LOW, ROUNDED = (torch.bfloat16, torch.float16), 0.02
-"""Dtypes of low precision, and how far apart results in them may be, relative to their norm."""
+LOW, ROUNDED = (torch.bfloat16, torch.float16), 0.03
+"""Dtypes of low precision, and how far apart results in them may be, relative to their norm (a small T5 written out is 0.013 from
+float64, with attention as one op 0.012)."""
 HELD = ("parameter", "buffer", "constant")
 
 
@@ -74,9 +74,9 @@ def fuse(step: Pass[Program], model: nn.Module, *args: Any, seed: int = 0, first
     before = capture(model, args, kwargs, lift_float64=all(p.dtype == torch.float64 for p in model.parameters()))
     before = rewritten(before, first)
     values = dict(before.constants) | inputs_of(before.graph.graph, seed)
-    values |= before.flatten(args, kwargs)
-    values = {n: v.detach() for n, v in values.items()}
     low = any(p.dtype in LOW for p in model.parameters())
+    values |= before.flatten(args, kwargs) | (dict(before.values(model)) if low else {})
+    values = {n: v.detach() for n, v in values.items()}
     after = rewritten(before, [step], weigh=None if low else Verifying(before.constants, given=values))
     verdict = after.records[-1].verdict
     assert verdict is None or verdict.stays, verdict
@@ -86,14 +86,16 @@ def fuse(step: Pass[Program], model: nn.Module, *args: Any, seed: int = 0, first
 
 
 def _close(one: Outcome, other: Outcome) -> None:
-    """Half precision rounds sums in another order: every tensor as a whole is the same to a few roundings."""
-    pairs = list(zip(one.outputs, other.outputs, strict=True))
-    pairs += [(a, other.gradients[n]) for n, a in one.gradients.items()]
-    for a, b in pairs:
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            assert (a.double() - b.double()).norm() <= ROUNDED * a.double().norm() + 1e-6
+    """Half precision rounds sums in another order: outputs, and all gradients together, are the same to a few roundings.
+
+    Together, because some gradients are nothing but rounding: those of key biases, which softmax does not see.
+    """
+    assert [g is None for g in one.gradients.values()] == [g is None for g in other.gradients.values()]
+    for a, b in ((one.outputs, other.outputs), (one.gradients.values(), other.gradients.values())):
+        pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None]
+        assert all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in pairs)
+        first, second = (torch.cat([p[i].double().flatten() for p in pairs]) for i in (0, 1))
+        assert (first - second).norm() <= ROUNDED * first.norm()
 
 
 def saved_bytes(captured: Captured, values: Mapping[str, Tensor]) -> int:

@@ -7,15 +7,18 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .attention import FuseAttention
 from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
+from .merge_linears import MergeLinears
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
-    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FoldNorm(), Reparameterize(), FuseHeadLoss(),
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeLinears(),
+    FuseHeadLoss(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
