@@ -5,7 +5,7 @@
 Horizontal fusion: the input is read once, its gradient made once, and there are more channels to fill a device with. Kernel,
 stride, padding and dilation must agree, and nothing be grouped. The weights are put side by side in every step, there and back:
 where they are larger than the reads of the input that go, the convolutions are left alone. So are those whose weights are not
-there yet where the first of them stands.
+there yet where the first of them stands, and one that takes no gradient beside others that do: behind it, tensors would be kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MergeConvs(Contract):
         for node in program.graph.nodes:
             found = read(node)
             if found is not None and _is_plain(found):
-                alike.setdefault((found.frame, found.kernel), []).append((node, found))
+                alike.setdefault((found.frame, found.kernel, node.meta["differentiable"]), []).append((node, found))
         for members in alike.values():
             here = [m for m in members if all(order[n] < order[members[0][0]] for n in m[0].all_input_nodes)]
             if len(here) > 1 and _is_worth(here):
