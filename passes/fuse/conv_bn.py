@@ -39,6 +39,6 @@ def _by(match: Match, make: Make) -> fx.Node | None:
 class FoldNorm(Rewriting):
     """Batch norm on running statistics into the convolution before it."""
 
-    name: str = "conv-bn"
+    name: str = "conv_bn"
     requires: tuple[str, ...] = ("simple",)
     table: tuple[Row, ...] = (Row(call("aten.batch_norm", _CONV, open=True), _by),)

@@ -29,7 +29,7 @@ Member = tuple[fx.Node, Convolution]
 class MergeConvs(Contract):
     """Parallel convolutions of one input, kept apart in the result."""
 
-    name: str = "merge-convs"
+    name: str = "merge_convs"
     requires: tuple[str, ...] = ("simple",)
 
     def apply(self, program: Program) -> Program:
