@@ -11,6 +11,7 @@ second user of an intermediate value is never matched.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,7 @@ Pattern = Any_ | Number | Near | Called | Either | Through
 
 
 def call(target: str, *args: Any, name: str = "", open: bool = False) -> Called:
-    """A call of "aten.<op>" with patterns or plain values as its first arguments."""
+    """A call of "aten.<op>" (or "getitem") with patterns or plain values as its first arguments."""
     return Called(target, args, name, open)
 
 
@@ -132,7 +133,9 @@ def find(pattern: Pattern, root: fx.Node) -> Match | None:
 
 
 def target_of(node: fx.Node) -> str:
-    """ "aten.mul" for a call of any overload of it, "" for what is no call of an op."""
+    """ "aten.mul" for a call of any overload of it, "getitem" for one of several results, "" for what is no call of an op."""
+    if node.target is operator.getitem:
+        return "getitem"
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return ""
     return full_name(node.target).replace("::", ".")
@@ -194,7 +197,8 @@ def _all(patterns: tuple[Any, ...], values: tuple[Any, ...], so_far: _Found) -> 
 
 def _given(node: fx.Node) -> list[tuple[Any, bool]]:
     """Every argument of a call in the order of its schema, and whether it is what it would be unsaid."""
-    assert isinstance(node.target, OpOverload)
+    if not isinstance(node.target, OpOverload):
+        return [(value, False) for value in node.args]
     found = []
     for i, argument in enumerate(arguments(node.target)):
         default = argument.default_value if argument.has_default_value() else None

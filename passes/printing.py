@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .pattern import target_of
+from .torch_compat import OpOverload
 
 SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
@@ -42,7 +42,9 @@ def _lines(graph: fx.Graph, name: str) -> Iterator[str]:
 
 
 def _called(node: fx.Node) -> str:
-    return str(node.target) if target_of(node) else str(getattr(node.target, "__name__", node.target))
+    return (
+        str(node.target) if isinstance(node.target, OpOverload) else str(getattr(node.target, "__name__", node.target))
+    )
 
 
 def _type(value: Any) -> str:

@@ -21,7 +21,6 @@ from ..errors import ShardwrightError
 from .base import Contract, Pass, Program, Weigh, emit, fake, is_tensor, run_passes, tensor_name
 from .capture import Captured
 from .gradients import differentiable, mark
-from .inline import Fixed
 from .pattern import Match, Pattern, find
 
 
@@ -106,8 +105,8 @@ def rewritten(
 ) -> Captured:
     """A captured graph after `passes`; `captured` is left as it is. `weigh` judges each pass that changed something (base.py).
 
-    An output that a pass gave up (None in its place; the pass `drops_outputs`) is no output of the result, and stands in
-    `flat_outputs` as the constant None.
+    An output that a pass gave up (None in its place; the pass `drops_outputs`) is no output of the result. Its name stays in
+    `flat_outputs` and names nothing: like an output that was not asked for it is None, or refused when it is read.
     """
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     old = captured.graph.graph
@@ -127,7 +126,7 @@ def rewritten(
         entries=tuple(e for e in captured.entries if e.node in held),
         constants={n: v for n, v in captured.constants.items() if n in held},
         loss=name[captured.loss] if captured.loss else "",
-        flat_outputs=tuple(name.get(o, Fixed(None)) if isinstance(o, str) else o for o in captured.flat_outputs),
+        flat_outputs=tuple(name.get(o, o) if isinstance(o, str) else o for o in captured.flat_outputs),
         writes={buffer: name[n] for buffer, n in captured.writes.items()},
         records=(*captured.records, *records),
     )

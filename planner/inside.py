@@ -35,8 +35,8 @@ def _vocab_loss(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: 
 def _vocab_head(op: Op, tensors: Mapping[str, Tensor], sizes: Sequence[int], n: int) -> list[Inside]:
     """As of the loss on logits, chunk by chunk of rows (runtime/kernels/vocab_head.py)."""
     width = _width(op, tensors)
-    rows, classes = (math.ceil(math.prod(sizes[f] for f in letters(op.factors, name))) for name in ("b", "v"))
-    chunks = -(-rows // chunk_rows(rows, classes, tensors[op.operands[0].tensor].dtype))
+    rows, classes, wide = (math.ceil(math.prod(sizes[f] for f in letters(op.factors, name))) for name in "bvk")
+    chunks = -(-rows // chunk_rows(rows, classes, wide, tensors[op.operands[0].tensor].dtype))
     return [Inside("all_reduce", rows / chunks * width * values) for values in (1, 2)] * chunks
 
 

@@ -35,30 +35,35 @@ PROJECTED = (0, 1)
 
 CHUNK_BYTES = 16 * 2**20
 """Logits of a chunk, as wide as they are normalised, take at least this much: less only adds launches."""
-LEAST_ROWS: Mapping[int, int] = {2: 1024}
-LEAST_ROWS_ELSE = 256
-"""A chunk has at least so many rows, by bytes of an element: every chunk reads the weight twice and adds to its gradient, some 16
-bytes per element for 6 FLOPs a row. Accelerators do 300 FLOPs in half precision in the time of a byte, and some 20 in float32."""
+LEAST_ROWS: Mapping[int, tuple[int, int]] = {2: (1024, 1)}
+LEAST_ROWS_ELSE = 256, 4
+"""(n, d) by bytes of an element: a chunk has at least n rows and k / d of them, where there are as many.
+
+Every chunk reads the weight twice and adds to its gradient, some 16 bytes per element for 6 FLOPs a row; accelerators do 300
+FLOPs in half precision in the time of a byte, and some 20 in float32. By k, because a pass over the weight's gradient [v, k] for
+every c rows of logits costs k / c of a pass over them; and k rows of logits in half precision and in float32 take as much as that
+gradient does beside its float32 sum.
+"""
 MOST_CHUNKS = 32
 """More rows make larger chunks, not more: every chunk is some twenty calls of a compiled graph."""
 
 
-def chunk_rows(rows: int, classes: int, dtype: str) -> int:
-    """Rows of a chunk of logits [rows, classes] made in `dtype` on this rank: the largest of
+def chunk_rows(rows: int, classes: int, width: int, dtype: str) -> int:
+    """Rows of a chunk of logits [rows, classes] made in `dtype` of x [rows, width] on this rank: the largest of
 
-        CHUNK_BYTES / (classes * bytes of a normalised element),  LEAST_ROWS of the dtype,  rows / MOST_CHUNKS
+        CHUNK_BYTES / (classes * bytes of a normalised element),  LEAST_ROWS of dtype and width,  rows / MOST_CHUNKS
 
     evened out, so that the last chunk is about as long as the others.
     """
-    wanted = max(_least_rows(classes, dtype), -(-rows // MOST_CHUNKS))
+    wanted = max(_least_rows(classes, width, dtype), -(-rows // MOST_CHUNKS))
     chunks = max(1, -(-rows // wanted))
     return max(1, -(-rows // chunks))
 
 
-def _least_rows(classes: int, dtype: str) -> int:
+def _least_rows(classes: int, width: int, dtype: str) -> int:
     """Rows that a chunk has at least, where there are as many."""
-    least = LEAST_ROWS.get(DTYPE_BYTES[dtype], LEAST_ROWS_ELSE)
-    return max(least, CHUNK_BYTES // max(classes * wide_bytes(dtype), 1))
+    least, part = LEAST_ROWS.get(DTYPE_BYTES[dtype], LEAST_ROWS_ELSE)
+    return max(least, width // part, CHUNK_BYTES // max(classes * wide_bytes(dtype), 1))
 
 
 def wide_bytes(dtype: str) -> int:
@@ -91,25 +96,27 @@ Term = tuple[float, tuple[int, ...]]
 def moved(op: Op, differentiable: Sequence[bool], compute: str) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """Bytes moved beside products, (forward, backward): passes over logits, and chunks' parts added to the weight's gradient.
 
-    Per logit, with w the width normalised in and n that of products: written n, cast n + w where they differ, maximum w, shift and
-    exponential 4 w, sum w; where gradients are wanted scaled 2 w, cast w + n where they differ, read n by each of their products.
-    Per chunk after the first and element of the weight: read and written, in half precision through a temporary beside.
+    Logits are read and written as they are normalised, and where gradients are wanted once more for their exponentials and, in half
+    precision, to be cast. Every chunk of c rows reads and writes the sum of the weight's gradient in float32 at least, in half
+    precision beside the part that is added to it. Activations are counted at the compute dtype, as everywhere (planner/work.py).
     """
-    n, w = DTYPE_BYTES[compute], wide_bytes(compute)
-    cast = n + w if n != w else 0
-    made = products(differentiable)
-    logits = n + cast + 6.0 * w + (2.0 * w + cast + n * (len(made) - 1) if len(made) > 1 else 0.0)
-    rows, classes, wide = (letters(op.factors, names) for names in ("b", "v", "bvk"))
-    terms = [(logits, (*rows, *classes))]
+    n = DTYPE_BYTES[compute]
+    half, made = n < wide_bytes(compute), products(differentiable)
+    rows, classes, width = (letters(op.factors, name) for name in "bvk")
+    terms = [((2.0 if len(made) == 1 else 6.0 if half else 4.0) * n, (*rows, *classes))]
     if 2 in made:
-        whole = math.prod(op.factors[f].size for f in classes)
-        terms.append(((2.0 * w + (2.0 * n if cast else 0.0)) / _least_rows(whole, compute), wide))
+        many, wide = (math.prod(op.factors[f].size for f in group) for group in (classes, width))
+        added = 2.0 * wide_bytes(compute) + (n if half else 0.0)
+        terms.append((added / _least_rows(many, wide, compute), (*rows, *classes, *width)))
     return tuple(terms), ()
 
 
 def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:
-    """Bytes inside the op under one choice per axis, beside the gradients that it keeps: logits of one chunk as products make them
-    and as they are normalised, and in half precision the sum of the weight's gradient in float32. 0 for every other op."""
+    """Bytes inside the op under one choice per axis, beside the gradients that it keeps; 0 for every other op.
+
+    These are the logits of a chunk with the logarithms of their probabilities, and in half precision the sum of the weight's
+    gradient in float32.
+    """
     if op.kind != KIND:
         return 0.0
     local = {name: float(math.prod(op.factors[f].size for f in letters(op.factors, name))) for name in "bvk"}
@@ -118,11 +125,11 @@ def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], 
             local[name[:1]] /= n
     dtype = tensors[op.operands[0].tensor].dtype
     wide, narrow = wide_bytes(dtype), DTYPE_BYTES[dtype]
-    rows = chunk_rows(math.ceil(local["b"]), math.ceil(local["v"]), dtype)
+    rows = chunk_rows(math.ceil(local["b"]), math.ceil(local["v"]), math.ceil(local["k"]), dtype)
     summed = 0.0
     if narrow < wide and rows < local["b"] and tensors[op.operands[1].tensor].differentiable:
         summed = wide * local["v"] * local["k"]
-    return rows * local["v"] * (wide + (narrow if narrow < wide else 0)) + summed
+    return rows * local["v"] * (wide + narrow) + summed
 
 
 def product_groups(op: Op) -> tuple[tuple[int, ...], ...]:

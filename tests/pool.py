@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 CALLS = 50
-"""After so many calls the ranks are started afresh: every mesh leaves process groups with three threads each, which DTensor's
-caches keep, and a hundred of them take half of a machine."""
+"""After so many calls the ranks are started afresh: process groups have three threads each, which wake a hundred times a second,
+and DTensor's caches keep them. Meshes over the same ranks share theirs (`_share_groups`); what tests make themselves remains."""
 PRELOADED = [
     "torch", "torch._dynamo", "torch.export", "torch.distributed.tensor", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama", "shardwright.passes.prepare", "shardwright.runtime.apply",
@@ -46,6 +46,28 @@ class RankError(AssertionError):
     """A function raised, died or hung on some rank; the message carries rank and traceback."""
 
 
+def _share_groups() -> None:
+    """Let all plans that this process runs use the same groups for the same ranks and axes."""
+    from shardwright.runtime import mesh
+
+    device_mesh, create_flat = mesh._device_mesh, mesh.Mesh._create_flat
+    known: dict[Any, Any] = {}
+
+    def shared(device: Any, ranks: Any, names: tuple[str, ...]) -> Any:
+        key = device.type, str(ranks.tolist()), names
+        if key not in known:
+            known[key] = device_mesh(device, ranks, names)
+        return known[key]
+
+    def flat(self: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+        key = str(self.ranks.tolist()), self.names, axes
+        if key not in known:
+            known[key] = create_flat(self, axes)
+        return known[key]
+
+    mesh._device_mesh, mesh.Mesh._create_flat = shared, flat  # type: ignore[method-assign]
+
+
 def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connection) -> None:
     """The loop of one rank: receive (function, args), run it, send ("ok", result) or ("error", traceback)."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -53,6 +75,7 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, pipe: Connec
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_groups()
     with open(Path(folder) / f"stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         store = dist.FileStore(str(Path(folder) / "store"), world_size)

@@ -235,3 +235,9 @@ def test_a_forced_pass_has_to_find_something() -> None:
     with pytest.raises(PinError, match="finds nothing"):
         run(captured(torch.sin), Choice(("gelu",), prices, forced=True))
     assert chosen(run(one, Choice())) == ()
+
+
+def test_every_pass_can_be_pinned() -> None:
+    assert parse_pins([f"passes={','.join(PASSES)}"]).passes == ",".join(sorted(PASSES))
+    assert all(step.name == name for name, step in PASSES.items())
+    assert all(step.semantics == "EXACT" for step in PASSES.values())

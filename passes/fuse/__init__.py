@@ -14,6 +14,9 @@ from .head_loss import FuseHeadLoss
 from .merge_convs import MergeConvs
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
+from .rotary import FuseRotary
 
-_ORDER = (FuseGelu(), FuseGated(), FuseRmsNorm(), FuseHeadLoss(), FoldNorm(), Reparameterize(), MergeConvs())
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in _ORDER}
+_ORDER: tuple[Pass[Program], ...] = (
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FoldNorm(), Reparameterize(), MergeConvs(), FuseHeadLoss(),
+)  # fmt: skip
+PASSES = {step.name: step for step in _ORDER}

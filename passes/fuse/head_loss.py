@@ -3,13 +3,13 @@
     cross_entropy(reshape(linear(x, weight)), target, sum)      linear_cross_entropy(reshape(x), weight, target)
 
 Between the product and the loss may stand what models put there: a bias, a factor, a soft cap (cap * tanh(logits / cap): Gemma
-2), casts to float32, and views of rows (reshapes, shifts, transposed classes), which are made of x instead. The product may be
+2), casts, and views of rows (reshapes, shifts, transposed classes), which are made of x instead. The product may be
 `linear`, `mm` or `matmul`, the loss `cross_entropy_loss` or `nll_loss` of `log_softmax`, summed over ids (passes/cleanup/losses.py
 splits means).
 
 Logits that the model returns as well are given up as an output (`drops_outputs`): a call with `outputs=True` needs a capture
-without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do
-losses that nothing is trained by.
+without this pass. Logits that anything else reads (a second loss, an accuracy) stay, and with them the whole chain; so do losses
+that nothing is trained by.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import fx
 
 from ..base import Contract, Program, fake
 from ..heads.op import linear_cross_entropy
-from ..heads.steps import WIDE, Step, spelled, wide_dtype
+from ..heads.steps import DTYPES, NARROW, Step, dtypes, spelled
 from ..pattern import Any_, Match, Number, call, either, find, target_of
 from ..rewrite import Make
 
@@ -40,7 +40,7 @@ _LOSSES = either(
     ),
 )  # fmt: skip
 _SAME = frozenset({"aten.contiguous", "aten.clone", "aten.alias"})
-_MOVES = frozenset({"aten.transpose", "aten.permute", "aten.slice"})
+_MOVES = frozenset({"aten.transpose", "aten.permute", "aten.slice", "aten.select"})
 _TURNS = frozenset({"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T"})
 
 
@@ -89,15 +89,20 @@ class _Chain:
         rank = fake(node).dim()
         if rest or node.kwargs or not isinstance(weight, fx.Node) or fake(weight).dim() != 2 or self.dim != rank - 1:
             return None
+        if fake(node).shape[-1] != self.classes:
+            return None
         self.x, self.weight = x, weight  # type: ignore[assignment]
         self.turned = target_of(node) != "aten.linear"
         return self.x
 
     def _moved(self, node: fx.Node, name: str) -> bool:
-        """Transposed dims, or a slice of rows."""
+        """Transposed dims, or some of the rows."""
         if name not in _MOVES:
             return False
         rank = fake(node).dim()
+        if name == "aten.select":
+            self.dim += node.args[1] % (rank + 1) <= self.dim  # type: ignore[operator]
+            return True
         if name == "aten.slice":
             return (node.args[1] if len(node.args) > 1 else 0) % rank != self.dim  # type: ignore[operator]
         order = list(range(rank))
@@ -118,13 +123,10 @@ class _Chain:
         return True
 
     def cast(self, node: fx.Node) -> fx.Node | None:
-        """A cast that loses nothing."""
+        """A cast between floating dtypes."""
         source = node.args[0]
-        was, now = fake(source).dtype, fake(node).dtype  # type: ignore[arg-type]
-        if not was.is_floating_point or torch.promote_types(was, now) != now:
-            return None
-        self.steps.append(Step(WIDE))
-        return source  # type: ignore[return-value]
+        self.steps.append(Step("to", dtype=fake(node).dtype))
+        return source if fake(source).dtype.is_floating_point else None  # type: ignore[return-value, arg-type]
 
     def scaled(self, node: fx.Node) -> fx.Node | None:
         """A factor or divisor that is a number."""
@@ -183,18 +185,25 @@ def _found(node: fx.Node) -> tuple[Match, _Chain] | None:
     if target.dtype.is_floating_point or target.dim() != logits.dim() - 1:
         return None
     normed = match.get("normed")
-    if normed is not None and (match["dim"] % logits.dim() != dim or not _widens(normed)):
+    if normed is not None and match["dim"] % logits.dim() != dim:
         return None
-    chain = _Chain(logits.shape[dim], dim, [normed] if normed is not None else [])
+    chain = _Chain(logits.shape[dim], dim)
+    if normed is not None:
+        chain.nodes.append(normed)
+        if fake(normed).dtype != logits.dtype:
+            chain.steps.append(Step("to", dtype=fake(normed).dtype))
     if not chain.walk(match["logits"]):
         return None
-    dtype = fake(chain.x).dtype  # type: ignore[arg-type]
-    same = all(fake(n).dtype in (dtype, wide_dtype(dtype)) for n in chain.nodes)
-    return (match, chain) if same and fake(chain.weight).dtype == dtype else None  # type: ignore[arg-type]
+    known = {fake(n).dtype for n in (chain.x, chain.weight, *chain.nodes)} <= set(DTYPES.values())  # type: ignore[arg-type]
+    return (match, chain) if known and fake(chain.weight).dtype == fake(chain.x).dtype else None  # type: ignore[arg-type]
 
 
-def _widens(normed: fx.Node) -> bool:
-    return torch.promote_types(fake(normed.args[0]).dtype, fake(normed).dtype) == fake(normed).dtype  # type: ignore[arg-type]
+def _program(chain: _Chain) -> str:
+    """The steps as text; a last cast from half precision to float32 is done by the softmax itself."""
+    steps = chain.steps[::-1]
+    if steps and steps[-1].dtype == torch.float32 and dtypes(steps, fake(chain.x).dtype)[-2] in NARROW:  # type: ignore[arg-type]
+        steps = steps[:-1]
+    return spelled(steps)
 
 
 def _outputs_to_drop(chain: _Chain, root: fx.Node, program: Program) -> frozenset[fx.Node] | None:
@@ -234,7 +243,7 @@ def _made(match: Match, chain: _Chain, make: Make, chunk: int) -> fx.Node:
     if chain.bias is not None:
         flat = fake(chain.bias).dim() == 1
         given["bias"] = chain.bias if flat else make(aten.reshape.default, chain.bias, [chain.classes])
-    if steps := spelled(chain.steps[::-1]):
+    if steps := _program(chain):
         given["steps"] = steps
     options = {
         "ignore_index": (match["ignore"], -100),

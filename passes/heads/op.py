@@ -3,13 +3,14 @@
     loss = sum_i cross_entropy(steps(x[i] @ weight^T), target[i])        over rows i whose target is not `ignore_index`
 
 Shapes: x [rows, k], weight [classes, k], target [rows] (int64), bias [classes] (what the step "bias" adds; steps.py); the result is
-0-dim, in float32 for half precision and else in the dtype of x. Labels are smoothed as torch's `cross_entropy` does.
+0-dim, in the dtype that the steps leave, float32 for half precision. Labels are smoothed as torch's `cross_entropy` does.
 
 Rows go through `chunk` at a time; 0 means as many as `planner.rule_heads.chunk_rows` says of this rank's sizes: at least 16 MiB of
-normalised logits, 256 rows (1024 in half precision) and a 32nd of all rows. The loss is a number, so every gradient is one
-multiplication away when a chunk's logits are at hand: they are made there (the idea of the fused linear cross-entropy in Hsu et al.
-2024, "Liger Kernel", arXiv 2410.10989), kept as large as x, weight and bias, and scaled by what comes in backward. That is three
-products in all, of which only those run whose gradient is wanted; without gradients the loss alone is computed.
+normalised logits, 256 rows and k / 4 of them (1024 and k in half precision), and a 32nd of all rows. The loss is a number, so every
+gradient is one multiplication away when a chunk's logits are at hand: they are made there (the idea of the fused linear
+cross-entropy in Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989), kept as large as x, weight and bias, and scaled by what comes
+in backward. That is three products in all, of which only those run whose gradient is wanted; without gradients the loss alone is
+computed.
 
 The weight's gradient is summed over chunks in float32 at least. It is kept in the weight's dtype, but that of float16 in float32,
 since a sum over rows that is not yet divided by their number may be too large for it. Second derivatives are refused.
@@ -23,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...errors import UsageError
 from ...planner.rule_heads import chunk_rows
 from ..torch_compat import keeps_graph
-from .steps import NARROW, Step, apply_steps, parsed, undo_steps, wide_dtype
+from .steps import NARROW, Step, apply_steps, dtypes, parsed, undo_steps, wide_dtype
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 
@@ -57,7 +57,7 @@ class Head:
     def rows(self, x: Tensor, weight: Tensor) -> int:
         """Rows of a chunk."""
         dtype = str(x.dtype).removeprefix("torch.")
-        return self.chunk or chunk_rows(x.shape[0], weight.shape[0], dtype)
+        return self.chunk or chunk_rows(x.shape[0], *weight.shape, dtype)
 
     def place(self, target: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
         """(columns of the targets among `own` ones, 1 where that is the target, 1 where the row counts); all [rows, 1].
@@ -69,24 +69,38 @@ class Head:
         inside = counts if own == self.classes else counts & (local >= 0) & (local < own)
         return local.masked_fill(~inside, 0), inside, counts
 
-    def loss(self, logits: Tensor, target: Tensor, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        """The summed loss of a chunk, and its gradient by the logits, which are overwritten."""
+    def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed loss of a chunk, and the logarithms of its probabilities."""
         local, inside, counts = self.place(target, logits.shape[1])
-        top = self.top(logits.amax(1, keepdim=True))
-        picked = logits.gather(1, local) - top
-        even = [logits.sum(1, keepdim=True) - top * logits.shape[1]] if self.smoothing else []
-        powers = logits.sub_(top).exp_()
-        sums = self.total(torch.stack([powers.sum(1, keepdim=True), picked.masked_fill(~inside, 0), *even]))
-        loss = sums[0].log() - (1 - self.smoothing) * sums[1]
+        logs = torch.log_softmax(logits, 1, dtype=wide_dtype(logits.dtype))
+        parts = [logs.gather(1, local), *([logs.sum(1, keepdim=True)] if self.smoothing else [])]
+        if logits.shape[1] != self.classes:
+            parts, shift = self._joined(logits, logs, parts, inside)
+            logs.add_(shift)
+        loss = (self.smoothing - 1) * parts[0]
         if self.smoothing:
-            loss = loss - self.smoothing / self.classes * sums[2]
-        loss = loss.masked_fill(~counts, 0).sum()
-        if not differentiate:
-            return loss, None
-        grad = powers.mul_(counts / sums[0])
+            loss = loss - self.smoothing / self.classes * parts[1]
+        return loss.masked_fill(~counts, 0).sum(), logs
+
+    def _joined(self, logits: Tensor, logs: Tensor, parts: list[Tensor], inside: Tensor) -> tuple[list[Tensor], Tensor]:
+        """From logarithms of probabilities among this rank's classes those among all: (of the target, their sum), [rows, 1] each,
+        and what is to be added to every one of `logs`."""
+        spread = logits.amax(1, keepdim=True).to(logs.dtype) - logs.amax(
+            1, keepdim=True
+        )  # log-sum-exp of this rank's logits
+        above = spread - self.top(spread)
+        lifted = [part + times * above for part, times in zip(parts, (1, logits.shape[1]), strict=False)]
+        total = self.total(torch.stack([above.exp(), lifted[0].masked_fill(~inside, 0), *lifted[1:]]))
+        rest = total[0].log()
+        return [part - times * rest for part, times in zip(total[1:], (1, self.classes), strict=False)], above - rest
+
+    def gradient(self, logs: Tensor, target: Tensor) -> Tensor:
+        """The gradient by the logits, over `logs`, where rows count; that of others is left to be dropped."""
+        local, inside, _ = self.place(target, logs.shape[1])
+        grad = logs.exp_()
         if self.smoothing:
-            grad.sub_(counts.to(grad.dtype) * (self.smoothing / self.classes))
-        return loss, grad.scatter_add_(1, local, inside.to(grad.dtype) * (self.smoothing - 1))
+            grad.sub_(self.smoothing / self.classes)
+        return grad.scatter_add_(1, local, inside.to(grad.dtype) * (self.smoothing - 1))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -100,8 +114,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        if torch.is_grad_enabled():  # what was kept is no function of the operands any more
+            raise UsageError(
+                "linear_cross_entropy has no second derivative: backward(create_graph=True) is not supported"
+            )
         wanted, dtypes = ctx.home
         kept = iter(ctx.saved_tensors)
         made = [
@@ -126,25 +143,29 @@ def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Grads]:
     """The loss and the gradients that are `wanted` of x, weight and bias."""
-    loss, d_x, d_weight, d_bias = x.new_zeros((), dtype=wide_dtype(x.dtype)), [], None, None
+    loss, d_x, d_weight, d_bias = x.new_zeros((), dtype=wide_dtype(dtypes(head.steps, x.dtype)[-1])), [], None, None
     size = head.rows(x, weight)
     several = x.shape[0] > size
     for first in range(0, x.shape[0], size):
         rows = x[first : first + size]
+        labels = target[first : first + size]
         logits, kept = apply_steps(head.steps, torch.mm(rows, weight.t()), bias)
-        part, grad = head.loss(logits, target[first : first + size], any(wanted))
+        part, logs = head.loss(logits, labels)
         loss = loss + part
-        if grad is None:
+        del logits  # as everything of a chunk, before the next tensor of its size
+        if not any(wanted):
             continue
-        grad, more = undo_steps(head.steps, grad, kept, x.dtype, wanted[2])
+        counts = (labels != head.ignore_index).unsqueeze(1).to(x.dtype)
+        grad, more = undo_steps(head.steps, head.gradient(logs, labels), kept, x.dtype, counts if wanted[2] else None)
         d_bias = more if d_bias is None else d_bias.add_(more)
+        del logs, kept
         if wanted[0]:
-            d_x.append(torch.mm(grad, weight))
+            d_x.append(torch.mm(grad, weight).mul_(counts))
         if wanted[1]:
-            d_weight = _added(d_weight, grad, rows, several)
-        del logits, kept, grad, more  # before the next chunk's
+            d_weight = _added(d_weight, grad, rows * counts, several)
+        del grad
     return loss, [
-        _joined(d_x, x) if wanted[0] else None,
+        _whole(d_x, x) if wanted[0] else None,
         _kept(d_weight, weight, wanted[1]),
         _kept(d_bias, bias, wanted[2]),
     ]
@@ -160,7 +181,7 @@ def _added(total: Tensor | None, grad: Tensor, rows: Tensor, several: bool) -> T
     return total.add_(torch.mm(grad.t(), rows))
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+def _whole(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)
 
 

@@ -1,4 +1,4 @@
-"""What a model does to logits between projection and loss, as a short program: "mul 0.0625", "bias", "div 30.0;tanh;wide".
+"""What a model does to logits between projection and loss, as a short program: "mul 0.0625", "bias", "div 30.0;tanh;to float32".
 
 Steps work on a chunk of logits [rows, classes] in place where they can. Each knows its derivative from its result: with y the
 result and g the gradient of it, the gradient of the step's operand is
@@ -7,14 +7,12 @@ result and g the gradient of it, the gradient of the step's operand is
     mul c       y = c z            c g
     div c       y = z / c          g / c
     tanh        y = tanh(z)        g (1 - y^2)
-    wide        y = float(z)       g in the dtype of the product
-
-"wide" takes half precision to float32; where it is not said it comes last.
+    to dtype    y = z.to(dtype)    g in the dtype of z
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,84 +20,96 @@ from torch import Tensor
 
 from ...errors import UsageError
 
-WIDE = "wide"
 NARROW = (torch.float16, torch.bfloat16)
+DTYPES = {str(d).removeprefix("torch."): d for d in (*NARROW, torch.float32, torch.float64)}
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What rows are normalised in."""
+    """What rows of a dtype are normalised in."""
     return torch.float32 if dtype in NARROW else dtype
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A step on (logits, number or bias), and from (gradient, result, number) the gradient before it, in place. `keeps`: it needs
-    its result for that, and overwrites it."""
+class Step:
+    """One step of a program, with its number or its dtype where it has one."""
 
-    ahead: Callable[[Tensor, Tensor | float], Tensor]
-    back: Callable[[Tensor, Tensor, float], Tensor]
+    name: str
+    number: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        if self.dtype is not None:
+            return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {self.number!r}" if self.name in ("mul", "div") else self.name
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A step on (logits, step, bias), and from (gradient, result, step) the gradient before it, in place. `keeps`: it needs its
+    result for that, and overwrites it."""
+
+    ahead: Callable[[Tensor, Step, Tensor | None], Tensor]
+    back: Callable[[Tensor, Tensor, Step], Tensor]
     keeps: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
-    "bias": Kind(lambda z, bias: z.add_(bias), lambda g, y, _: g),
-    "mul": Kind(lambda z, c: z.mul_(c), lambda g, y, c: g.mul_(c)),
-    "div": Kind(lambda z, c: z.div_(c), lambda g, y, c: g.div_(c)),
-    WIDE: Kind(lambda z, _: z.to(wide_dtype(z.dtype)), lambda g, y, _: g),
-    "tanh": Kind(lambda z, _: z.tanh_(), lambda g, y, _: g.addcmul_(g, y.square_(), value=-1), keeps=True),
+    "bias": Kind(lambda z, _, bias: z if bias is None else z.add_(bias), lambda g, y, _: g),
+    "mul": Kind(lambda z, step, _: z.mul_(step.number), lambda g, y, step: g.mul_(step.number)),
+    "div": Kind(lambda z, step, _: z.div_(step.number), lambda g, y, step: g.div_(step.number)),
+    "tanh": Kind(lambda z, *_: z.tanh_(), lambda g, y, _: g.addcmul_(g, y.square_(), value=-1), keeps=True),
+    "to": Kind(lambda z, step, _: z.to(step.dtype), lambda g, y, _: g),
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a program, with its number (0 where it has none)."""
-
-    name: str
-    number: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.number!r}" if self.name in ("mul", "div") else self.name
-
-
-def spelled(steps: list[Step]) -> str:
+def spelled(steps: Sequence[Step]) -> str:
     """A program as text."""
-    return ";".join(map(str, steps[:-1] if steps and steps[-1].name == WIDE else steps))
+    return ";".join(map(str, steps))
 
 
 def parsed(text: str) -> tuple[Step, ...]:
-    """The steps of a program, "wide" among them; raises UsageError for one that is not in the table."""
+    """The steps of a program; raises UsageError for one that is not in the table."""
     found = []
     for part in filter(None, text.split(";")):
-        name, _, number = part.partition(" ")
+        name, _, given = part.partition(" ")
         if name not in KINDS:
             raise UsageError(f"linear_cross_entropy has no step {name!r}; it has {', '.join(KINDS)}")
-        found.append(Step(name, float(number or 0.0)))
-    return tuple(found) if any(step.name == WIDE for step in found) else (*found, Step(WIDE))
+        found.append(Step(name, dtype=DTYPES[given]) if name == "to" else Step(name, float(given or 0.0)))
+    return tuple(found)
 
 
-def apply_steps(steps: tuple[Step, ...], logits: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def dtypes(steps: Sequence[Step], dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype of logits before each step, and after all, where products are in `dtype`."""
+    found = [dtype]
+    for step in steps:
+        found.append(step.dtype or found[-1])
+    return found
+
+
+def apply_steps(steps: Sequence[Step], logits: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     """Logits after all steps, and the results that derivatives need, in order. `logits` is overwritten."""
     kept: list[Tensor] = []
     for step in steps:
         kind = KINDS[step.name]
-        given = bias.to(logits.dtype) if step.name == "bias" and bias is not None else step.number
-        logits = kind.ahead(logits, given)
+        logits = kind.ahead(logits, step, bias)
         if kind.keeps:
             kept.append(logits)
-            logits = logits.clone()  # later steps, and the loss, write over it
+            logits = logits.clone()  # later steps write over it
     return logits, kept
 
 
 def undo_steps(
-    steps: tuple[Step, ...], grad: Tensor, kept: list[Tensor], dtype: torch.dtype, biased: bool
+    steps: Sequence[Step], grad: Tensor, kept: list[Tensor], dtype: torch.dtype, counts: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the product, in its `dtype`, and that of the bias where it is wanted. `grad` is overwritten."""
-    d_bias = None
-    for step in reversed(steps):
+    """The gradient of the product, in its `dtype`, and that of the bias over the rows that count ([rows, 1]) where it is wanted.
+
+    `grad` is overwritten.
+    """
+    *before, last = dtypes(steps, dtype)
+    grad, d_bias = grad.to(last), None
+    for step, own in zip(reversed(steps), reversed(before), strict=True):
         kind = KINDS[step.name]
-        if step.name == "bias" and biased:
-            d_bias = grad.sum(0, dtype=wide_dtype(dtype))
-        if step.name == WIDE:
-            grad = grad.to(dtype)
-        grad = kind.back(grad, kept.pop() if kind.keeps else grad, step.number)
+        if step.name == "bias" and counts is not None:
+            d_bias = (grad * counts).sum(0, dtype=wide_dtype(grad.dtype))
+        grad = kind.back(grad, kept.pop() if kind.keeps else grad, step).to(own)
     return grad, d_bias

@@ -18,6 +18,7 @@ from models import build
 from offloading import cluster
 from running import Moved, Observed, moved_bytes, plan_of
 from shardwright.errors import Infeasible, PinError, PlanError
+from shardwright.passes.choose import listed
 from shardwright.passes.prepare import prepare
 from shardwright.planner.capability import check_plan
 from shardwright.planner.offloaded import copied
@@ -94,7 +95,8 @@ def _pins(dice: random.Random, world: int) -> list[str]:
 def expected_copies(drawn: Drawn, stage: int) -> Moved:
     """What a step is predicted to copy between the device and the host by class, on the mean rank of a pipeline rank."""
     case, compute = build(drawn.name, 8), drawn.plan.precision.compute
-    outline = prepare(case.model, case.args, dict(case.kwargs), compute, loss_fn=case.loss_fn).outline
+    choice = listed(drawn.plan)
+    outline = prepare(case.model, case.args, dict(case.kwargs), compute, loss_fn=case.loss_fn, choice=choice).outline
     where = cluster(drawn.world)
     found = copied(drawn.plan, outline, where, Prices(where, compute), stage)
     return {what: moved_bytes(t) for what, t in found.items()}
