@@ -72,7 +72,7 @@ class Loss(nn.Module):
 def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and labels."""
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(shape, generator=generator, dtype=dtype), torch.arange(shape[0]) % 5
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), torch.arange(shape[0]) % 5
 
 
 class Normed(nn.Sequential):

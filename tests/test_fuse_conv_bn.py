@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from convnets import NORMS, Draw, Loss, Normed, inputs, settle
+from convnets import NETS, NORMS, Draw, Loss, Normed, inputs, settle
 from fusing import Fused, fuse, rule_problems
 from shardwright.passes.capture import capture
+from shardwright.passes.checked import outcome
 from shardwright.passes.fuse.conv_bn import FoldNorm
 from shardwright.passes.fuse.ops.folded_conv import folded_conv
 from shardwright.passes.rewrite import rewritten
@@ -156,15 +157,32 @@ def test_frozen_parameters(frozen, affine):
     assert found.predicted == found.measured >= 0
 
 
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes(dtype):
-    """In half precision the norm's own parameters may stay in float32."""
-    model = settle(Loss(nn.Sequential(Normed(3, 8, 3), Normed(8, 8, 3)), 8)).to(dtype)
+def test_rounding(name, dtype):
+    """Gradients are about as near to those in float64 as they were. In half precision the norms' parameters stay in float32."""
+    model = settle(NETS[name](), 1).to(dtype)
     for norm in (m for m in model.modules() if isinstance(m, NORMS)):
         norm.float()
-    found = fuse(FoldNorm(), model, *inputs(4, 3, 9, 9, dtype=dtype))
-    assert found.count(OP) == 2
+    found = _folded(model, dtype)
     assert found.predicted == found.measured > 0
+    plain, folded = (outcome(c.graph.graph, found.values).gradients for c in (found.before, found.after))
+    double = _folded(model.double(), torch.float64, like=dtype)
+    exact = outcome(double.before.graph.graph, double.values).gradients
+    assert all(g is None or g.dtype == folded[n].dtype for n, g in plain.items())
+    assert _error(folded, exact) < 10 * _error(plain, exact)
+
+
+def _folded(model: nn.Module, dtype: torch.dtype, like: torch.dtype | None = None) -> Fused:
+    pixels, labels = inputs(4, 3, 16, 16, dtype=like or dtype)
+    args = pixels.to(dtype), labels
+    before = capture(model, args)
+    values = before.values(model) | before.flatten(args)
+    return Fused(before, rewritten(before, [FoldNorm()]), FoldNorm(), values)
+
+
+def _error(found, exact) -> float:
+    return max(float((found[n].double() - g).norm() / g.norm()) for n, g in exact.items() if g is not None)
 
 
 def _vectors(channels: int, names: str = "bgtmv") -> list[torch.Tensor | None]:

@@ -12,13 +12,14 @@ from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
+from .merge_convs import MergeConvs
 from .merge_linears import MergeLinears
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
-    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeLinears(),
-    FuseHeadLoss(),
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeConvs(),
+    MergeLinears(), FuseHeadLoss(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}

@@ -5,7 +5,7 @@
 
 Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again"; Ding et al. 2023, "UniRepLKNet" (dilated branches). There the
 branches are merged after training; here the kernel is made of their weights in every step, so that these keep their own
-gradients. A branch may have a batch norm on running statistics behind it (pass conv-bn), the identity too. Other terms of the sum
+gradients. A branch may have a batch norm on running statistics behind it (pass conv_bn), the identity too. Other terms of the sum
 stay.
 """
 

@@ -52,13 +52,15 @@ class _FoldedConv(torch.autograd.Function):
         count, wants = len(recipe.eps), ctx.needs_input_grad
         weights, vectors = given[:count], given[count:]
         flows = wants[2] and ctx.half != "weight"
-        mask = [flows, ctx.reads and ctx.half != "input", any(wants[3:]) and ctx.half != "input"]
+        mask = [flows, ctx.reads and ctx.half != "input", False]
         kernel = recipe.made(x, weights, vectors)
-        d_x, d_kernel, d_constant = aten.convolution_backward(grad, x, kernel, [grad.shape[1]], *frame, mask)
-        if not mask[2]:
+        d_x, d_kernel, _ = aten.convolution_backward(grad, x, kernel, None, *frame, mask)
+        if ctx.half == "input" or not any(wants[3:]):
             return None, None, d_x, *(None for _ in given)
-        if d_kernel is None:
-            d_kernel = torch.zeros_like(kernel)
+        d_kernel = torch.zeros_like(kernel) if d_kernel is None else d_kernel
+        # By a sum of its own, which is closer than the convolution's: the gradient of a scale is a difference of two such sums.
+        shifts = any(wants[3 + count :])
+        d_constant = grad.sum([0, *range(2, grad.dim())]) if shifts else grad.new_zeros(grad.shape[1])
         made = _made_of(recipe, d_kernel, d_constant, x, weights, vectors)
         own = [g.to(v.dtype) if want else None for g, v, want in zip(made, given, wants[3:], strict=True)]
         return None, None, d_x, *own
