@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import rule_experts
+from . import rule_experts, rule_patches
 from . import rule_variants as variants
 from .rule_types import Linear, Rule
 
@@ -171,5 +171,6 @@ LOSSES: Mapping[str, Rule] = {
 
 LINES: Mapping[str, Rule] = {
     **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, rule_experts.TARGET: rule_experts.RULE,
+    rule_patches.TARGET: rule_patches.RULE,
 }  # fmt: skip
 """Every op with a line, by overload packet."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import rule_experts
+from . import rule_experts, rule_patches
 from .attention import MATH, MATH_KIND, causal, math_kernels, moved, price_kind
 from .fusing import Fusion
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
@@ -18,8 +18,11 @@ from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
 ALONE = Fusion()
 """No kernel beside it."""
 
-FLOPS_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
+FLOPS_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts", rule_patches.KIND})
 """Kinds priced by FLOP/s; all others move bytes."""
+
+COMPOSITE = {"experts": rule_experts.moved, rule_patches.KIND: rule_patches.beside}
+"""What composite ops move besides operands, results and what is saved, by kind."""
 
 FREE_KINDS = frozenset({"view"})
 """Kinds that launch no kernel."""
@@ -149,6 +152,8 @@ def _launched(op: Op, kernels: int, fusion: Fusion) -> tuple[int, int]:
     """Kernels started forward and backward."""
     if op.target == MATH:
         return math_kernels(op, fusion.masks)
+    if op.kind == rule_patches.KIND:
+        return rule_patches.launched(op)
     return int(fusion.launched[0]), kernels * fusion.launched[1]
 
 
@@ -192,7 +197,8 @@ def _bytes(use: Use, dtype: str, compute: str) -> Term:
 
 def _beside(op: Op, compute: str, masks: bool) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """Bytes a composite op moves besides its products, forward and backward."""
-    sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute, masks)
+    own = COMPOSITE.get(op.kind)
+    sides = own(op) if own is not None else moved(op, compute, masks)
     forward, backward = (tuple(Term(n * DTYPE_BYTES[compute], f) for n, f in side) for side in sides)
     return forward, backward
 

@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from ..base import Pass, Program
 from .gelu import FuseGelu
+from .patch import PatchPrefix
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(),)}
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), PatchPrefix())}
