@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..planner import rule_patches
 from ..planner.liveness import Step, peak
 from .base import fake, tensor_name
 from .observe import Observer
-from .pattern import target_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def steps_of(graph: fx.Graph, *, training: bool = False) -> Steps:
             saved = [*(operands[i] for i in seen.operands), *(list(results)[i] for i in seen.results)]
             saves[node.name] = frozenset([*new, *(home.get(s, s) for s in saved)])
         reads = tuple(dict.fromkeys(home.get(o, o) for o in operands))
-        steps.append(Step(node.name, reads, tuple(makes.items()), _inside(node)))
+        steps.append(Step(node.name, reads, tuple(makes.items()), seen.inside))
     returned = [tensor_name(n) for n in graph.output_node().args[0]]  # type: ignore[union-attr, arg-type]
     given = sum(fake(n).nbytes for n in graph.nodes if n.op == "placeholder" and n.meta.get("role") == "input")
     return Steps(tuple(steps), frozenset(home.get(n, n) for n in returned), saves, home, given)
@@ -79,13 +77,3 @@ def _results(node: fx.Node) -> dict[str, torch.Tensor]:
     if isinstance(value, tuple | list):
         return {f"{node.name}:{i}": v for i, v in enumerate(value) if isinstance(v, torch.Tensor)}
     return {node.name: value}
-
-
-def _inside(node: fx.Node) -> int:
-    """Bytes that a call holds for itself."""
-    if target_of(node) != rule_patches.TARGET:
-        return 0
-    x, given = node.args[0], node.args[1]
-    image = fake(x)  # type: ignore[arg-type]
-    plan, grid = rule_patches.plan_of(node.args, [image.shape, *(fake(g).shape for g in given)])  # type: ignore[arg-type, union-attr]
-    return int(plan.held(grid) * image.shape[0] * image.element_size())

@@ -162,7 +162,8 @@ def _pool(line: Line, shapes: Shapes) -> Windows:
 
 
 def _pad(line: Line, shapes: Shapes) -> Windows:
-    left, right, top, bottom, *_ = (*line.args[1], 0, 0, 0)
+    sizes: list[int] = [*line.args[1], 0, 0]
+    left, right, top, bottom = sizes[:4]
     return Window(low=top, high=bottom), Window(low=left, high=right)
 
 
@@ -181,12 +182,12 @@ PADS = frozenset({"constant_pad_nd.default", "pad.default"})
 
 def _channels(line: Line, program: Program, shapes: Shapes) -> int:
     if line.op.startswith("conv2d"):
-        return shapes[line.args[1].index][0]
+        return int(shapes[line.args[1].index][0])
     tiled = [shapes[i][0] for i in line.refs if program.tiled(i)]
     if line.op == "cat.default":
         return sum(tiled)
     if line.op in PADS:
-        return tiled[0] + sum(line.args[1][4:6])
+        return int(tiled[0] + sum(line.args[1][4:6]))
     if line.op == "batch_norm.default" or line.op in WINDOWS:
         return tiled[0]
     points = [shapes[i][-3] for i in line.refs if not program.tiled(i) and len(shapes[i]) > 2]

@@ -96,11 +96,5 @@ def scratch_bytes(
     for name, n in zip(choice, sizes, strict=True):
         if any(op.factors[i].name.startswith("z") for i in split_by(op, name)):
             samples /= n
-    elements = plan.held_backward(grid) if training else plan.held(grid)
-    return samples * elements * DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
-
-
-def plan_of(args: Sequence[Any], operands: Sequence[Sequence[int]]) -> tuple[Tilings, tuple[int, int]]:
-    """Tilings and grid of a call on operands of these shapes."""
-    program, grid = detail(args)
-    return _tilings(program, [tuple(s) for s in operands]), grid
+    width = DTYPE_BYTES[tensors[op.operands[0].tensor].dtype]
+    return samples * (plan.held_backward(grid, width) if training else plan.held(grid, width))

@@ -1,7 +1,7 @@
 """What patches cost: work, memory traffic and live memory of a program in tiles of a grid (planner/patches.py).
 
 Rows and columns of a tile are independent of each other, so that sums over tiles are products of a sum over rows and one over
-columns, and a grid has as many kinds of tiles as rows and columns have kinds. All figures are of one sample, in elements.
+columns, and a grid has as many kinds of tiles as rows and columns have kinds. All figures are of one sample.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Choice:
     least: int
 
 
+INDICES = {"max_pool2d.default": 8}
+"""Bytes that an op makes beside an element of its result: where the largest values stand."""
 MOST = 32
 """Most tiles along rows or columns that are tried."""
 
@@ -124,8 +126,8 @@ class Tilings:
             for i, line in enumerate(self.plan.program.lines)
         ))  # fmt: skip
 
-    def held(self, grid: Grid) -> int:
-        """What the fullest moment of the fullest tile holds, besides image and result.
+    def held(self, grid: Grid, width: int) -> int:
+        """Bytes that the fullest moment of the fullest tile holds, besides image and result; `width` are those of an element.
 
         Follows `run_tile` (passes/fuse/tiles.py) for all kinds of tiles at once.
         """
@@ -135,30 +137,31 @@ class Tilings:
             operands, dying = [v for v in line.refs if program.tiled(v)], np.zeros_like(live)
             for place, value in enumerate(operands):
                 ends = value != 0 and self.last[value] == i and value not in operands[place + 1 :]
-                own = self._area(value, rows, columns) if ends else 0
+                own = self._area(value, rows, columns) if ends else np.zeros_like(live)
                 if line.op in PADS:
                     dying = dying + own
                     continue
                 beyond, copy = self._copied(i, value, rows, columns)
-                live = live + copy
+                live = live + width * copy
                 most = np.maximum(most, live)
-                live = live - np.where(beyond, own, 0)  # the copy takes its place
+                live = live - width * np.where(beyond, own, 0)  # the copy takes its place
                 dying = dying + np.where(beyond, copy, own)
-            live = live + self._area(program.result(i), rows, columns)
-            most = np.maximum(most, live)
-            live = live - dying
+            own = self._area(program.result(i), rows, columns)
+            live = live + width * own
+            most = np.maximum(most, live + INDICES.get(line.op, 0) * own)
+            live = live - width * dying
         return int(most.max())
 
-    def held_backward(self, grid: Grid) -> int:
-        """What the backward pass of the fullest tile holds at most: all it makes again, and the gradients around one line."""
+    def held_backward(self, grid: Grid, width: int) -> int:
+        """Bytes that the backward pass of the fullest tile holds at most: all it makes again, and the gradients around one line."""
         program, (rows, columns) = self.plan.program, self._both(grid)
         total = around = np.zeros((len(rows.made[0]), len(columns.made[0])), dtype=np.int64)
         for i, line in enumerate(program.lines):
             operands = [v for v in line.refs if program.tiled(v)]
             copies = sum((self._copied(i, v, rows, columns)[1] for v in operands if line.op not in PADS), 0 * total)
             own = self._area(program.result(i), rows, columns)
-            total = total + own + copies
-            around = np.maximum(around, sum((self._area(v, rows, columns) for v in operands), own + copies))
+            total = total + width * (own + copies) + INDICES.get(line.op, 0) * own
+            around = np.maximum(around, width * sum((self._area(v, rows, columns) for v in operands), own + copies))
         return int((total + around).max())
 
     def _both(self, grid: Grid) -> tuple[_Axis, _Axis]:

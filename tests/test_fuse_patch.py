@@ -17,9 +17,9 @@ from shardwright.passes.rewrite import rewritten
 from shardwright.passes.steps import steps_of
 from shardwright.passes.summarize import summarize
 from shardwright.passes.verify import verify_rule
-from shardwright.planner.cluster import parse_cluster
 from shardwright.planner.prices import Prices
 from shardwright.planner.rules import instantiate
+from shardwright.profiles.devices import parse_cluster
 from shardwright.runtime.monitor import Budget
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +42,11 @@ class Block(nn.Module):
         super().__init__()
         self.kind = draw.choice(("conv", "conv", "conv", "residual", "max", "average", "pad", "cat", "scale", "same"))
         self.act = draw.choice((F.relu, F.relu6, F.silu, F.gelu, F.hardswish, lambda x: x.clamp(-1, 2), torch.tanh))
-        self.draw = {"stride": draw.choice((1, 1, 2)), "padding": draw.randint(0, 2), "dilation": draw.choice((1, 1, 2))}
+        self.draw = {
+            "stride": draw.choice((1, 1, 2)),
+            "padding": draw.randint(0, 2),
+            "dilation": draw.choice((1, 1, 2)),
+        }
         self.ceil = draw.random() < 0.5
         self.pads = [draw.randint(-1, 2) for _ in range(4)]
         groups = draw.choice((1, 2, channels))
@@ -98,7 +102,7 @@ def longest(graph: fx.Graph):
     return max(chains(graph), key=lambda c: len(c.nodes))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_networks(seed):
     """Any chain on any grid: the same values and gradients; in inference the live memory and the work that are predicted."""
     model, draw = Net(seed).double(), random.Random(seed)
@@ -154,7 +158,14 @@ def mobilenet() -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(True)]
     into = 16
-    for expand, out, count, stride in ((1, 8, 1, 1), (6, 8, 2, 2), (6, 16, 3, 2), (6, 24, 4, 2), (6, 32, 3, 1), (6, 56, 3, 2)):
+    for expand, out, count, stride in (
+        (1, 8, 1, 1),
+        (6, 8, 2, 2),
+        (6, 16, 3, 2),
+        (6, 24, 4, 2),
+        (6, 32, 3, 1),
+        (6, 56, 3, 2),
+    ):
         for i in range(count):
             layers.append(Inverted(into, out, stride if i == 0 else 1, expand))
             into = out
@@ -166,13 +177,16 @@ def test_a_quarter_of_the_memory_of_mobilenet():
     model, image = mobilenet(), torch.randn(1, 3, 160, 160)
     captured = capture(model, (image,), train=False)
     found = patching(captured.graph.graph)
-    before, after = measured(captured, model, image), measured(tiled := rewritten(captured, [PatchPrefix()]), model, image)
+    before, after = (
+        measured(captured, model, image),
+        measured(tiled := rewritten(captured, [PatchPrefix()]), model, image),
+    )
     assert after[0] == found.peak
     assert after[1] / before[1] == pytest.approx(found.work, rel=1e-12)
     assert before[0] >= 4 * after[0]
     assert after[1] <= 1.25 * before[1]
-    same = difference(*(outcome(c.graph.graph, inputs_of(captured.graph.graph, 0)) for c in (captured, tiled)))
-    assert same == ""
+    values = captured.values(model) | captured.flatten((image,), {})
+    assert difference(*(outcome(c.graph.graph, values) for c in (captured, tiled))) == ""
 
 
 def kept(graph: fx.Graph, captured, model: nn.Module, image: torch.Tensor) -> int:
@@ -207,7 +221,7 @@ def test_training_keeps_the_image_alone_and_computes_tiles_again():
     found = patching(captured.graph.graph, 1.0)
     graphs = captured.graph.graph, tiled.graph.graph
     held = [kept(g, captured, model, image) for g in graphs]
-    verdict = Paying(Prices(parse_cluster("a100-sxm-40gb:1x1"), "float64"))(PatchPrefix(), *graphs)
+    verdict = Paying(Prices(parse_cluster("a100-sxm-40gb:1"), "float64"))(PatchPrefix(), *graphs)
     assert verdict.saved_bytes == held[0] - held[1] > 0
     for graph, size in zip(graphs, held, strict=True):
         steps = steps_of(graph, training=True)
@@ -228,14 +242,14 @@ def test_what_is_held_in_the_backward_pass_is_no_more_than_predicted():
     image = torch.randn(1, 3, 64, 64).double().requires_grad_()
     captured = capture(model, (image,), loss_fn=torch.Tensor.sum)
     chain = longest(captured.graph.graph)
-    given = list(model.parameters())
-    out = patched(image, [given[int(n.name[2])] if False else captured.values(model)[n.name] for n in chain.given], chain.program, (4, 4))
+    given = [captured.values(model)[n.name] for n in chain.given]
+    out = patched(image, given, chain.program, (4, 4))
     grad = torch.randn_like(out)
     with Budget(10**12) as budget:
         out.backward(grad)
     extra = image.nbytes + sum(p.nbytes for p in given) * 3
-    assert budget.peak <= chain.tilings.held_backward((4, 4)) * 8 + extra
-    assert budget.peak >= chain.tilings.held((4, 4)) * 8
+    assert budget.peak <= chain.tilings.held_backward((4, 4), 8) + extra
+    assert budget.peak >= chain.tilings.held((4, 4), 8)
 
 
 class Squeeze(nn.Module):
@@ -359,7 +373,12 @@ def test_it_survives_export_and_planning():
 
 
 def test_real_models():
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ResNetConfig, ResNetForImageClassification
+    from transformers import (
+        MobileNetV2Config,
+        MobileNetV2ForImageClassification,
+        ResNetConfig,
+        ResNetForImageClassification,
+    )
 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
     models = (
@@ -369,6 +388,9 @@ def test_real_models():
     for model in models:
         kwargs = {"pixel_values": torch.randn(2, 3, 65, 71), "labels": torch.tensor([1, 3])}
         captured = check(model.eval(), tolerance=1e-10, **kwargs)
-        tiled = rewritten(captured, [PatchPrefix(budget=1.0)], weigh=Verifying(captured.constants))
+        verify = Verifying(
+            captured.constants, given=captured.values(model)
+        )  # random numbers would blow up in its depth
+        tiled = rewritten(captured, [PatchPrefix(budget=1.0)], weigh=verify)
         assert tiled.records[-1].verdict is not None
         assert tiled.records[-1].verdict.stays, tiled.records[-1].verdict.why

@@ -96,13 +96,14 @@ def chains(graph: fx.Graph) -> Iterator[Chain]:
 class Around:
     """What is alive around a chain that has become one step: at most elsewhere, during it and in its backward pass.
 
-    Without what the step holds inside. `unit` are the bytes of an element of all samples.
+    Without what the step holds inside. `width` are the bytes of an element.
     """
 
     most: int
     during: int
     backward: int
-    unit: int
+    samples: int
+    width: int
 
     @property
     def least(self) -> int:
@@ -111,8 +112,8 @@ class Around:
 
     def peak(self, plan: Tilings, grid: Grid) -> int:
         """Bytes alive at the fullest moment with the chain in tiles."""
-        inside = self.during + self.unit * plan.held(grid)
-        again = self.backward + self.unit * plan.held_backward(grid) if self.backward else 0
+        inside = self.during + self.samples * plan.held(grid, self.width)
+        again = self.backward + self.samples * plan.held_backward(grid, self.width) if self.backward else 0
         return max(self.most, inside, again)
 
 
@@ -134,10 +135,10 @@ class Search:
             if around.least > limit[0]:
                 continue
             rest, times = self.rest(chain)
-            samples = fake(chain.image).shape[0]
+            samples = around.samples
             for choice in tilings.choices(times, ((1 + budget) * self.total - rest) / samples):
                 limit = _limit(best, self.steps.peak)
-                if around.during + around.unit * choice.least > limit[0]:
+                if around.during + around.samples * around.width * choice.least > limit[0]:
                     break
                 peak = around.peak(tilings, choice.grid)
                 work = (rest + samples * choice.flops) / self.total if self.total else 1.0
@@ -161,7 +162,7 @@ class Search:
             earlier = sum(i.bytes for i in lifetimes(steps[:at], kept) if i.name in kept)
             backward = given + earlier + fake(last).nbytes + _flows(chain.image) * fake(chain.image).nbytes
         value = fake(chain.image)
-        return Around(given + max(alive), given + alive[at], backward, value.shape[0] * value.element_size())
+        return Around(given + max(alive), given + alive[at], backward, value.shape[0], value.element_size())
 
     def rest(self, chain: Chain) -> tuple[float, dict[int, float]]:
         """Work of the model without a chain, and how often each convolution of the chain is computed."""

@@ -48,9 +48,10 @@ def _seen(plan: Layout, tile: Tile, line: int, value: int, x: Tensor) -> Tensor:
         lo, hi = plan.windows[line][axis].reads_one(spans[made])
         n, start = plan.shapes[value][1 + axis], spans[value][0]
         first = min(max(lo, 0), n)
-        end = max(min(hi, n), first)
+        end = max(min(hi, n), first)  # nothing where all of it lies beyond
+        before = max(0, min(hi, 0) - lo)
         sides.append((first - start, end - start))
-        pads[2 - 2 * axis : 4 - 2 * axis] = first - lo, hi - end
+        pads[2 - 2 * axis : 4 - 2 * axis] = before, hi - lo - (end - first) - before
     (a, b), (c, d) = sides
     if (a, b, c, d) != (0, x.shape[2], 0, x.shape[3]):
         x = x[:, :, a:b, c:d]
