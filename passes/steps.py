@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from ..planner.liveness import Step, peak
-from .base import fake, tensor_name
+from .base import fake, is_tensor, tensor_name
 from .observe import Observer
+from .torch_compat import OpOverload
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,25 @@ def _results(node: fx.Node) -> dict[str, torch.Tensor]:
     if isinstance(value, tuple | list):
         return {f"{node.name}:{i}": v for i, v in enumerate(value) if isinstance(v, torch.Tensor)}
     return {node.name: value}
+
+
+def in_place(graph: fx.Graph) -> dict[str, str]:
+    """Results that may be written where an operand is, by buffer: elementwise ones of the same shape and dtype."""
+    home, found = steps_of(graph).home, dict[str, str]()
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or torch.Tag.pointwise not in node.target.tags:
+            continue
+        value = fake(node)
+        alike = [
+            n for n in node.all_input_nodes
+            if n.op == "call_function" and is_tensor(fake(n)) and (fake(n).shape, fake(n).dtype) == (value.shape, value.dtype)
+        ]  # fmt: skip
+        if is_tensor(value) and alike and home[node.name] == node.name:
+            found[node.name] = home[tensor_name(alike[0])]
+    return found
+
+
+def trains(graph: fx.Graph) -> bool:
+    """Whether a gradient flows through any call."""
+    flags = (n.meta.get("differentiable", False) for n in graph.nodes if n.op == "call_function")
+    return any(any(f) if isinstance(f, tuple) else f for f in flags)

@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 from eager import check
+from functorch.compile import aot_function, nop
+from jointplans import plan_with
 from shardwright.passes.capture import capture
 from shardwright.passes.checked import Verifying, difference, inputs_of, outcome
 from shardwright.passes.experiment import flat, strip
@@ -14,6 +16,7 @@ from shardwright.passes.fuse.patch import PatchPrefix, Search, chains, patch, pa
 from shardwright.passes.fuse.tiles import patched
 from shardwright.passes.gain import Paying
 from shardwright.passes.rewrite import rewritten
+from shardwright.passes.roomier import Roomier
 from shardwright.passes.steps import steps_of
 from shardwright.passes.summarize import summarize
 from shardwright.passes.verify import verify_rule
@@ -184,6 +187,11 @@ def test_a_quarter_of_the_memory_of_mobilenet():
     assert after[0] == found.peak
     assert after[1] / before[1] == pytest.approx(found.work, rel=1e-12)
     assert before[0] >= 4 * after[0]
+    paying = Paying(Prices(parse_cluster("cpu:1"), "float32"))
+    graphs = captured.graph.graph, tiled.graph.graph
+    assert not paying(PatchPrefix(), *graphs).stays  # inference keeps nothing, and there are more kernels to start
+    assert not Roomier(paying)(PatchPrefix(), *graphs).stays
+    assert Roomier(paying, slower=10.0)(PatchPrefix(), *graphs).stays
     assert after[1] <= 1.25 * before[1]
     values = captured.values(model) | captured.flatten((image,), {})
     assert difference(*(outcome(c.graph.graph, values) for c in (captured, tiled))) == ""
@@ -370,6 +378,18 @@ def test_it_survives_export_and_planning():
     exported = torch.export.export(captured.graph, values, strict=False)
     assert sum(str(n.target) == "shardwright.patched.default" for n in exported.graph.nodes) == 1
     assert torch.equal(exported.module()(*values)[0], captured.graph(*values)[0])
+    traced = aot_function(lambda *v: captured.graph(*v)[0], fw_compiler=nop)
+    wanted = [v for v in values if v.requires_grad]
+    pairs = zip(
+        *(
+            torch.autograd.grad(f(*values), wanted, allow_unused=True)
+            for f in (traced, lambda *v: captured.graph(*v)[0])
+        ),
+        strict=True,
+    )
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs if b is not None)
+    plan = plan_with(summarize(captured).outline, "dp=2", spec="h100-sxm:2")
+    assert plan.predicted.step_seconds > 0
 
 
 def test_real_models():
@@ -386,7 +406,7 @@ def test_real_models():
         MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=5)),
     )
     for model in models:
-        kwargs = {"pixel_values": torch.randn(2, 3, 65, 71), "labels": torch.tensor([1, 3])}
+        kwargs = {"pixel_values": torch.randn(2, 3, 45, 51), "labels": torch.tensor([1, 3])}
         captured = check(model.eval(), tolerance=1e-10, **kwargs)
         verify = Verifying(
             captured.constants, given=captured.values(model)

@@ -9,5 +9,6 @@ from __future__ import annotations
 from ..base import Pass, Program
 from .gelu import FuseGelu
 from .patch import PatchPrefix
+from .reorder import Reorder
 
-PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), PatchPrefix())}
+PASSES: dict[str, Pass[Program]] = {step.name: step for step in (FuseGelu(), PatchPrefix(), Reorder())}

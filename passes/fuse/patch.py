@@ -20,7 +20,7 @@ from ...planner.tilings import Tilings, tilings
 from ...planner.work import FLOPS_KINDS
 from ..base import Contract, Program, emit, fake, is_tensor
 from ..gradients import differentiable
-from ..steps import Steps, steps_of
+from ..steps import Steps, steps_of, trains
 from ..summarize import operands_of, target_name
 from .local import is_image, is_local, written
 from .tiles import patched
@@ -211,8 +211,7 @@ class PatchPrefix(Contract):
 def patching(graph: fx.Graph, budget: float = 0.25) -> Patching | None:
     """The best way for a graph, None where none lowers its peak; a graph with a gradient anywhere is one that trains."""
     found = list(chains(graph))
-    training = any(_flows(n) for n in graph.nodes if n.op == "call_function")
-    return Search(graph, training).best(found, budget) if found else None
+    return Search(graph, trains(graph)).best(found, budget) if found else None
 
 
 def patch(graph: fx.Graph, chain: Chain, grid: Grid) -> None:
