@@ -7,6 +7,7 @@ classes that they may index, buffers are positive (they hold variances), constan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +143,10 @@ def _sample(node: fx.Node, generator: torch.Generator) -> Tensor:
         return torch.randint(0, _bound(node), shape, generator=generator, dtype=dtype)
     if node.meta.get("role") == "buffer":
         return (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
-    scale = 1.0 if len(shape) < 2 else (shape[-1] ** -0.5)
+    kernel = (
+        len(shape) == 4 and node.meta.get("role") == "parameter"
+    )  # every product of a convolution sums over all of it
+    scale = 1.0 if len(shape) < 2 else math.prod(shape[1:] if kernel else shape[-1:]) ** -0.5
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 

@@ -1,6 +1,7 @@
 """Which optional passes run on a captured graph: those a plan lists, those a pin names, or those that pay.
 
-passes=auto      every pass that pays by price (passes/gain.py); `passes!=NAME` leaves one out
+passes=auto      every pass that pays by price (passes/gain.py), or lowers the peak for nothing (passes/roomier.py);
+                 `passes!=NAME` leaves one out
 passes=none      none
 passes=a,b       these, whether they pay or not
 """
@@ -20,6 +21,7 @@ from .capture import Captured
 from .fuse import PASSES
 from .gain import Paying
 from .rewrite import rewritten
+from .roomier import Roomier
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def run(captured: Captured, choice: Choice) -> Captured:
     """The graph after the chosen passes; raises PinError where a forced pass finds nothing to rewrite."""
     if not choice.names:
         return captured
-    weigh = Paying(choice.prices, keep=choice.forced) if choice.prices is not None else None
+    weigh = Roomier(Paying(choice.prices, keep=choice.forced), slower=0.0) if choice.prices is not None else None
     found = rewritten(captured, [PASSES[name] for name in PASSES if name in choice.names], weigh=weigh)
     if choice.forced:
         idle = [r.name for r in _own(found) if r.verdict is None]

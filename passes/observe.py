@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .random import own_form
-from .torch_compat import fake_mode
+from .torch_compat import StorageRef, fake_mode
 
 SMALL = 64
 """Saved tensors of at most so many bytes weigh nothing (scalars, mostly)."""
@@ -18,12 +19,16 @@ SMALL = 64
 
 @dataclass(frozen=True)
 class Observation:
-    """Operand and result indices that are saved, new tensors (shape, bytes), and the operand the result is a view of."""
+    """Operand and result indices that are saved, new tensors (shape, bytes), and the operand the result is a view of.
+
+    `inside` are bytes that the op holds at its fullest moment beyond what is left of it (an op made of several).
+    """
 
     operands: tuple[int, ...]
     results: tuple[int, ...]
     new: tuple[tuple[tuple[int, ...], int], ...]
     alias: int | None
+    inside: int = 0
 
 
 class Observer:
@@ -64,9 +69,35 @@ class Observer:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 own = own_form((node.target, args, kwargs), torch.zeros((), dtype=torch.int64))  # type: ignore[arg-type]
                 target, args, kwargs = own or (node.target, args, kwargs)
-                out = target(*args, **kwargs)  # type: ignore[operator]
+                with _Made() as made:
+                    out = target(*args, **kwargs)  # type: ignore[operator]
+                inside = made.most - made.alive()
         results = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
-        return _sort(operands, results, saved)
+        return replace(_sort(operands, results, saved), inside=inside)
+
+
+class _Made(TorchDispatchMode):
+    """The bytes alive at once of what the calls inside make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = StorageRef(storage), storage.nbytes()
+        self.most = max(self.most, self.alive())
+        return result
+
+    def alive(self) -> int:
+        """Bytes of what is alive now."""
+        self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
+        return sum(size for _, size in self.known.values())
 
 
 def _sort(operands: list[torch.Tensor], results: list[torch.Tensor], saved: list[torch.Tensor]) -> Observation:

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
 from torch.utils import _pytree as pytree
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -34,12 +35,13 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 
 __all__ = [
-    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "arguments", "fake_mode", "full_name", "is_mutable",
-    "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet",
+    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "StorageRef", "arguments", "fake_mode", "full_name",
+    "is_mutable", "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet",
     "short_stacks", "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
 """OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
-return, as export does, Hugging Face outputs included. Neither has a public name (tried: 2.11 to 2.13)."""
+return, as export does, Hugging Face outputs included; StorageRef is a weak reference to a storage. None has a public name
+(tried: 2.11 to 2.13)."""
 
 
 def is_tracing() -> bool:

@@ -26,6 +26,7 @@ from .part import Part
 from .placement import Placement, R, State, V, local_elements
 from .ring import scratch_bytes as ring_scratch
 from .saves import saves
+from .scratch import composite_bytes
 from .template import Cut
 from .timeline import Timeline
 from .uses import Uses
@@ -300,8 +301,8 @@ class _Walk:
         return ring_scratch(op, self.bench.tensors, choice, self.bench.sizes, training, share)
 
     def _mixture(self, op: Op, choice: tuple[str, ...], training: bool) -> float:
-        """Bytes inside a mixture of experts (its backward's are in the time line)."""
-        return rule_experts.scratch_bytes(op, self.bench.tensors, choice, self.bench.sizes, training)
+        """Bytes inside a composite op (its backward's are in the time line)."""
+        return composite_bytes(op, self.bench.tensors, choice, self.bench.sizes, training)
 
     def _experts(self) -> tuple[UnitExperts, ...]:
         """The unit's mixtures of experts."""

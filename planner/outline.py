@@ -91,8 +91,9 @@ class Op:
 
     `linear` lists the ways a partial sum may pass: each entry is the set of operands that are P together while every
     other differentiable operand is V. `kind` selects efficiency and pins: "matmul", "attention", "elementwise", "view",
-    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "experts", "other". `projection` marks a matmul with a
-    parameter (or experts with theirs).
+    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "experts", "patches", "other". `projection` marks a matmul
+    with a parameter (or experts with theirs). `program` is what runs in the tiles of "patches", `grid` how many there are
+    (planner/patches.py).
     `flops` are global forward FLOPs, `backward_flops` those of the whole backward (input and weight gradients).
     """
 
@@ -109,6 +110,8 @@ class Op:
     projection: bool = False
     source: str = ""
     discovered: bool = False
+    program: str = ""
+    grid: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True)

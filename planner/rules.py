@@ -14,6 +14,7 @@ from typing import Any
 from .rule_experts import forward_flops
 from .rule_lines import LINES as RULES
 from .rule_made import conv_flops
+from .rule_patches import KIND, call_flops
 from .rule_pattern import Mismatch, match, parse
 from .rule_types import Call, Factors, Linear, Operand, Rule, RuleInstance, Shape
 from .rule_variants import dtype_name
@@ -132,6 +133,8 @@ def _flops(formula: str, call: Call, factors: Factors) -> tuple[float, float]:
     if formula == "experts":
         forward = forward_flops(call.operands)
         return forward, 2.0 * forward
+    if formula == KIND:
+        return call_flops(call)
     if formula in ("conv", "conv_transpose"):
         side = call.results[0] if formula == "conv" else call.operands[0]
         forward = 2.0 * math.prod(side) * math.prod(call.operands[1][1:])

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from . import rule_heads
+from . import rule_experts, rule_heads, rule_patches
 from .outline import DTYPE_BYTES, Op, Tensor
 from .ring import split_by
-from .rule_experts import scratch_bytes
 
 UNFOLDED = frozenset({"float64"})
 """Dtypes in which convolutions on a CPU are unfolded, whatever their sizes."""
@@ -27,8 +26,16 @@ def inside_bytes(
 ) -> float:
     """Bytes inside an op under one choice per axis. `unfolds`: the device is a CPU."""
     columns = column_bytes(op, tensors, choice, sizes) if unfolds else 0.0
+    return columns + composite_bytes(op, tensors, choice, sizes, training)
+
+
+def composite_bytes(
+    op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
+) -> float:
+    """Bytes of what a composite op makes for itself: a mixture of experts, the tiles of an image, a chunk of logits."""
+    experts = rule_experts.scratch_bytes(op, tensors, choice, sizes, training)
     logits = rule_heads.scratch_bytes(op, tensors, choice, sizes)
-    return columns + logits + scratch_bytes(op, tensors, choice, sizes, training)
+    return experts + logits + rule_patches.scratch_bytes(op, tensors, choice, sizes, training)
 
 
 def column_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:

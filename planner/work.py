@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import rule_experts, rule_heads, rule_made
+from . import rule_experts, rule_heads, rule_made, rule_patches
 from .attention import MATH, MATH_KIND, causal, math_kernels, moved, price_kind
 from .fusing import Fusion
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
@@ -21,8 +21,14 @@ ALONE = Fusion()
 PRODUCT_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
 """Kinds whose backward pass computes products too, which may be divided into those of activations and of parameters."""
 
-FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND}
+FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND, rule_patches.KIND}
 """Kinds priced by FLOP/s; all others move bytes."""
+
+COMPOSITE = {
+    rule_experts.TARGET: rule_experts.moved, rule_patches.TARGET: rule_patches.beside,
+    rule_made.CONV: rule_made.moved, rule_made.LINEAR: rule_made.moved,
+}  # fmt: skip
+"""What composite ops move besides operands, results and what is saved, by target."""
 
 FREE_KINDS = frozenset({"view"})
 """Kinds that launch no kernel."""
@@ -155,6 +161,8 @@ def _launched(op: Op, kernels: int, fusion: Fusion) -> tuple[int, int]:
     """Kernels started forward and backward."""
     if op.target == MATH:
         return math_kernels(op, fusion.masks)
+    if op.kind == rule_patches.KIND:
+        return rule_patches.launched(op)
     return int(fusion.launched[0]), kernels * fusion.launched[1]
 
 
@@ -201,10 +209,8 @@ def _beside(op: Op, compute: str, masks: bool, grads: tuple[bool, ...]) -> tuple
     if op.kind == rule_heads.KIND:
         ahead, back = (tuple(Term(n, f) for n, f in side) for side in rule_heads.moved(op, grads, compute))
         return ahead, back
-    if op.target in (rule_made.CONV, rule_made.LINEAR):
-        sides = rule_made.moved(op)
-    else:
-        sides = rule_experts.moved(op) if op.kind == "experts" else moved(op, compute, masks)
+    own = COMPOSITE.get(op.target)
+    sides = own(op) if own is not None else moved(op, compute, masks)
     forward, backward = (tuple(Term(n * DTYPE_BYTES[compute], f) for n, f in side) for side in sides)
     return forward, backward
 

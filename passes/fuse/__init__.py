@@ -14,12 +14,14 @@ from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
 from .merge_convs import MergeConvs
 from .merge_linears import MergeLinears
+from .patch import PatchPrefix
+from .reorder import Reorder
 from .reparameterize import Reparameterize
 from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
     FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeConvs(),
-    MergeLinears(), FuseHeadLoss(),
+    MergeLinears(), FuseHeadLoss(), PatchPrefix(), Reorder(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
