@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...planner.liveness import peak
+from ...planner.liveness import floor, peak
 from ...planner.ordering import Ordering
 from ..base import Contract, Program
 from ..steps import steps_of, trains
@@ -37,16 +37,18 @@ class Reorder(Contract):
     worth: float = 0.01
 
     def apply(self, program: Program) -> Program:
-        found = reordering(program.graph)
+        found = reordering(program.graph, self.worth)
         if found is not None and found.after <= (1 - self.worth) * found.before:
             program.notes.append(f"calls reordered: at most {found.after:,} bytes alive, {found.before:,} before")
             _sort(program.graph, found)
         return program
 
 
-def reordering(graph: fx.Graph) -> Order | None:
-    """A better order of a graph's calls, None where none is found."""
+def reordering(graph: fx.Graph, worth: float = 0.0) -> Order | None:
+    """A better order of a graph's calls, None where none is found, or none can lower the peak by the share `worth`."""
     found = steps_of(graph, training=trains(graph))
+    if floor(found.steps, found.kept) + found.given_bytes > (1 - worth) * found.peak:
+        return None
     after = _after(graph)
     names, best = Ordering(found.steps, after, found.kept).best()
     place = {step.name: step for step in found.steps}
