@@ -66,6 +66,7 @@ def floor(steps: Sequence[Step], kept: Collection[str] = ()) -> int:
     """Bytes that are alive at once in any order: all that is kept, or what one step reads, makes and holds inside."""
     size = {name: b for step in steps for name, b in step.makes}
     widest = max(
-        (sum(size.get(n, 0) for n in {*step.reads, *(m for m, _ in step.makes)}) + step.inside for step in steps), default=0
+        (sum(size.get(n, 0) for n in {*step.reads, *(m for m, _ in step.makes)}) + step.inside for step in steps),
+        default=0,
     )
     return max(widest, sum(size.get(name, 0) for name in kept))
