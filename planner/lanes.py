@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
+from . import rule_heads
 from .assign import Assignment
 from .dispatch import DISPATCH, dispatched
 from .memory import (
@@ -273,7 +274,13 @@ class Lanes:
         names, sizes = self._spread(op, choice)
         came = received_bytes(op, self.tensors, names, sizes) if DISPATCH in choice and self.training else 0.0
         inside = inside_bytes(op, self.tensors, names, sizes, training=self.training, unfolds=self.setting.unfolds)
-        return inside + came
+        return inside + came + (self._read_once(op) if op.kind == rule_heads.KIND else 0.0)
+
+    def _read_once(self, op: Op) -> float:
+        """Bytes of gathered parameters that an op needs which makes their gradients at once, where its backward pass needs none."""
+        here = self.ops.index(op)
+        names = {self.facts.aliases[use.tensor].root for use in op.operands} & set(self.held)
+        return sum(self.held[t].gathered for t in names if here not in self.needing.ops_of.get(t, ()))
 
     def _adding(self, name: str) -> bool:
         """Whether the gradient of an op's parameter is made beside one that it is then added to."""

@@ -17,6 +17,9 @@ from .ring import split_by
 
 UNFOLDED = frozenset({"float64"})
 """Dtypes in which convolutions on a CPU are unfolded, whatever their sizes."""
+COPIES = {"shardwright.rms_norm": 3.0, "shardwright.rotary": 2.5}
+"""How many tensors like the first operand the backward pass of a composite op holds at most, the gradient it makes included
+(passes/fuse/ops; in half precision they are of float32)."""
 COLUMNS, TRANSPOSED = "zikt", "oks"
 """The letters of a convolution (rule_variants.conv) that its columns run over."""
 
@@ -32,10 +35,22 @@ def inside_bytes(
 def composite_bytes(
     op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
 ) -> float:
-    """Bytes of what a composite op makes for itself: a mixture of experts, the tiles of an image, a chunk of logits."""
+    """Bytes of what a composite op makes for itself: experts, the tiles of an image, a chunk of logits, copies."""
+    if training and op.target in COPIES:
+        return _copies(op, tensors, choice, sizes)
     experts = rule_experts.scratch_bytes(op, tensors, choice, sizes, training)
     logits = rule_heads.scratch_bytes(op, tensors, choice, sizes)
     return experts + logits + rule_patches.scratch_bytes(op, tensors, choice, sizes, training)
+
+
+def _copies(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:
+    """Bytes of the copies of the first operand that a backward pass holds beside the gradient."""
+    use = op.operands[0]
+    elements = float(math.prod(op.factors[f].size for dim in use.factors for f in dim))
+    for name, n in zip(choice, sizes, strict=True):
+        elements /= n if any(op.factors[f].name == name for dim in use.factors for f in dim) else 1
+    dtype = tensors[use.tensor].dtype
+    return elements * (COPIES[op.target] * rule_heads.wide_bytes(dtype) - DTYPE_BYTES[dtype])
 
 
 def column_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:

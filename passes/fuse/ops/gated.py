@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .inplace import times
+
 aten = torch.ops.aten
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 QUICK = 1.702
@@ -62,7 +64,7 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         act, wants = ACTS[ctx.act], ctx.needs_input_grad
         d_gate = act.backward(grad * up, gate) if wants[0] else None
-        d_up = grad * act.forward(gate) if wants[1] else None
+        d_up = times(act.forward(gate), grad) if wants[1] else None
         return d_gate, d_up, None
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .inplace import minus, times
+
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 
 
@@ -51,7 +53,9 @@ class _RmsNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_h = grad if weight is None else grad * _scale(weight, offset, seen.dtype)
             d_h = d_h.to(seen.dtype).to(h.dtype)
-            d_x = (root * (d_h - h * (d_h * h).mean(-1, keepdim=True))).to(x.dtype)
+            mean = (d_h * h).mean(-1, keepdim=True)
+            away = times(h, mean)
+            d_x = times(d_h - away if weight is None else minus(d_h, away), root).to(x.dtype)
         return d_x, d_weight, None, None, None, None, None
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .inplace import minus
+
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 
 
@@ -56,7 +58,8 @@ class _Rotary(torch.autograd.Function):
         d_x = d_cos = d_sin = None
         if ctx.needs_input_grad[0]:
             near, far = (_wide(table, grad.shape[-1], interleaved) for table in (cos, sin))
-            d_x = (grad * near - _turned(grad * far, interleaved)).to(dtype)
+            turned = _turned(grad * far, interleaved)
+            d_x = minus(grad * near, turned).to(dtype)
         if ctx.needs_input_grad[1]:
             d_cos = _narrow(grad * x, cos, interleaved)
         if ctx.needs_input_grad[2]:
