@@ -49,7 +49,7 @@ def asked(pins: Pins, prices: Prices) -> Choice:
     return Choice(tuple(n for n in names if n not in left_out), prices, forced=text not in ("auto", "none"))
 
 
-DEFAULT = "none"
+DEFAULT = "auto"
 """Without a pin."""
 
 

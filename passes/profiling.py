@@ -15,6 +15,7 @@ from typing import Any
 
 from ..planner.cluster import Cluster
 from ..planner.fit import samples
+from ..planner.pins import Pins
 from ..planner.precision import choose_precision
 from ..planner.prices import Prices
 from ..profiles.comms import strided_groups
@@ -26,6 +27,7 @@ from ..profiles.ops import argument_text, encode_request, key_text
 from ..profiles.places import Place, place_of
 from ..profiles.progress import Row
 from ..profiles.store import Store
+from .choose import asked
 from .inplace import optimizer_key, parameter_sizes
 from .measure import OWN_OPS, request_of
 from .models import Loaded, load_model
@@ -109,7 +111,8 @@ class _Profiler:
         """Single ops, whole regions and the optimizer step of a model."""
         compute = choose_precision(cluster.device).compute
         self.say(f"capturing {loaded.source.model}")
-        summary = prepare(loaded.model, loaded.args, loaded.kwargs, compute)
+        choice = asked(Pins(), Prices(cluster, compute))  # the graph of a plan without pins
+        summary = prepare(loaded.model, loaded.args, loaded.kwargs, compute, choice=choice)
         arguments = {name: argument_text(*operands_of(call.node)[1:]) for name, call in summary.calls.items()}
         prices = Prices(cluster, compute, arguments=arguments)
         tasks = {**self._ops(summary, prices), **self._regions(summary), **self._optimizer(summary, optimizer, compute)}

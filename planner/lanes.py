@@ -241,7 +241,8 @@ class Lanes:
             self._over("temporaries", *interval)
         for i, op in enumerate(self.ops):
             choice = self.assignment.choices[op.name]
-            self.moment[i] += self._inside(op, choice)
+            inside, ahead = self._inside(op, choice), op.kind == rule_heads.KIND
+            self.moment[i] += 0.0 if ahead else inside
             copies = gradient_copies(op, choice)
             for j in operand_gradients(op, self.tensors):
                 amount = copies * local_bytes(
@@ -252,6 +253,8 @@ class Lanes:
                 use = op.operands[j]
                 if self._adding(use.tensor):
                     self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
+            if ahead:  # its chunks run in the forward pass, with what has left the device away
+                self.moment[i] = max(self.moment[i], inside - self.returned)
 
     def _gradients_of_activations(self) -> Iterator[Interval]:
         """When the gradients of activations are there, and their bytes."""

@@ -115,7 +115,7 @@ def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], 
     """Bytes inside the op under one choice per axis, beside the gradients that it keeps; 0 for every other op.
 
     These are the logits of a chunk with the logarithms of their probabilities, and in half precision the sum of the weight's
-    gradient in float32.
+    gradient in float32. Where all rows are one chunk no gradient is there yet as the logits are, and one of the two later.
     """
     if op.kind != KIND:
         return 0.0
@@ -129,7 +129,12 @@ def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], 
     summed = 0.0
     if narrow < wide and rows < local["b"] and tensors[op.operands[1].tensor].differentiable:
         summed = wide * local["v"] * local["k"]
-    return rows * local["v"] * (wide + narrow) + summed
+    logits = rows * local["v"]
+    if rows < local["b"]:
+        return logits * (wide + narrow) + summed
+    sides = {0: local["b"], 1: local["v"]}
+    made = sum(n * local["k"] * narrow for i, n in sides.items() if tensors[op.operands[i].tensor].differentiable)
+    return max(logits * (wide + narrow) - made, logits * narrow)
 
 
 def product_groups(op: Op) -> tuple[tuple[int, ...], ...]:

@@ -89,6 +89,8 @@ def _pins(dice: random.Random, world: int) -> list[str]:
     pins.append(f"micro_batch={dice.choice([n for n in (1, 2, 4, 8) if 8 // left % n == 0])}")
     pins.append(f"recompute={dice.choice(['none', 'selective', 'full'])}")
     pins.append(f"offload={dice.choice(['none', 'none', 'optimizer', 'activations', 'params'])}")
+    # Dice of its own: what a seed drew before there were passes it still draws.
+    pins.append(f"passes={random.Random(' '.join(pins)).choice(['auto', 'none'])}")
     return pins
 
 

@@ -8,6 +8,7 @@ import pytest
 from models import build
 from pool import Pool
 from running import plan_of, records, traffic
+from shardwright.passes.choose import listed
 from shardwright.passes.prepare import prepare
 from shardwright.planner.assign import assign
 from shardwright.planner.plan import Plan
@@ -52,7 +53,8 @@ def test_sequence_parallel_is_four_gathers_and_four_scatters_a_layer(ranks2: Poo
 def groups_of(name: str, plan: Plan) -> int:
     """Parameter groups of a plan's model that train."""
     case = build(name)
-    outline = prepare(case.model, case.args, dict(case.kwargs), plan.precision.compute, loss_fn=case.loss_fn).outline
+    given = case.model, case.args, dict(case.kwargs), plan.precision.compute
+    outline = prepare(*given, loss_fn=case.loss_fn, choice=listed(plan)).outline
     trained = {p.tensor for p in outline.parameters if p.trainable}
     return sum(group[0] in trained for group in assign(plan, outline).groups)
 

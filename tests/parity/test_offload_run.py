@@ -18,6 +18,7 @@ from offloading import cluster, offloaded, saying
 from pool import Pool
 from running import differences, parallel
 from shardwright.errors import PlanError, UsageError
+from shardwright.passes.choose import listed
 from shardwright.passes.prepare import prepare
 from shardwright.planner import away
 from shardwright.planner.capability import check_plan
@@ -77,7 +78,7 @@ def predicted_bytes(name: str, plan: Plan, world: int, batch: int = 8, rank: int
     """The same as predicted for one step of a pipeline rank, by class."""
     case = build(name, batch)
     compute = plan.precision.compute
-    outline = prepare(case.model, case.args, case.kwargs, compute, loss_fn=case.loss_fn).outline
+    outline = prepare(case.model, case.args, case.kwargs, compute, loss_fn=case.loss_fn, choice=listed(plan)).outline
     found = copied(plan, outline, cluster(world), Prices(cluster(world), compute), rank)
     return {what: bytes_of(t) for what, t in found.items()}
 
