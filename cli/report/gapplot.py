@@ -168,7 +168,7 @@ def _labels(wanted: Iterable[tuple[str, float, float]], taken: list[Box]) -> lis
     """Labels in order of weight where they cover nothing; the others are left to the tooltips and the table."""
     found = []
     for name, x, y in wanted:
-        text = name.removeprefix("aten.").removeprefix("shardwright::")
+        text = name.removeprefix("aten.").removeprefix("shardwright.")
         places = [
             Label(x + 17 * right, y + (down if right else (-17 if down < 0 else 26)), anchor, text)
             for right, down, anchor in PLACES
