@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import json_option
+from ..errors import UsageError
+from .options import json_option, output_option
 
 if TYPE_CHECKING:
     from ..passes.capture import Captured
     from ..passes.review import Review
     from ..passes.summarize import Summary
+    from ..planner.waterline import Moment, Totals, Waterline
+
+DTYPE = "float32"
+"""What passes are priced in."""
 
 
 @click.command("check")
@@ -24,13 +30,17 @@ if TYPE_CHECKING:
 @click.option(
     "--cluster", default="cpu:1", show_default=True, metavar="C", help="Device whose prices say what passes gain."
 )
+@output_option("--report", help="HTML page to write: waterline and efficiency gap before and after the passes.")
 @json_option
 def command(
-    model: str, batch: int, seq: int | None, passes: bool, print_after: str | None, cluster: str, as_json: bool
-) -> None:
+    model: str, batch: int, seq: int | None, passes: bool, print_after: str | None, cluster: str, report: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Capture MODEL and show problems, ops without a rule, and the regions found; or what every pass does to it."""
+    if report is not None and not passes:
+        raise UsageError("--report shows what passes change; add --passes")
     if passes or print_after is not None:
-        _review(model, batch, seq, print_after, cluster, passes, as_json)
+        _review(model, batch, seq, print_after, cluster, passes, report, as_json)
         return
     from ..passes.capture import capture
     from ..passes.models import load_model
@@ -53,28 +63,38 @@ def command(
 
 
 def _review(
-    model: str, batch: int, seq: int | None, print_after: str | None, cluster: str, passes: bool, as_json: bool
-) -> None:
+    model: str, batch: int, seq: int | None, print_after: str | None, cluster: str, passes: bool, report: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Show every pass, or the graph after one."""
     from ..passes.models import load_model
     from ..passes.review import review
     from ..planner.prices import Prices
     from ..profiles.devices import parse_cluster
     from .listings import pass_tables
-    from .tables import print_json, progress, show
+    from .tables import console, print_json, progress, show
 
     with progress() as tell:
         tell("load")
         loaded = load_model(model, batch=batch, seq=seq, device="meta")
-        prices = Prices(parse_cluster(cluster), "float32")
-        found = review(loaded.model, loaded.args, loaded.kwargs, prices, print_after=print_after, say=tell)
+        prices = Prices(parse_cluster(cluster), DTYPE)
+        found = review(
+            loaded.model, loaded.args, loaded.kwargs, prices, print_after=print_after, waterlines=passes, say=tell
+        )
+    shown = reviewed(found, cluster) | {"batch": batch} | ({"sequence": seq} if seq else {})
+    if report is not None and found.waterlines is not None:
+        from .report.passes import write_passes
+
+        write_passes(report, model, shown, found.waterlines)
     if as_json:
-        print_json(reviewed(found, cluster))
+        print_json(shown)
         return
     if passes:
-        show(pass_tables(reviewed(found, cluster)))
+        show(pass_tables(shown))
     if print_after is not None:
         click.echo(found.listing)
+    if report is not None:
+        console(error=True).print(f"wrote {report}")
 
 
 def reviewed(found: Review, cluster: str) -> dict[str, Any]:
@@ -95,8 +115,34 @@ def reviewed(found: Review, cluster: str) -> dict[str, Any]:
             if record.name in found.verified:
                 row["verified"] = found.verified[record.name] or "equal"
         rows.append(row)
-    shown = {"passes": rows, "cluster": cluster, "unverified": found.unverified}
-    return shown | ({"listing": found.listing} if found.listing else {})
+    shown: dict[str, Any] = {"passes": rows, "cluster": cluster, "dtype": DTYPE, "unverified": found.unverified}
+    shown |= {"listing": found.listing} if found.listing else {}
+    if found.waterlines is not None:
+        before, after = found.waterlines
+        shown["waterline"] = {
+            "peak_flops": before.peak_flops, "bytes_per_second": before.bytes_per_second, "before": _line(before),
+            "after": _line(after),
+        }  # fmt: skip
+    return shown
+
+
+def _line(line: Waterline) -> dict[str, Any]:
+    """A waterline as plain values: its sums, and every pass of every op in order."""
+    return {"calls": line.totals.calls, **_amounts(line.totals), "ops": [_moment(one) for one in line.moments]}
+
+
+def _moment(one: Moment) -> dict[str, Any]:
+    named = {"op": one.op, "target": one.target, "source": one.source, "phase": one.phase, "bound": one.bound}
+    return named | _amounts(one) | {"price": one.origin}
+
+
+def _amounts(one: Moment | Totals) -> dict[str, Any]:
+    from ..planner.waterline import PARTS
+
+    return {
+        "flops": one.flops, "bytes": one.bytes, "seconds": one.seconds, "ideal_seconds": one.ideal_seconds,
+        "gap_seconds": one.gap_seconds, "efficiency": one.efficiency, "parts": dict(zip(PARTS, one.parts, strict=True)),
+    }  # fmt: skip
 
 
 def document(captured: Captured, summary: Summary) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.plandiff import Difference
-from .figures import bytes_text, change_text, count_text, seconds_text
+from .figures import bytes_text, change_text, count_text, percent_text, seconds_text
 from .stages import again_text, runs_text
 from .tables import table
 
@@ -118,16 +118,28 @@ def pass_tables(found: Mapping[str, Any]) -> Group:
         else:
             gain, saved = row["gain_seconds"], row["gain_saved_bytes"]
             rows.add_row(
-                row["name"], nodes, _signed(gain, seconds_text), _signed(saved, bytes_text),
+                row["name"], nodes, signed(gain, seconds_text), signed(saved, bytes_text),
                 Text(f"verified: {row['verified']}" if "verified" in row else "not verified"),
             )  # fmt: skip
     parts: list[RenderableType] = [first, Text(), rows]
+    parts += [Text(), _efficiency(found["waterline"])]
     if found["unverified"]:
         parts += [Text(), Text(f"Not verified: {found['unverified']}")]
     return Group(*parts)
 
 
-def _signed(value: float, text: Callable[[float], str]) -> str:
+def _efficiency(lines: Mapping[str, Any]) -> Table:
+    """Where the seconds of a step go before and after the passes."""
+    before, after = lines["before"], lines["after"]
+    made = table("seconds of a step", "before", "after", title="Where they go", right=(1, 2))
+    for part in before["parts"]:
+        made.add_row(part, *(seconds_text(side["parts"][part]) for side in (before, after)))
+    made.add_row("all", *(seconds_text(side["seconds"]) for side in (before, after)))
+    made.add_row("efficiency", *(percent_text(side["efficiency"]) for side in (before, after)))
+    return made
+
+
+def signed(value: float, text: Callable[[float], str]) -> str:
     """What is gained a step, and with a sign what is lost."""
     return text(value) if value >= 0 else f"-{text(-value)}"
 

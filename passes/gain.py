@@ -74,10 +74,7 @@ class Paying:
         return Cost(seconds, new + sum(kept.values()))
 
     def _priced(self, outline: Outline, names: Sequence[str]) -> _Priced:
-        prices = self.prices
-        if prices.fused:
-            outline = fused_saves(outline)
-            prices = replace(prices, fused=fusions(outline))
+        outline, prices = as_priced(outline, self.prices)
         seconds = 0.0
         for op in outline.ops:
             forward, backward = prices.op(op, tuple(f.size for f in op.factors), outline.tensors)
@@ -99,6 +96,14 @@ class _Priced:
     seconds: float
     new: float
     kept: Mapping[tuple[int, str], float]
+
+
+def as_priced(outline: Outline, prices: Prices) -> tuple[Outline, Prices]:
+    """An outline and its prices as kernels run it: with fused ones, where `prices` fuse, those of its own ops."""
+    if not prices.fused:
+        return outline, prices
+    outline = fused_saves(outline)
+    return outline, replace(prices, fused=fusions(outline))
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

@@ -13,16 +13,18 @@ from torch import fx, nn
 
 from ..errors import UsageError
 from ..planner.prices import Prices
+from ..planner.waterline import Waterline, waterline
 from .base import Program, Record
 from .capture import Captured, capture
 from .checked import Verifying
 from .cleanup import cleanup_passes, first_passes
 from .fuse import PASSES
-from .gain import Paying
+from .gain import Paying, as_priced
 from .prepare import cast_inputs, in_dtype, other_dtypes
 from .printing import listing
 from .rewrite import rewritten
 from .skeleton import skeleton, to_meta
+from .summarize import summarize
 
 MOST_ELEMENTS = 1 << 28
 """Elements of the values of one graph up to which it is run to be verified: 2 GiB in float64."""
@@ -33,13 +35,17 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Review:
     """Records of the cleanup passes, those of the optional passes with their verdicts by price, what was found when the ones
-    that stay were verified (by name: "" equal, else what changed; empty where nothing was run), and asked-for listings."""
+    that stay were verified (by name: "" equal, else what changed; empty where nothing was run), and asked-for listings.
+
+    `waterlines` are those before and after the optional passes that stay, where they were asked for.
+    """
 
     cleanup: tuple[Record, ...]
     optional: tuple[Record, ...]
     verified: dict[str, str]
     unverified: str = ""
     listing: str = ""
+    waterlines: tuple[Waterline, Waterline] | None = None
 
 
 def known_passes() -> tuple[str, ...]:
@@ -48,8 +54,15 @@ def known_passes() -> tuple[str, ...]:
 
 
 def review(
-    model: nn.Module, args: Any, kwargs: Any, prices: Prices, *, print_after: str | None = None, say: Say = lambda _: None
-) -> Review:  # fmt: skip
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    prices: Prices,
+    *,
+    print_after: str | None = None,
+    waterlines: bool = False,
+    say: Say = lambda _: None,
+) -> Review:
     """Run every pass on a capture of `model`; the gains are those under `prices`.
 
     `print_after` names the pass whose graph is listed. Raises UsageError for a pass that does not exist, CaptureError.
@@ -69,7 +82,13 @@ def review(
     optional = second.records[len(first.records) :]
     stay = [r.name for r in optional if r.verdict is not None and r.verdict.stays]
     verified, reason = _verified(model, args, kwargs, stay, first, say)
-    return Review(first.records, optional, verified, reason, seen.get(print_after or "", ""))
+    lines = (waterline_of(first, prices), waterline_of(second, prices)) if waterlines else None
+    return Review(first.records, optional, verified, reason, seen.get(print_after or "", ""), lines)
+
+
+def waterline_of(captured: Captured, prices: Prices) -> Waterline:
+    """The waterline of a captured graph, whole on one device."""
+    return waterline(*as_priced(summarize(captured).outline, prices))
 
 
 def _verified(

@@ -101,7 +101,7 @@ class Prices:
         key = (id(op), local_sizes)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._price(self._work(op, tensors), local_sizes)
+            found = self._known[key] = self._price(self.work(op, tensors), local_sizes)
         return found
 
     def collective(self, name: str, full_bytes: float, stride: int, size: int) -> Price:
@@ -142,21 +142,26 @@ class Prices:
 
     def op_key(self, op: Op, local_sizes: tuple[float, ...], tensors: Mapping[str, Tensor]) -> OpKey:
         """What a measured row of `op` at these local sizes is filed under."""
-        return self._work(op, tensors).key(local_sizes)
+        return self.work(op, tensors).key(local_sizes)
 
     def amounts(
         self, op: Op, local_sizes: tuple[float, ...], tensors: Mapping[str, Tensor]
     ) -> tuple[float, float, int]:
         """What rates count: forward and backward FLOPs or bytes at these local sizes, and kernels of the backward."""
-        work = self._work(op, tensors)
+        work = self.work(op, tensors)
         return (*work.amounts(local_sizes), work.kernels)
 
-    def _work(self, op: Op, tensors: Mapping[str, Tensor]) -> Work:
+    def work(self, op: Op, tensors: Mapping[str, Tensor]) -> Work:
+        """What `op` does, made ready to be priced."""
         kept = self._shapes.get(id(op))
         if kept is None:
             # The op is kept beside its work so that its id is not used again while this table lives.
             kept = self._shapes[id(op)] = (op, self._made(op, tensors))
         return kept[1]
+
+    def peak_flops(self, work: Work) -> float:
+        """Dense peak FLOP/s of the dtype that `work` runs at; raises ClusterError where the device has no figure for it."""
+        return self.cluster.device.peak(self.products if self._roofline.narrow(work) else self.compute)
 
     def _made(self, op: Op, tensors: Mapping[str, Tensor]) -> Work:
         return work_of(op, tensors, self.compute, self.arguments.get(op.name, ""), self.fused.get(op.name, ALONE))

@@ -45,7 +45,7 @@ class Roofline:
 
     def seconds(self, work: Work, sizes: tuple[float, ...]) -> tuple[float, float]:
         """(forward, backward) seconds of the device; the latter 0 without a gradient."""
-        device, narrow = self.device, self._narrow(work)
+        device, narrow = self.device, self.narrow(work)
         ahead, back = self._streamed(work, sizes)
         if work.kind in FLOPS_KINDS:
             done, undone = self._computed(work, sizes, narrow)
@@ -62,7 +62,8 @@ class Roofline:
             return ahead, 0.0
         return ahead, back + device.kernel_overhead_seconds * work.launched[1]
 
-    def _narrow(self, work: Work) -> bool:
+    def narrow(self, work: Work) -> bool:
+        """Whether it runs at the dtype of products."""
         return bool(self.products) and work.weighted and work.kind in ("matmul", "experts")
 
     def _streamed(self, work: Work, sizes: tuple[float, ...]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ SURFACE = {
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
             "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--save", "--every", "--resume", "--json"},
     "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},
-    "check": {"MODEL", "--batch", "--seq", "--passes", "--print-after", "--cluster", "--json"},
+    "check": {"MODEL", "--batch", "--seq", "--passes", "--print-after", "--cluster", "--report", "--json"},
     "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},
     "report": {"PLAN", "--output", "--measured", "--json"},
     "clusters": {"NAME", "--json"},

@@ -1,21 +1,11 @@
-"""A plan as one HTML page: template.html filled from the plan, with report.css and report.js inlined.
-
-The page loads nothing: its content security policy forbids every request, and scripts other than its own. Everything that
-comes from a plan or a result passes the template's autoescape.
-"""
+"""A plan as one HTML page (page.py): template.html filled from the plan."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-import markupsafe
 
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
@@ -37,6 +27,7 @@ from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 from ..tables import optimum_text
+from .page import page
 
 _COLOURS = 8
 
@@ -63,16 +54,12 @@ def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None
 
 def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
     """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
-    style, script = _asset("report.css"), _asset("report.js")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_asset("template.html")).render(
-        policy=_policy(style, script),
-        style=markupsafe.Markup(style),
-        script=markupsafe.Markup(script),
+    return page(
+        "template.html",
         plan=plan,
         title=plan.source.model,
+        kind="Parallelism plan",
+        what="shardwright plan",
         facts=_facts(plan),
         figures=_figures(plan),
         regions=list(zip(plan.regions, summaries(plan), strict=True)),
@@ -109,22 +96,6 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) 
         run_columns=RUNS,
         text=dump_plan(plan),
     )
-
-
-def _asset(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, script: str) -> str:
-    """Nothing is loaded, and nothing runs or styles but what stands in the page (bars set their width in place)."""
-    return (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
-        "style-src-attr 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:

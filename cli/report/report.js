@@ -15,7 +15,7 @@ addEventListener("afterprint", () => {
 });
 
 const button = document.getElementById("copy");
-if (navigator.clipboard) {
+if (button && navigator.clipboard) {
   button.hidden = false;
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(document.getElementById("plan").textContent);
