@@ -41,7 +41,8 @@ class Paying:
     """A `weigh` for `run_passes`: what does not pay under `prices` is taken back.
 
     A pass pays that saves seconds and keeps no more bytes, or keeps fewer bytes and costs no more than `slower` of the seconds
-    that its pieces took, or those and all that reads what they read where it `serves_neighbours`. With `keep` what does not pay stays and is only priced.
+    that its pieces took (where it `serves_neighbours`, those and all that reads what they read). With `keep` what does not
+    pay stays and is only priced.
     """
 
     prices: Prices

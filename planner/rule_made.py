@@ -74,7 +74,7 @@ def linear_sum(call: Call, rule: Rule) -> Rule:
 
 
 def remade_linear(call: Call, rule: Rule) -> Rule:
-    """x [*, k] times a weight [n, k], beside sources [*, k] that are split as x is. x may not be partial: it is made again whole."""
+    """x [*, k] times a weight [n, k], beside sources [*, k] split as x is. x may not be partial: it is made again whole."""
     return replace(rule, line=f"*b k, n k{', *b k' * (len(call.operands) - 2)} -> *b n")
 
 

@@ -1,10 +1,12 @@
 """Adapters beside a frozen product do not keep what they read (passes/fuse/ops/remade_linear.py).
 
-    h = gelu(x); y = linear(h, frozen) + linear(linear(h, a), b)    becomes    ... linear(remade_linear(h, a, [detach(x)], "gelu"), b)
+    h = gelu(x); y = linear(h, frozen)        becomes        h = gelu(x); y = linear(h, frozen)
+                 z = linear(h, a)                                         z = remade_linear(h, a, [detach(x)], "gelu")
 
 With full training both h and x wait for the backward pass, and h pays for itself: it feeds a large product's gradient. A frozen
-product needs its weight alone, so that h waits only for the small weight beside it. Where h is an activation or a gate, its operands
-are kept anyway and h is made from them again. Left alone: an h that anything else reads, that no gradient goes through, or whose
+product needs its weight alone, so that h waits only for the small weight beside it. Where h is an activation or a gate, its
+operands are kept anyway and h is made from them again.
+Left alone: an h that anything else reads, that no gradient goes through, or whose
 maker keeps its result (ReLU, sigmoid, tanh).
 """
 

@@ -3,10 +3,9 @@
     y = x W^T        dx = dy W        dW = dy^T x,  x = a(s) made again from one source, a(g) u from two
 
 Shapes: x and every source [*, k], weight [n, k]; the result is [*, n]. It is for inputs whose sources wait for the backward pass
-anyway, as those of an activation do, and that nothing else keeps: the inputs of adapters (LoRA: Hu et al. 2021, section 4.1) beside a
-frozen product. The result does not depend on the sources, so no gradient goes to them but by way of x, and second derivatives are
-refused. What is kept for a gradient
-that is wanted, and no more, is the rule of backward pruning in FlexLLM (Oliaro et al. 2024, section 5.2).
+anyway, as those of an activation do, and that nothing else keeps: the inputs of adapters (LoRA: Hu et al. 2021, section 4.1) beside
+a frozen product. The result does not depend on the sources, so no gradient goes to them but by way of x, and second derivatives are
+refused. To keep what wanted gradients need and no more is the backward pruning of FlexLLM (Oliaro et al. 2024).
 """
 
 from __future__ import annotations
