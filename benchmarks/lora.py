@@ -134,7 +134,9 @@ def compared(case: str, name: str, limit: int, repeats: int, batch: int) -> tupl
     low, high = interval(ratios)
     held = math.isclose(*losses, rel_tol=2e-3)
     median = statistics.median(ratios)
-    cells = f"{kept[0] / 2**20:9.1f} {kept[1] / 2**20:9.1f} {kept[1] / kept[0]:6.3f} {median:7.3f} {low:6.3f} {high:6.3f}"
+    cells = (
+        f"{kept[0] / 2**20:9.1f} {kept[1] / 2**20:9.1f} {kept[1] / kept[0]:6.3f} {median:7.3f} {low:6.3f} {high:6.3f}"
+    )
     return f"{case:8}{name:10}{cells}  {plan}{'' if held else '  <- losses differ'}", held
 
 
@@ -144,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", default="ours,compiled", help="which to hold against eager")
     parser.add_argument("--repeats", type=int, default=4, help="times A B B A: two pairs each")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--memory-limit", type=int, default=0, help="bytes that the variant `recompute` may take in all")
+    parser.add_argument(
+        "--memory-limit", type=int, default=0, help="bytes that the variant `recompute` may take in all"
+    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     columns = f"{'eager MiB':>9} {'ours MiB':>9} {'kept':>6} {'time':>7} {'low':>6} {'high':>6}"
