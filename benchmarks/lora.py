@@ -1,6 +1,6 @@
 """LoRA fine-tuning: bytes that wait for the backward pass and step time of real models, eager and ours.
 
-    python benchmarks/lora.py [--only TEXT]... [--variants NAME,NAME] [--repeats N] [--batch N] [--memory-limit BYTES]
+    python benchmarks/lora.py [--only TEXT]... [--variants NAME,NAME] [--repeats N] [--batch N]
 
 All linear maps of the blocks have adapters of rank 8 beside frozen weights; embeddings, norms and head are frozen. Each variant
 lives in a process of its own with the same weights, batch (of 256 tokens), dtype (float32), optimizer (fused AdamW) and two
@@ -8,8 +8,7 @@ threads; one runs at a time. Steps come in the order A B B A of eager and the va
 95 % interval. Kept bytes are what the forward pass leaves alive, from allocator events: outputs, saved tensors and what they hang
 on, parameters, gradients and states aside.
 
-Variants: `eager`; `ours`, the plan's passes, not compiled; `compiled`, the same compiled; `recompute`, the plan for
-`--memory-limit`, not compiled. Exit status 1 where a loss differs.
+Variants: `eager`; `ours`, the plan's passes, not compiled; `compiled`, the same compiled. Exit status 1 where a loss differs.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ def adapted(model: Any) -> Any:
 
 
 def serve(variant: str, case_name: str, batch: int, link: Connection) -> None:
-    """Answer "step" with (seconds, loss), "kept" with bytes and "plan" with a text, until the link closes.
-
-    `variant` is its name, or "recompute BYTES".
-    """
+    """Answer "step" with (seconds, loss), "kept" with bytes and "plan" with a text, until the link closes."""
     import pass_models
     import torch
 
@@ -73,8 +69,7 @@ def serve(variant: str, case_name: str, batch: int, link: Connection) -> None:
     torch.manual_seed(0)
     model, inputs = getattr(pass_models, case_name)(batch)
     model = adapted(model).train()
-    name, _, limit = variant.partition(" ")
-    runner, plan = _runner(name, int(limit or 0), model, inputs)
+    runner, plan = _runner(variant, model, inputs)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=True)
 
@@ -102,24 +97,22 @@ def _kept(forward: Callable[[], Any]) -> int:
     return measure_peak(forward).retained
 
 
-def _runner(name: str, limit: int, model: Any, inputs: dict[str, Any]) -> tuple[Any, str]:
+def _runner(name: str, model: Any, inputs: dict[str, Any]) -> tuple[Any, str]:
     if name == "eager":
         return model, ""
     from shardwright.api import apply_plan, make_plan
 
-    limits = {"memory_limit": limit} if limit else {}
-    plan = make_plan(model, inputs, "cpu:1", pins=("passes=auto",), **limits)
-    again = sum(len(region.recompute) for region in plan.regions)
-    text = ",".join(one.name for one in plan.passes) + (f"; {again} ops run again" if again else "")
+    plan = make_plan(model, inputs, "cpu:1", pins=("passes=auto",))
+    text = ",".join(one.name for one in plan.passes)
     return apply_plan(model, inputs, plan, compile=name == "compiled"), text
 
 
 # -- from outside
 
 
-def compared(case: str, name: str, limit: int, repeats: int, batch: int) -> tuple[str, bool]:
+def compared(case: str, name: str, repeats: int, batch: int) -> tuple[str, bool]:
     """One row of the table, and whether losses agree. Raises RuntimeError where a process died."""
-    running = [Variant("eager", case, batch, serve), Variant(f"{name} {limit}" if limit else name, case, batch, serve)]
+    running = [Variant("eager", case, batch, serve), Variant(name, case, batch, serve)]
     try:
         losses = [[v.ask("step")[1] for _ in range(WARMUP)][-1] for v in running]
         seconds: list[list[float]] = [[], []]
@@ -146,9 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", default="ours,compiled", help="which to hold against eager")
     parser.add_argument("--repeats", type=int, default=4, help="times A B B A: two pairs each")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument(
-        "--memory-limit", type=int, default=0, help="bytes that the variant `recompute` may take in all"
-    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     columns = f"{'eager MiB':>9} {'ours MiB':>9} {'kept':>6} {'time':>7} {'low':>6} {'high':>6}"
@@ -158,8 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only and not any(text in case for text in options.only):
             continue
         for name in options.variants.split(","):
-            limit = options.memory_limit if name == "recompute" else 0
-            row, held = compared(case, name, limit, options.repeats, options.batch)
+            row, held = compared(case, name, options.repeats, options.batch)
             agree &= held
             print(row, flush=True)
     return 0 if agree else 1
