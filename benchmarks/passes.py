@@ -163,12 +163,12 @@ def _peak(step: Callable[[], float], held: tuple[Any, ...], mode: str) -> tuple[
 
 
 class Variant:
-    """A process that runs one variant of one case."""
+    """A process that runs one variant of one case: `target` answers what is asked."""
 
-    def __init__(self, name: str, case: str, batch: int, above: int = 0) -> None:
+    def __init__(self, name: str, case: str, batch: int, above: int = 0, target: Callable[..., None] = serve) -> None:
         self.link, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=serve, args=(name, case, batch, above, theirs), daemon=True)
+        self.process = context.Process(target=target, args=(name, case, batch, above, theirs), daemon=True)
         self.process.start()
         theirs.close()
 

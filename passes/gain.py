@@ -41,7 +41,8 @@ class Paying:
     """A `weigh` for `run_passes`: what does not pay under `prices` is taken back.
 
     A pass pays that saves seconds and keeps no more bytes, or keeps fewer bytes and costs no more than `slower` of the seconds
-    that its pieces took. With `keep` what does not pay stays and is only priced.
+    that its pieces took (where it `serves_neighbours`, those and all that reads what they read). With `keep` what does not
+    pay stays and is only priced.
     """
 
     prices: Prices
@@ -50,13 +51,15 @@ class Paying:
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         known, made = _names(before), _names(after)
-        was = self.cost([n for n in _calls(before) if _text(n) not in made])
+        gone = [n for n in _calls(before) if _text(n) not in made]
+        was = self.cost(gone)
         now = self.cost([n for n in _calls(after) if _text(n) not in known])
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
         if not self.prices.fused:  # what is kept outside the pieces may be what they keep
             observer = Observer()
             saved = float(kept_bytes(before, observer) - kept_bytes(after, observer))
-        pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * was.seconds)
+        held = self.cost(_with_readers(gone)) if step.serves_neighbours else was
+        pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * held.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
         return Verdict(pays or self.keep, why, seconds, saved)
 
@@ -108,6 +111,17 @@ def as_priced(outline: Outline, prices: Prices) -> tuple[Outline, Prices]:
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function"]
+
+
+def _with_readers(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls and all others that read a result of a call that these read, as it is or through views."""
+    made = {n for node in nodes for n in node.all_input_nodes if n.op == "call_function"}
+    found, queue = set(nodes), list(made)
+    while queue:
+        users = set(queue.pop().users) - found
+        found |= users
+        queue.extend(u for u in users if _is_view(u))
+    return [n for n in _calls(nodes[0].graph) if n in found] if nodes else []
 
 
 def _text(node: fx.Node) -> tuple[str, str]:

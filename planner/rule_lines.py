@@ -41,7 +41,8 @@ ELEMENTWISE: Mapping[str, Rule] = {
         gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward softplus_backward
         """),
     **_same(replace(_POINT, linear=EACH), "neg negative deg2rad rad2deg"),
-    **_same(_COPY, "clone contiguous alias detach lift lift_fresh lift_fresh_copy positive conj resolve_conj"),
+    **_same(_COPY, "clone contiguous alias lift lift_fresh lift_fresh_copy positive conj resolve_conj"),
+    **_same(replace(_COPY, kind="view"), "detach"),
     **_same(replace(_COPY, linear=((1,),)), "copy"),
     **_same(replace(_COPY, adapt=variants.cast), "to _to_copy type_as"),
     **_same(replace(_POINT, adapt=variants.add), "add sub subtract rsub"),
@@ -177,6 +178,7 @@ FUSED: Mapping[str, Rule] = {
         "z (g i) *s!, (g o) i *k! -> z (g o) *t!", BOTH, "conv", "folded_conv", adapt=rule_made.folded_conv
     ),
     rule_made.LINEAR: Rule("*b k, n k, ... -> *b n", BOTH, "matmul", "contract", adapt=rule_made.linear_sum),
+    rule_made.REMADE: Rule("*b k, n k, ... -> *b n", ((1,),), "matmul", "contract", adapt=rule_made.remade_linear),
 }
 """Composite ops of passes/fuse."""
 

@@ -2,6 +2,7 @@
 
     shardwright::folded_conv     convolutions of one input, added or side by side, with their batch norms (passes/fuse/ops)
     shardwright::linear_sum      linear maps of one input, added
+    shardwright::remade_linear   a linear map whose input is made again from its sources
 
 Samples, groups and channels may be split as in a convolution. What is added to the result is added once: with any of it the
 contracted channels stay whole. An identity among the branches, and parts side by side, keep the channels of the result whole.
@@ -17,7 +18,7 @@ from typing import Any
 from .outline import Op
 from .rule_types import Call, Linear, Operand, Rule
 
-CONV, LINEAR = "shardwright.folded_conv", "shardwright.linear_sum"
+CONV, LINEAR, REMADE = "shardwright.folded_conv", "shardwright.linear_sum", "shardwright.remade_linear"
 WEIGHTS, VECTORS, GROUPS, TRANSPOSED, PARTS, KERNEL = 1, 2, 7, 8, 10, 11
 """Positions of arguments."""
 Term = tuple[float, tuple[int, ...]]
@@ -72,6 +73,11 @@ def linear_sum(call: Call, rule: Rule) -> Rule:
     return replace(rule, line=line, linear=((0,), tuple(range(1, count))))
 
 
+def remade_linear(call: Call, rule: Rule) -> Rule:
+    """x [*, k] times a weight [n, k], beside sources [*, k] split as x is. x may not be partial: it is made again whole."""
+    return replace(rule, line=f"*b k, n k{', *b k' * (len(call.operands) - 2)} -> *b n")
+
+
 def conv_flops(call: Call) -> float:
     """FLOPs of the one convolution."""
     weights = [call.operands[w.index] for w in call.args[WEIGHTS] if isinstance(w, Operand)]
@@ -88,3 +94,9 @@ def moved(op: Op) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     weights = [use for use in op.operands[1:] if len(use.factors) == rank]
     terms = [tuple(f for dim in use.factors for f in dim) for use in weights]
     return tuple((2.0, t) for t in terms), tuple((4.0, t) for t in terms)
+
+
+def remade(op: Op) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Elements moved: sources are not read in the forward pass; the input is written and read again in the backward pass."""
+    rows = tuple(f for dim in op.operands[0].factors for f in dim)
+    return ((2.0 - len(op.operands), rows),), ((2.0, rows),)

@@ -27,6 +27,7 @@ FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND, rule_patches.KIND}
 COMPOSITE = {
     rule_experts.TARGET: rule_experts.moved, rule_patches.TARGET: rule_patches.beside,
     rule_made.CONV: rule_made.moved, rule_made.LINEAR: rule_made.moved,
+    rule_made.REMADE: rule_made.remade,
 }  # fmt: skip
 """What composite ops move besides operands, results and what is saved, by target."""
 

@@ -7,6 +7,7 @@ the plan lists the names, and whoever applies it runs just those.
 from __future__ import annotations
 
 from ..base import Pass, Program
+from .adapters import SlimAdapters
 from .attention import FuseAttention
 from .conv_bn import FoldNorm
 from .gated import FuseGated
@@ -22,6 +23,6 @@ from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
     FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeConvs(),
-    MergeLinears(), FuseHeadLoss(), PatchPrefix(), Reorder(),
+    SlimAdapters(), MergeLinears(), FuseHeadLoss(), PatchPrefix(), Reorder(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
