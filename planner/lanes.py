@@ -240,21 +240,28 @@ class Lanes:
         for interval in self._gradients_of_activations():
             self._over("temporaries", *interval)
         for i, op in enumerate(self.ops):
-            choice = self.assignment.choices[op.name]
-            inside, ahead = self._inside(op, choice), op.kind == rule_heads.KIND
-            self.moment[i] += 0.0 if ahead else inside
-            copies = gradient_copies(op, choice)
-            for j in operand_gradients(op, self.tensors):
-                amount = copies * local_bytes(
-                    self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes
-                )
-                self.moment[i] += amount
-            for j in parameter_gradients(op, self.tensors) if self.m > 1 else ():
-                use = op.operands[j]
-                if self._adding(use.tensor):
-                    self.moment[i] += local_bytes(self.tensors[use.tensor], self.uses.wanted[op.name][j], self.sizes)
-            if ahead:  # its chunks run in the forward pass, with what has left the device away
-                self.moment[i] = max(self.moment[i], inside - self.returned)
+            self.moment[i] += self._ahead_of(op) if op.kind == rule_heads.KIND else self._backward_of(op)
+
+    def _backward_of(self, op: Op) -> float:
+        """Bytes that the backward pass of an op makes or has inside."""
+        choice = self.assignment.choices[op.name]
+        total, copies = self._inside(op, choice), gradient_copies(op, choice)
+        for j in operand_gradients(op, self.tensors):
+            total += copies * self._wanted_bytes(op, j)
+        for j in parameter_gradients(op, self.tensors) if self.m > 1 else ():
+            if self._adding(op.operands[j].tensor):
+                total += self._wanted_bytes(op, j)
+        return total
+
+    def _ahead_of(self, op: Op) -> float:
+        """The same of an op that makes gradients in its forward pass, with what has left the device away: its backward pass hands
+        out what it kept, so that the gradient of a parameter is no second tensor."""
+        inside = self._inside(op, self.assignment.choices[op.name])
+        once = 0.0 if self.looped else sum(self._wanted_bytes(op, j) for j in parameter_gradients(op, self.tensors))
+        return max(0.0, inside - self.returned) - once
+
+    def _wanted_bytes(self, op: Op, j: int) -> float:
+        return local_bytes(self.tensors[op.operands[j].tensor], self.uses.wanted[op.name][j], self.sizes)
 
     def _gradients_of_activations(self) -> Iterator[Interval]:
         """When the gradients of activations are there, and their bytes."""

@@ -13,9 +13,9 @@ from pool import Pool
 from running import differences, eager, parallel, records, traffic
 from shardwright.api import make_plan
 from shardwright.errors import UsageError
+from shardwright.passes.choose import listed
 from shardwright.passes.experts.interface import own_loops
 from shardwright.passes.lift import Lift
-from shardwright.passes.choose import listed
 from shardwright.passes.prepare import prepare
 from shardwright.planner.context import context_choices
 from shardwright.planner.plan import OpPlan, Plan
