@@ -106,7 +106,9 @@ def test_groups_are_gathered_ahead(ranks2: Pool) -> None:
     assert len(forward) > len(backward) > 1
     assert all(forward[2:]), "the first has no unit before it, and the second's is an embedding"
     assert len(backward) > 2
-    assert all(backward[2:]), "the first has no unit before it, and the second's is a norm: the head's gradients are there"
+    assert all(backward[2:]), (
+        "the first has no unit before it, and the second's is a norm: the head's gradients are there"
+    )
     scattered = between(one, "reduce_scatter dp backward")
     assert all(scattered[:-2]), "as with reductions"
     alone = ranks2.run(spoken, "llama", without(plan), 8)[0]
