@@ -302,7 +302,7 @@ class _Walk:
 
     def _mixture(self, op: Op, choice: tuple[str, ...], training: bool) -> float:
         """Bytes inside a composite op (its backward's are in the time line)."""
-        return composite_bytes(op, self.bench.tensors, choice, self.bench.sizes, training)
+        return composite_bytes(op, self.bench.tensors, choice, self.bench.sizes, training, self.bench.setting.unfolds)
 
     def _experts(self) -> tuple[UnitExperts, ...]:
         """The unit's mixtures of experts."""

@@ -111,11 +111,14 @@ def moved(op: Op, differentiable: Sequence[bool], compute: str) -> tuple[tuple[T
     return tuple(terms), ()
 
 
-def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int]) -> float:
+def scratch_bytes(
+    op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], *, casts: bool
+) -> float:
     """Bytes inside the op under one choice per axis, beside the gradients that it keeps; 0 for every other op.
 
     These are the logits of a chunk with the logarithms of their probabilities, and in half precision the sum of the weight's
     gradient in float32. Where all rows are one chunk no gradient is there yet as the logits are, and one of the two later.
+    `casts`: logits in half precision are cast before they are normalised, as on a CPU.
     """
     if op.kind != KIND:
         return 0.0
@@ -130,11 +133,12 @@ def scratch_bytes(op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], 
     if narrow < wide and rows < local["b"] and tensors[op.operands[1].tensor].differentiable:
         summed = wide * local["v"] * local["k"]
     logits = rows * local["v"]
+    first = wide + narrow + (wide if casts and narrow < wide else 0)
     if rows < local["b"]:
-        return logits * (wide + narrow) + summed
+        return logits * first + summed
     sides = {0: local["b"], 1: local["v"]}
     made = sum(n * local["k"] * narrow for i, n in sides.items() if tensors[op.operands[i].tensor].differentiable)
-    return max(logits * (wide + narrow) - made, logits * narrow)
+    return max(logits * first - made, logits * narrow)
 
 
 def product_groups(op: Op) -> tuple[tuple[int, ...], ...]:

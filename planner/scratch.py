@@ -29,17 +29,17 @@ def inside_bytes(
 ) -> float:
     """Bytes inside an op under one choice per axis. `unfolds`: the device is a CPU."""
     columns = column_bytes(op, tensors, choice, sizes) if unfolds else 0.0
-    return columns + composite_bytes(op, tensors, choice, sizes, training)
+    return columns + composite_bytes(op, tensors, choice, sizes, training, unfolds)
 
 
 def composite_bytes(
-    op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool
+    op: Op, tensors: Mapping[str, Tensor], choice: Sequence[str], sizes: Sequence[int], training: bool, unfolds: bool
 ) -> float:
     """Bytes of what a composite op makes for itself: experts, the tiles of an image, a chunk of logits, copies."""
     if training and op.target in COPIES:
         return _copies(op, tensors, choice, sizes)
     experts = rule_experts.scratch_bytes(op, tensors, choice, sizes, training)
-    logits = rule_heads.scratch_bytes(op, tensors, choice, sizes)
+    logits = rule_heads.scratch_bytes(op, tensors, choice, sizes, casts=unfolds)
     return experts + logits + rule_patches.scratch_bytes(op, tensors, choice, sizes, training)
 
 

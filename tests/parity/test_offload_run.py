@@ -194,7 +194,9 @@ def test_loading_weights_and_evaluating_use_what_was_loaded() -> None:
     after = float(loss_of(pm(**case.kwargs)).detach())
     assert after != before
     with torch.no_grad():
-        assert float(loss_of(pm(**case.kwargs))) == after
+        found = float(loss_of(pm(**case.kwargs)))  # of a graph that has its logits, in float32 as the model says
+    assert found == pytest.approx(after, rel=1e-6)
+    assert found != pytest.approx(before, rel=1e-4)
     assert all(is_host(p) for p in pm.parameters())
 
 
