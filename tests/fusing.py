@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from shardwright.passes.base import Pass, Program
 from shardwright.passes.capture import Captured, capture
@@ -30,6 +31,14 @@ LOW, ROUNDED = (torch.bfloat16, torch.float16), 0.03
 """Dtypes of low precision, and how far apart results in them may be, relative to their norm (a small T5 written out is 0.013 from
 float64, with attention as one op 0.012)."""
 HELD = ("parameter", "buffer", "constant")
+
+
+BY_DAY = 6
+
+
+def drawn_seeds(count: int) -> list[Any]:
+    """Seeds of random graphs: the first ones by day, all of them in nightly runs."""
+    return [pytest.param(seed, marks=pytest.mark.nightly if seed >= BY_DAY else ()) for seed in range(count)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import blockmodels
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import PRICES, calls, fuse, rule_problems
+from fusing import PRICES, calls, drawn_seeds, fuse, rule_problems
 from shardwright.errors import UsageError
 from shardwright.passes.fuse.adapters import SlimAdapters
 from shardwright.passes.fuse.gated import FuseGated
@@ -64,7 +64,7 @@ class Frozen(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_networks(seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import random
 import blockmodels
 import pytest
 import torch
-from fusing import fuse
+from fusing import drawn_seeds, fuse
 from shardwright.passes.fuse.attention import FuseAttention
 from shardwright.passes.pattern import target_of
 from torch import nn
@@ -81,7 +81,7 @@ class Attending(nn.Module):
         return {"none": 1.0, "before": D**-0.25, "both": D**-0.75}.get(self.place, D**-0.5)
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", drawn_seeds(32))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_random_forms(seed, dtype):
     torch.manual_seed(seed)

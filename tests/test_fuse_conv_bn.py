@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from convnets import NETS, NORMS, Draw, Loss, Normed, inputs, settle
-from fusing import Fused, fuse, rule_problems
+from fusing import Fused, drawn_seeds, fuse, rule_problems
 from shardwright.passes.capture import capture
 from shardwright.passes.checked import outcome
 from shardwright.passes.fuse.conv_bn import FoldNorm
@@ -46,7 +46,7 @@ class Layers(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_layers(seed):
     body = Layers(seed)
     model = settle(Loss(body, body.widths[-1]), seed)

@@ -8,7 +8,7 @@ import blockmodels
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import calls, fuse, rule_problems
+from fusing import calls, drawn_seeds, fuse, rule_problems
 from shardwright.passes.fuse.gated import FuseGated
 from shardwright.passes.fuse.gelu import FuseGelu
 from shardwright.passes.fuse.ops.gated import ACTS, gated
@@ -49,7 +49,7 @@ class Gates(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_networks(seed):
     draw = random.Random(seed)
     torch.manual_seed(seed)

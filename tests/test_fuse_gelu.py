@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from eager import family
+from fusing import drawn_seeds
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.checked import difference, inputs_of, outcome
 from shardwright.passes.fuse import PASSES
@@ -56,7 +57,7 @@ def form(dice: random.Random):  # type: ignore[no-untyped-def]
     return function, exact
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_forms(seed: int) -> None:
     dice = random.Random(seed)
     function, exact = form(dice)

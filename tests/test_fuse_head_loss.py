@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from eager import run
+from fusing import drawn_seeds
 from shardwright.errors import UsageError
 from shardwright.passes.capture import Captured, capture
 from shardwright.passes.checked import Verifying
@@ -287,7 +288,7 @@ class Body(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", drawn_seeds(40))
 def test_random_graphs(seed: int) -> None:
     body = Body(seed).double()
     ids = torch.randint(0, body.v, (body.b, body.s))

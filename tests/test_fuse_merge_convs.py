@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from convnets import NETS, Draw, Loss, inputs, settle
-from fusing import PRICES, Fused, fuse, rule_problems
+from fusing import PRICES, Fused, drawn_seeds, fuse, rule_problems
 from shardwright.passes.capture import capture
 from shardwright.passes.checked import Verifying
 from shardwright.passes.fuse.conv_bn import FoldNorm
@@ -66,7 +66,7 @@ def forms(found: Fused) -> Counter[object]:
     return count
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 @pytest.mark.parametrize("first", [(), (FoldNorm(),)])
 def test_random_convolutions(seed, first):
     body = Parallel(seed)

@@ -7,7 +7,7 @@ import random
 import blockmodels
 import pytest
 import torch
-from fusing import fuse
+from fusing import drawn_seeds, fuse
 from shardwright.passes.capture import capture
 from shardwright.passes.fuse.merge_linears import MergeLinears
 from shardwright.passes.gain import Paying
@@ -41,7 +41,7 @@ class Branches(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_networks(seed):
     torch.manual_seed(seed)
     model = Branches(seed).double()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from convnets import CONVS, NETS, Draw, Loss, inputs, settle
-from fusing import fuse, rule_problems
+from fusing import drawn_seeds, fuse, rule_problems
 from shardwright.passes.fuse.conv_bn import FoldNorm
 from shardwright.passes.fuse.ops.folded_conv import folded_conv
 from shardwright.passes.fuse.ops.linear_sum import linear_sum
@@ -54,7 +54,7 @@ class Branches(nn.Module):
         return nested(Draw(self.seed), terms)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", drawn_seeds(30))
 def test_random_sums(seed):
     body = Branches(seed)
     found = fuse(
@@ -95,7 +95,7 @@ class Maps(nn.Module):
         return 1 + (len(self.second) > 1) + (rank == 2 and len(self.matrices) > 1)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 def test_random_sums_of_linear_maps(seed):
     model = settle(Maps(seed), seed)
     shape = (8, 5, 6) if model.deep else (20, 6)

@@ -7,7 +7,7 @@ import random
 import blockmodels
 import pytest
 import torch
-from fusing import fuse, rule_problems
+from fusing import drawn_seeds, fuse, rule_problems
 from shardwright.passes.fuse.ops.rms_norm import rms_norm
 from shardwright.passes.fuse.rms_norm import FuseRmsNorm
 from torch import nn
@@ -60,7 +60,7 @@ class Norms(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", drawn_seeds(24))
 @pytest.mark.parametrize("dtype", [WIDE, NARROW, torch.bfloat16])
 def test_random_networks(seed, dtype):
     torch.manual_seed(seed)

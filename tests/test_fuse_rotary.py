@@ -7,7 +7,7 @@ import random
 import blockmodels
 import pytest
 import torch
-from fusing import fuse, rule_problems
+from fusing import drawn_seeds, fuse, rule_problems
 from shardwright.passes.fuse.ops.rotary import rotary
 from shardwright.passes.fuse.rotary import FuseRotary
 from torch import nn
@@ -75,7 +75,7 @@ class Rotating(nn.Module):
         return (y * y.roll(1, -1).exp()).sum()
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", drawn_seeds(32))
 def test_random_networks(seed):
     torch.manual_seed(seed)
     model = Rotating(seed).double()
