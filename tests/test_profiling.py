@@ -35,7 +35,7 @@ from torch import nn
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm, self.up, self.down = nn.LayerNorm(512), nn.Linear(512, 1024), nn.Linear(1024, 512)
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(self.norm(x))))
@@ -43,7 +43,7 @@ class Layer(nn.Module):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(16, 1)
+        self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(512, 1)
 
     def forward(self, x, y):
         for layer in self.layers:
@@ -51,7 +51,7 @@ class Net(nn.Module):
         return ((self.head(x) - y) ** 2).mean()
 
 def make(batch=4):
-    return Net(), (torch.randn(batch, 16), torch.randn(batch, 1))
+    return Net(), (torch.randn(batch, 512), torch.randn(batch, 1))
 """
 
 
@@ -139,7 +139,7 @@ def test_programs_of_a_captured_region(summary: Summary) -> None:
     assert (region.repeats, why) == (2, {})  # nothing flows back into the input of the first of the three
     one, two = decode_program(region.one), decode_program(region.two)
     assert len(two.steps) == 2 * len(one.steps) == 2 * len(region.ops)
-    assert {shape[0] for shape, _, _ in one.inputs if len(shape) == 2} == {2, 32, 16}  # the batch of 4 cut in two
+    assert {shape[0] for shape, _, _ in one.inputs if len(shape) == 2} == {2, 1024, 512}  # the batch of 4 cut in two
     gradients = Runner(two)()
     assert all(g is not None for g in gradients)  # type: ignore[attr-defined]
 
