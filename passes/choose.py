@@ -20,6 +20,7 @@ from .base import Record
 from .capture import Captured
 from .fuse import PASSES
 from .gain import Paying
+from .observe import Observer
 from .rewrite import rewritten
 from .roomier import Roomier
 
@@ -64,11 +65,14 @@ def listed(plan: Plan, *, outputs: bool = False) -> Choice:
     return Choice(tuple(one.name for one in plan.passes if not (outputs and PASSES[one.name].drops_outputs)))
 
 
-def run(captured: Captured, choice: Choice) -> Captured:
+def run(captured: Captured, choice: Choice, observer: Observer | None = None) -> Captured:
     """The graph after the chosen passes; raises PinError where a forced pass finds nothing to rewrite."""
     if not choice.names:
         return captured
-    weigh = Roomier(Paying(choice.prices, keep=choice.forced), slower=0.0) if choice.prices is not None else None
+    weigh = None
+    if choice.prices is not None:
+        paying = Paying(choice.prices, keep=choice.forced, observer=observer or Observer())
+        weigh = Roomier(paying, slower=0.0)
     found = rewritten(captured, [PASSES[name] for name in PASSES if name in choice.names], weigh=weigh)
     if choice.forced:
         idle = [r.name for r in _own(found) if r.verdict is None]

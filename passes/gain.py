@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -42,12 +42,13 @@ class Paying:
 
     A pass pays that saves seconds and keeps no more bytes, or keeps fewer bytes and costs no more than `slower` of the seconds
     that its pieces took (where it `serves_neighbours`, those and all that reads what they read). With `keep` what does not
-    pay stays and is only priced.
+    pay stays and is only priced. `observer` keeps what was seen of ops: most are those of the pass before.
     """
 
     prices: Prices
     slower: float = 0.1
     keep: bool = False
+    observer: Observer = field(default_factory=Observer, compare=False, repr=False)
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         known, made = _names(before), _names(after)
@@ -56,8 +57,7 @@ class Paying:
         now = self.cost([n for n in _calls(after) if _text(n) not in known])
         seconds, saved = was.seconds - now.seconds, was.saved_bytes - now.saved_bytes
         if not self.prices.fused:  # what is kept outside the pieces may be what they keep
-            observer = Observer()
-            saved = float(kept_bytes(before, observer) - kept_bytes(after, observer))
+            saved = float(kept_bytes(before, self.observer) - kept_bytes(after, self.observer))
         held = self.cost(_with_readers(gone)) if step.serves_neighbours else was
         pays = (seconds > 0 and saved >= 0) or (saved > 0 and -seconds <= self.slower * held.seconds)
         why = "" if pays else f"it would take {-seconds:.3g} s and {-saved:.4g} saved bytes more a step"
@@ -71,7 +71,7 @@ class Paying:
         for piece in _pieces(_with_views(nodes)):
             text, touched = _signature(piece), _touched(piece)
             if text not in priced:
-                priced[text] = self._priced(*_outline(piece))
+                priced[text] = self._priced(*_outline(piece, self.observer))
             seconds, new = seconds + priced[text].seconds, new + priced[text].new
             kept |= {(touched[i], result): size for (i, result), size in priced[text].kept.items()}
         return Cost(seconds, new + sum(kept.values()))
@@ -187,7 +187,7 @@ def _touched(piece: Sequence[fx.Node]) -> list[fx.Node]:
     return [*dict.fromkeys(n for node in piece for n in node.all_input_nodes if n not in inside), *piece]
 
 
-def _outline(piece: Sequence[fx.Node]) -> tuple[Outline, list[str]]:
+def _outline(piece: Sequence[fx.Node], observer: Observer) -> tuple[Outline, list[str]]:
     """The outline of one piece, with what it reads as inputs and what others read as outputs; its names of what it touches."""
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     inside, touched = set(piece), _touched(piece)
@@ -204,7 +204,7 @@ def _outline(piece: Sequence[fx.Node]) -> tuple[Outline, list[str]]:
     graph.output(tuple(new[n] for n in left))
     empty = pytree.tree_flatten(())[1]
     captured = Captured(fx.GraphModule({}, graph), tuple(entries), {}, "", empty, (), empty, (), False)
-    outline = replace(summarize(captured).outline, trains=any(map(_flows, piece)))
+    outline = replace(summarize(captured, observer=observer).outline, trains=any(map(_flows, piece)))
     return outline, [new[node].name for node in touched]
 
 

@@ -18,6 +18,7 @@ from ..planner.inference import inference_outline
 from .capture import capture
 from .choose import NONE, Choice, run
 from .discover import discover_node
+from .observe import Observer
 from .skeleton import skeleton, to_meta
 from .summarize import Summary, summarize
 
@@ -82,8 +83,9 @@ def prepare_bare(
     """
     with held_back():
         captured = capture(bare, to_meta(args), to_meta(kwargs), loss_fn=loss_fn, train=train, lift_float64=lift)
-        captured = run(captured, choice)
-        return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance)
+        observer = Observer()
+        captured = run(captured, choice, observer)
+        return summarize(captured, discover=lambda node: discover_node(node, cache=cache).instance, observer=observer)
 
 
 def other_dtypes(model: nn.Module, compute: str) -> frozenset[torch.dtype]:

@@ -27,7 +27,8 @@ class Roomier:
 
     def __call__(self, step: Pass[Program], before: fx.Graph, after: fx.Graph) -> Verdict:
         verdict = self.paying(step, before, after)
-        was, now = (steps_of(g, training=trains(g)).peak for g in (before, after))
+        seen = self.paying.observer
+        was, now = (steps_of(g, training=trains(g), observer=seen).peak for g in (before, after))
         if verdict.stays or now >= was:
             return verdict
         step_seconds = self.paying.cost([n for n in before.nodes if n.op == "call_function"]).seconds

@@ -40,9 +40,9 @@ class Steps:
         return self.given_bytes + peak(self.steps, self.kept)
 
 
-def steps_of(graph: fx.Graph, *, training: bool = False) -> Steps:
+def steps_of(graph: fx.Graph, *, training: bool = False, observer: Observer | None = None) -> Steps:
     """The steps of a captured graph; with `training` also what autograd keeps of them, as buffers that the steps make."""
-    observer, home = Observer(), dict[str, str]()
+    observer, home = observer or Observer(), dict[str, str]()
     steps, saves = [], dict[str, frozenset[str]]()
     for node in graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:

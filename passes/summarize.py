@@ -56,17 +56,19 @@ class Summary:
 Discover = Callable[[fx.Node], RuleInstance | None]
 
 
-def summarize(captured: Captured, *, batch: int | None = None, discover: Discover | None = None) -> Summary:
+def summarize(
+    captured: Captured, *, batch: int | None = None, discover: Discover | None = None, observer: Observer | None = None
+) -> Summary:
     """Outline a captured graph. `batch` is the size of dim 0 of its inputs (inferred when None).
 
-    `discover` finds rules for ops that have none; without it they raise UnsupportedOp.
+    `discover` finds rules for ops that have none; without it they raise UnsupportedOp. `observer` may know ops of it already.
     """
     values = _values(captured)
     calls, found = _calls(captured, values, discover)
     calls = _order(calls)
     shapes = {name: tuple(v.shape) for name, v in values.items()}
     refined = refine(shapes, [_lettered(c) for c in calls.values()])
-    observer = Observer()
+    observer = observer or Observer()
     seen = {name: observer.observe(call.node) for name, call in calls.items()}
     size = batch if batch is not None else _batch_size(captured, values)
     ops, tensors = _assemble(captured, values, calls, refined, seen, size)
