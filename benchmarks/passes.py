@@ -232,7 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pass_models import CASES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="the case of this name, or those whose name has this in it")
+    parser.add_argument(
+        "--only", action="append", default=[], help="the case of this name, or those whose name has this in it"
+    )
     parser.add_argument("--repeats", type=int, default=6, help="times A B B A: two pairs each")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which to run")
     parser.add_argument("--batch", type=int, default=0, help="another batch")

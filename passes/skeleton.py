@@ -35,33 +35,9 @@ class Tree(nn.Module):
     """A module that carries parameters and buffers under their original names, and looks like the original otherwise.
 
     It is an instance of the original's class too (see `like`), so methods, indexing and iteration work; attributes it lacks
-    are the original's. It cannot be called: only the whole module has a plan.
+    are the original's. It cannot be called: only the whole module has a plan. It has no methods of its own: the original's
+    submodules may have any names.
     """
-
-    def grow(self, origin: nn.Module) -> None:
-        """Add a tree for every submodule of `origin`, in order; a module that stands in two places is one tree."""
-        self.__dict__["_origin"] = origin
-        made: dict[int, Tree] = {id(origin): self}
-        for name, module in origin.named_modules(remove_duplicate=False):
-            if not name:
-                continue
-            parent, _, last = name.rpartition(".")
-            if id(module) not in made:
-                made[id(module)] = bare = like(Tree, type(module))
-                bare.__dict__["_origin"] = module
-            # Written to the registries directly: forwarded attributes of the original must not count as taken names.
-            self.get_submodule(parent)._modules[last] = made[id(module)]
-
-    def put(self, name: str, value: Tensor | nn.Parameter, *, persistent: bool = True) -> None:
-        """Register a parameter or buffer at its dotted name."""
-        path, _, last = name.rpartition(".")
-        here = self.get_submodule(path)
-        if isinstance(value, nn.Parameter):
-            here._parameters[last] = value
-            return
-        here._buffers[last] = value
-        if not persistent:
-            here._non_persistent_buffers_set.add(last)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a part has no plan of its own."""
@@ -76,6 +52,50 @@ class Tree(nn.Module):
             if origin is None:
                 raise
         return getattr(origin, name)
+
+
+def grow(tree: Tree, origin: nn.Module) -> None:
+    """Add a tree for every submodule of `origin`, in order; a module that stands in two places is one tree."""
+    tree.__dict__["_origin"] = origin
+    made: dict[int, Tree] = {id(origin): tree}
+    for name, module in origin.named_modules(remove_duplicate=False):
+        if not name:
+            continue
+        parent, _, last = name.rpartition(".")
+        if id(module) not in made:
+            made[id(module)] = bare = like(Tree, type(module))
+            bare.__dict__["_origin"] = module
+        # Written to the registries directly: forwarded attributes of the original must not count as taken names.
+        part_of(tree, parent)._modules[last] = made[id(module)]
+
+
+def put(tree: Tree, name: str, value: Tensor | nn.Parameter, *, persistent: bool = True) -> None:
+    """Register a parameter or buffer at its dotted name."""
+    path, _, last = name.rpartition(".")
+    here = part_of(tree, path)
+    if isinstance(value, nn.Parameter):
+        here._parameters[last] = value
+        return
+    here._buffers[last] = value
+    if not persistent:
+        here._non_persistent_buffers_set.add(last)
+
+
+def part_of(tree: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path. Unlike `get_submodule` it is not misled by methods that have a submodule's name."""
+    for name in path.split(".") if path else ():
+        found = tree._modules[name]
+        assert found is not None
+        tree = found
+    return tree
+
+
+def buffer_of(tree: nn.Module, name: str) -> Tensor:
+    """The buffer at a dotted name."""
+    path, _, last = name.rpartition(".")
+    found = part_of(tree, path)._buffers[last]
+    assert found is not None
+    return found
 
 
 T = TypeVar("T", bound=Tree)

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef as StorageRef
 from torch.utils import _pytree as pytree
@@ -35,9 +36,9 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 
 __all__ = [
-    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "StorageRef", "arguments", "fake_mode", "full_name",
-    "is_mutable", "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of", "overload_name", "pytree", "quiet",
-    "short_stacks", "storage_key", "watch_autograd_functions",
+    "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "StorageRef", "arguments", "fake_mode",
+    "full_name", "is_graphed", "is_mutable", "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of",
+    "overload_name", "pytree", "quiet", "short_stacks", "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
 """OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
 return, as export does, Hugging Face outputs included; StorageRef is a weak reference to a storage. None has a public name
@@ -51,6 +52,14 @@ def is_tracing() -> bool:
     mode. Both are needed so that tracing a graph does not look like running it.
     """
     return torch.compiler.is_compiling() or isinstance(detect_fake_mode(), FakeTensorMode)
+
+
+def is_graphed() -> bool:
+    """Whether the calls that run now are written down as a graph of ops (make_fx, AOTAutograd); fake tensors alone write none.
+
+    `get_proxy_mode` is the only way to ask (tried: 2.11 to 2.13).
+    """
+    return get_proxy_mode() is not None
 
 
 def keeps_graph() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..passes.skeleton import Tree, like
+from ..passes.skeleton import Tree, grow, like, part_of, put
 from ..planner.plan import Plan
 from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
@@ -43,10 +43,10 @@ class ParallelModule(Tree):
         """The planned `model`; an instance of its class too."""
         made = like(ParallelModule, type(model))
         made._core = _Core(programs, mesh, seed)
-        made.grow(programs.model)
+        grow(made, programs.model)
         _adopt(made, model, programs, mesh)
         for name, module in model.named_modules():
-            made.get_submodule(name).training = module.training
+            part_of(made, name).training = module.training
         return made
 
     def forward(self, *args: Any, outputs: bool = False, **kwargs: Any) -> Any:
@@ -202,7 +202,7 @@ class _Core:
         """The parameter of the module; where it is held is looked up once (paths cost more than small ops)."""
         if name not in self._holders:
             path, _, last = name.rpartition(".")
-            self._holders[name] = tree.get_submodule(path)._parameters, last
+            self._holders[name] = part_of(tree, path)._parameters, last
         held, last = self._holders[name]
         found = held[last]
         assert found is not None
@@ -282,11 +282,11 @@ def _adopt(tree: ParallelModule, model: nn.Module, programs: Programs, mesh: Mes
             made[id(parameter)] = programs.distribute(parameter, placed.get(name), mesh)
             if mesh.stages > 1:
                 StageGradient.mark(made[id(parameter)])
-        tree.put(name, made[id(parameter)])
+        put(tree, name, made[id(parameter)])
     kept = set(model.state_dict(keep_vars=True))
     computed = recomputed(model)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if buffer.is_meta:
             tree._core.unfilled |= {name} & kept
             buffer = computed.get(name, torch.empty_like(buffer, device=mesh.device))
-        tree.put(name, programs.widened(buffer).to(mesh.device), persistent=name in kept)
+        put(tree, name, programs.widened(buffer).to(mesh.device), persistent=name in kept)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import UsageError
+from ..passes.skeleton import buffer_of
 
 if TYPE_CHECKING:
     from .programs import Program
@@ -88,7 +89,7 @@ def update_buffers(program: Program, known: Mapping[str, Any], module: nn.Module
     """Write what a call makes of buffers (running statistics, counters) where the module has them; `known` are outputs by name."""
     with torch.no_grad():
         for buffer, name in program.writes.items():
-            module.get_buffer(buffer).copy_(known[name])
+            buffer_of(module, buffer).copy_(known[name])
 
 
 def by_name(program: Program, flat: Sequence[Any]) -> dict[str, Any]:

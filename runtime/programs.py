@@ -18,7 +18,7 @@ from ..passes.choose import listed
 from ..passes.lowered import Lowered
 from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
-from ..passes.skeleton import to_meta
+from ..passes.skeleton import buffer_of, to_meta
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, outer_axes, parameter_groups
 from ..planner.legal import check_choices
@@ -33,6 +33,7 @@ from .emit import RankEmit
 from .halves import with_halves
 from .mesh import Mesh
 from .offload.engine import Offloader
+from .sources import source_digest
 from .staged import Staged, Stages, build
 from .step import Body, Buckets
 from .torch_compat import compiled
@@ -71,7 +72,7 @@ class Program:
         found = self.captured.flatten(args, kwargs)
         for entry in self.captured.entries:
             if entry.role == "buffer":
-                value = module.get_buffer(entry.fqn)
+                value = buffer_of(module, entry.fqn)
                 # The backward pass may read what the call overwrites.
                 found[entry.node] = value.clone() if entry.fqn in self.writes else value
             elif entry.role == "constant":
@@ -222,7 +223,7 @@ class Programs:
     def _body(self, lowered: Lowered, assignment: Assignment, *, training: bool) -> Body:
         """What runs a lowered body: compiled, or with what it makes again in the backward pass."""
         if self.compile:
-            return compiled(lowered.body, tagged=bool(assignment.again))
+            return compiled(lowered.body, tagged=bool(assignment.again), made_by=source_digest())
         return with_recipes(lowered.body) if training else lowered.body
 
     def _summary(self, args: Any, kwargs: Any, *, train: bool, grad: bool, outputs: bool) -> Summary:

@@ -85,18 +85,22 @@ def store_of_group() -> Any:
     return _get_default_store().clone()
 
 
-def compiled(body: torch.fx.GraphModule, *, tagged: bool) -> Callable[..., Any]:
-    """`body` through torch.compile; `tagged` where its nodes carry recompute tags.
+def compiled(body: torch.fx.GraphModule, *, tagged: bool, made_by: str = "") -> Callable[..., Any]:
+    """`body` through torch.compile; `tagged` where its nodes carry recompute tags, `made_by` tells apart who defines its ops.
 
     The cache of AOTAutograd leaves the meta of nodes out of its keys, so that a graph with tags would be answered with one
-    that was compiled without (tried: 2.13). It is off while such a graph runs, the first run of which compiles.
+    that was compiled without, and so would one whose composite ops do something else by now: their names are in the key, what
+    they are made of is not (tried: 2.13). With tags it is off while a graph runs, the first run of which compiles; without them
+    the key carries `made_by`.
     """
     made: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=False)
-    if not tagged:
-        return made
+    config = torch.compiler.config
 
     def run(*args: Any) -> Any:
-        with torch._functorch.config.patch(enable_autograd_cache=False):
+        if tagged:
+            with torch._functorch.config.patch(enable_autograd_cache=False):
+                return made(*args)
+        with config.patch(cache_key_tag=f"{config.cache_key_tag}{made_by}"):
             return made(*args)
 
     return run

@@ -12,6 +12,9 @@ cross-entropy in Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989), kept as lar
 in backward. That is three products in all, of which only those run whose gradient is wanted; without gradients the loss alone is
 computed.
 
+A compiler gets a loss whose classes are all here as one call, `shardwright::whole_head`: left to Inductor, chunks run side by side
+(seven at once and two of the weight's gradient, measured with torch 2.13), which is the memory that chunks are there to save.
+
 The weight's gradient is summed over chunks in float32 at least. It is kept in the weight's dtype, but that of float16 in float32,
 since a sum over rows that is not yet divided by their number may be too large for it. Second derivatives are refused.
 """
@@ -27,8 +30,8 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...planner.rule_heads import chunk_rows
-from ..torch_compat import keeps_graph
-from .steps import NARROW, Step, apply_steps, dtypes, parsed, undo_steps, wide_dtype
+from ..torch_compat import is_graphed, keeps_graph
+from .steps import NARROW, Step, apply_steps, dtypes, parsed, spelled, undo_steps, wide_dtype
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 
@@ -108,7 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, target, head, wanted):  # type: ignore[no-untyped-def,override]
-        loss, grads = _run(x, weight, bias, target, head, wanted)
+        made = _as_one_call if is_graphed() and head.classes == weight.shape[0] else _run
+        loss, grads = made(x, weight, bias, target, head, wanted)
         ctx.save_for_backward(*(g for g in grads if g is not None))
         ctx.home = wanted, tuple(None if t is None else t.dtype for t in (x, weight, bias))
         return loss
@@ -192,6 +196,37 @@ def _kept(grad: Tensor | None, of: Tensor | None, wanted: bool) -> Tensor | None
     if grad is None:  # no rows, or no step that adds it
         return torch.zeros_like(of)
     return grad.to(torch.float32 if of.dtype == torch.float16 else of.dtype)
+
+
+@torch.library.custom_op("shardwright::whole_head", mutates_args=())
+def whole_head(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, steps: str, ignore_index: int, smoothing: float, chunk: int,
+    wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The loss and the gradients that are `wanted` of x, weight and bias, as `_run` makes them."""
+    head = Head(program_of(steps, bias), ignore_index, smoothing, chunk, weight.shape[0])
+    loss, grads = _run(x, weight, bias, target, head, tuple(wanted))
+    return [loss, *(g for g in grads if g is not None)]
+
+
+@whole_head.register_fake
+def _(x, weight, bias, target, steps, ignore_index, smoothing, chunk, wanted):  # type: ignore[no-untyped-def]
+    loss = x.new_empty((), dtype=wide_dtype(dtypes(program_of(steps, bias), x.dtype)[-1]))
+    found = [x.new_empty(x.shape)] if wanted[0] else []
+    sums = [_kept(of.new_empty(of.shape), of, True) for of, want in ((weight, wanted[1]), (bias, wanted[2])) if want]
+    return [loss, *found, *(each for each in sums if each is not None)]
+
+
+def _as_one_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Grads]:
+    """What `_run` makes, for a graph."""
+    steps = spelled(head.steps)
+    loss, *grads = whole_head(
+        x, weight, bias, target, steps, head.ignore_index, head.smoothing, head.chunk, list(wanted)
+    )
+    found = iter(grads)
+    return loss, [next(found) if want else None for want in wanted]
 
 
 def program_of(steps: str, bias: Tensor | None) -> tuple[Step, ...]:

@@ -10,7 +10,7 @@ import torch
 from pool import Pool
 from running import parallel, plan_of
 from shardwright.planner.plan import Plan
-from shardwright.runtime import parameters
+from shardwright.runtime import parameters, torch_compat
 from shardwright.runtime.losses import loss_of
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -94,3 +94,23 @@ def test_stages(name: str, pins: str, world: int, pools: dict[int, Pool]) -> Non
     for compiled, eager in pools[world].run(compared, name, plan_of(name, f"{pins} dtype=fp32", world)):
         for kind in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
             assert count(compiled, kind) == count(eager, kind), (kind, compiled, eager)
+
+
+def test_cached_code_is_that_of_the_ops_as_they_are() -> None:
+    """Torch's cache of compiled graphs knows composite ops by name only: another definition must not get the old one's code."""
+    doubled = torch.library.Library("shardwright", "FRAGMENT")
+    doubled.define("cached_or_not(Tensor x) -> Tensor")
+    found = []
+    for version, factor in (("a", 2), ("b", 3), ("a", 2)):
+        torch._dynamo.reset()
+        op = torch.library.Library("shardwright", "IMPL")
+        op.impl("cached_or_not", lambda x, factor=factor: x * factor + 0.5, "CompositeImplicitAutograd")
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        graph.output((graph.call_function(torch.ops.shardwright.cached_or_not.default, (x,)),))
+        run = torch_compat.compiled(torch.fx.GraphModule({}, graph), tagged=False, made_by=version)
+        result = run(torch.ones(3, requires_grad=True))[0]
+        result.sum().backward()  # what is cached is saved with the backward pass
+        found.append(result.tolist()[0])
+        op._destroy()
+    assert found == [2.5, 3.5, 2.5]

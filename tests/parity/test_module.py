@@ -78,6 +78,35 @@ def test_looks_like_the_original(ranks2: Pool) -> None:
     ranks2.run(looks_like_the_original, plan_of("gpt2", "dp=2 zero=3", 2))
 
 
+class Named(nn.Module):
+    """Submodules are called like methods of a planned module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow, self.put = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.plan, self.wholes = nn.ModuleDict({"program": nn.Linear(8, 4)}), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return ((self.wholes(self.plan["program"](self.put(self.grow(x)).relu())) - y) ** 2).mean()
+
+
+def test_submodules_may_have_the_names_of_methods() -> None:
+    import shardwright
+
+    model = Named().double()
+    batch = {"x": torch.randn(6, 4, dtype=torch.float64), "y": torch.randn(6, 2, dtype=torch.float64)}
+    plan = shardwright.make_plan(model, batch, "cpu:1")
+    pm = shardwright.apply_plan(copy.deepcopy(model), batch, plan)
+    model(**batch).backward()
+    pm(**batch).backward()
+    same(whole_gradients(pm), {n: p.grad for n, p in model.named_parameters()})
+    same(pm.full_state_dict(), model.state_dict())
+    other = shardwright.apply_plan(Named().double(), batch, plan)
+    other.load_state_dict(model.state_dict())
+    same(other.full_state_dict(), model.state_dict())
+    assert pm.plan.graph == plan.graph
+
+
 # -- calls
 
 
