@@ -45,6 +45,17 @@ def llama(batch: int, seq: int = 256) -> Made:
     return _language(LlamaForCausalLM(config), batch, seq, config.vocab_size)
 
 
+def vocabulary(batch: int, seq: int = 256) -> Made:
+    """Two layers of a Llama 1024 wide over the 128,256 words of Llama 3, its projection tied: nearly all is head and loss."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=4, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return _language(LlamaForCausalLM(config), batch, seq, config.vocab_size)
+
+
 def bert(batch: int, seq: int = 256) -> Made:
     """BERT-base with its masked-language head."""
     from transformers import BertConfig, BertForMaskedLM
@@ -106,4 +117,5 @@ CASES = (
     Case("resnet50", resnet, 16), Case("resnet50 tune", resnet, 16, "tune"), Case("resnet50 infer", resnet, 16, "infer"),
     Case("mobilenetv2", mobilenet, 16), Case("mobilenetv2 tune", mobilenet, 16, "tune"),
     Case("mobilenetv2 infer", mobilenet, 16, "infer"),
+    Case("vocabulary", vocabulary, 8),
 )  # fmt: skip
