@@ -3,7 +3,9 @@
 Two towers, several heads, the branches of an Inception block, a vision and a text encoder ("Parallel Perception Network"). With
 edges from the maker of a tensor to its readers, and those left out that follow from others (a skip connection over a branch
 orders nothing that the branch does not), a region is a fork f and a join j such that f dominates and j post-dominates every op
-between; its branches are what hangs together there. Regions nest: a branch may fork again.
+between; its branches are what hangs together there. Where a fork has no such join (several ops read both towers: a product and an
+auxiliary loss) its branches are what needs it through one of its readers alone: the subtrees of the dominator tree below those that
+read nothing else. Regions nest: a branch may fork again.
 
 What carries no gradient and follows from inputs, buffers and constants alone (masks, tables of positions) ties no branches
 together: whoever reads it makes it again, as stages of a pipeline do (planner/staging.py).
@@ -29,7 +31,8 @@ Edges = dict[str, list[str]]
 class ForkJoin:
     """Branches between the ops `fork` and `join` ("": the inputs, the end of the graph), in the order of the outline.
 
-    `inner` are the regions inside the branches. A branch's results may be read after the join, too, or be outputs.
+    `join` is the first op that reads several of them; others may, too, and a branch's results may be outputs. `inner` are the
+    regions inside the branches.
     """
 
     fork: str
@@ -47,11 +50,20 @@ def fork_joins(outline: Outline) -> tuple[ForkJoin, ...]:
     """The outermost regions of an outline with what is nested in them, in order."""
     edges = _reduced(outline)
     order = {name: i for i, name in enumerate(edges)}
+    if len(edges) == 2:
+        return ()
+    graph = nx.DiGraph([(a, b) for a, users in edges.items() for b in users])
+    first = _Tree.of(graph, START)
     found: dict[frozenset[str], ForkJoin] = {}
-    for fork, join, ops in _spans(edges):
+    for fork, join, ops in _spans(edges, graph, first):
         branches = _together(ops, edges, order)
         if len(branches) > 1:
             region = ForkJoin(fork, join.replace(END, ""), branches)
+            found.setdefault(region.ops, region)
+    joined = {region.fork for region in found.values()}
+    for fork, branches in _open(edges, graph, first, order):
+        if fork not in joined:
+            region = ForkJoin(fork, _reader(branches, edges, order), branches)
             found.setdefault(region.ops, region)
     return _nested(sorted(found.values(), key=lambda r: (-len(r.ops), order[r.branches[0][0]])), order)
 
@@ -98,17 +110,19 @@ def _reduced(outline: Outline) -> Edges:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """A dominator tree: when a walk over it enters and leaves each op."""
+    """A dominator tree: the nearest dominator of each op, and when a walk over the tree enters and leaves it."""
 
+    parents: Mapping[str, str]
     enters: Mapping[str, int]
     leaves: Mapping[str, int]
 
     @classmethod
-    def of(cls, parents: Mapping[str, str], root: str) -> _Tree:
-        children: dict[str, list[str]] = {name: [] for name in parents}
+    def of(cls, graph: nx.DiGraph[str], root: str) -> _Tree:
+        known = nx.immediate_dominators(graph, root)
+        parents = {name: parent for name, parent in known.items() if parent is not None and name != root}
+        children: dict[str, list[str]] = {name: [] for name in graph}
         for name, parent in parents.items():
-            if name != root:
-                children[parent].append(name)
+            children[parent].append(name)
         enters, leaves = dict[str, int](), dict[str, int]()
         stack = [(root, False)]
         while stack:
@@ -118,23 +132,18 @@ class _Tree:
                 continue
             enters[name] = len(enters)
             stack += [(name, True), *((child, False) for child in children[name])]
-        return cls(enters, leaves)
+        return cls(parents, enters, leaves)
 
     def over(self, high: str, low: str) -> bool:
         """Whether `high` stands above `low`, which is another."""
         return self.enters[high] < self.enters[low] < self.leaves[high]
 
 
-def _spans(edges: Edges) -> Iterator[tuple[str, str, list[str]]]:
+def _spans(edges: Edges, graph: nx.DiGraph[str], first: _Tree) -> Iterator[tuple[str, str, list[str]]]:
     """(fork, join, ops between them) of every fork with its nearest join, and of every join with its nearest fork."""
-    graph = nx.DiGraph([(a, b) for a, users in edges.items() for b in users])
-    if START not in graph:
-        return
-    above = {name: p for name, p in nx.immediate_dominators(graph, START).items() if p is not None}
-    below = {name: p for name, p in nx.immediate_dominators(graph.reverse(copy=False), END).items() if p is not None}
-    first, last = _Tree.of({START: START} | above, START), _Tree.of({END: END} | below, END)
-    ends = {(name, below[name]) for name in edges if name != END and len(edges[name]) > 1}
-    ends |= {(above[name], name) for name in edges if name != START and graph.in_degree(name) > 1}
+    last = _Tree.of(graph.reverse(copy=False), END)
+    ends = {(name, last.parents[name]) for name in edges if name != END and len(edges[name]) > 1}
+    ends |= {(first.parents[name], name) for name in edges if name != START and graph.in_degree(name) > 1}
     order = {name: i for i, name in enumerate(edges)}
     for fork, join in sorted(ends, key=lambda e: (order[e[0]], order[e[1]])):
         seen, queue = set[str](), list(edges[fork])
@@ -144,6 +153,32 @@ def _spans(edges: Edges) -> Iterator[tuple[str, str, list[str]]]:
                 seen.add(name)
                 queue += edges[name]
         yield fork, join, sorted((name for name in seen if last.over(join, name)), key=order.__getitem__)
+
+
+def _open(
+    edges: Edges, graph: nx.DiGraph[str], first: _Tree, order: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """(fork, branches) of every op that several others read first: all that needs it through one of them alone."""
+    below: dict[str, list[str]] = {name: [] for name in edges}
+    for name in edges:
+        if name not in (START, END) and graph.in_degree(name) == 1:
+            below[first.parents[name]].append(name)
+    named = sorted(edges, key=first.enters.__getitem__)
+    for fork, heads in below.items():
+        if len(heads) > 1:
+            subtrees = (named[first.enters[head] : first.leaves[head]] for head in heads)
+            yield fork, tuple(tuple(sorted(ops, key=order.__getitem__)) for ops in subtrees)
+
+
+def _reader(branches: Sequence[Sequence[str]], edges: Edges, order: Mapping[str, int]) -> str:
+    """The first op that reads several branches, "" for none."""
+    readers: dict[str, set[int]] = {}
+    for i, branch in enumerate(branches):
+        for name in branch:
+            for user in edges[name]:
+                readers.setdefault(user, set()).add(i)
+    found = [name for name, read in readers.items() if len(read) > 1 and name != END]
+    return min(found, key=order.__getitem__, default="")
 
 
 def _together(ops: Sequence[str], edges: Edges, order: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
@@ -157,14 +192,13 @@ def _together(ops: Sequence[str], edges: Edges, order: Mapping[str, int]) -> tup
 
 
 def _nested(regions: Sequence[ForkJoin], order: Mapping[str, int]) -> tuple[ForkJoin, ...]:
-    """Regions, the largest first, with those that lie in one branch of another put into it."""
+    """Regions, the largest first, with those that lie in one branch of another put into it; of two that cross, the larger stays."""
     outer: list[tuple[ForkJoin, list[ForkJoin]]] = []
     for region in regions:
-        first = region.branches[0][0]
-        home = next((inner for known, inner in outer if first in known.ops), None)
-        if home is None:
+        met = [(known, inner) for known, inner in outer if known.ops & region.ops]
+        if not met:
             outer.append((region, []))
-        else:
-            home.append(region)
+        elif len(met) == 1 and any(region.ops <= frozenset(branch) for branch in met[0][0].branches):
+            met[0][1].append(region)
     found = (replace(region, inner=_nested(inner, order)) for region, inner in outer)
     return tuple(sorted(found, key=lambda region: order[region.branches[0][0]]))
