@@ -58,11 +58,11 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
     times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
     handed = [
         (0.0, 0.0),
-        *(bench.hand(shape, s, cuts[s], options[cuts[s] - 1].exit) for s in range(1, count)),
+        *(bench.hand(shape, s, cuts, options[cuts[s] - 1].exit) for s in range(1, count)),
         (0.0, 0.0),
     ]
     sends = [handed[s + 1][0] for s in range(count)]
-    backs = [bench.hand(shape, s, cuts[s], options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
+    backs = [bench.hand(shape, s, cuts, options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
     forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
     step, _ = makespan(ready.compiled, ready.placement, forward, backward, weight, sends, backs, finish)
     memory = [_memory(bench.on(shape, r), shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]

@@ -27,7 +27,7 @@ class Executed:
 
 MASK = (
     Executed("chunks", (1,), "chunks of stages on one rank", lambda plan: plan.pipeline.chunks if plan.pipeline.ranks == 1 else 1),
-    Executed("schedule", ("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"),
+    Executed("schedule", ("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "branches"),
              "a schedule without backward passes", lambda plan: plan.pipeline.schedule),
     Executed("pools", ("one",), "several kinds of devices", lambda plan: "several" if len(plan.pools) > 1 else "one"),
     Executed("phase", ("",), "a phase of inference", lambda plan: plan.phase),

@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 
 from .arcs import spare
-from .even import even_cuts
 from .labels import Bags
 from .master import Master
 from .program import INFINITE
@@ -95,8 +94,7 @@ class Division(Trial):
 
     def _even(self) -> list[list[tuple[int, int]]]:
         """The one division that several chunks a rank are tried in (planner/even.py)."""
-        cuts = even_cuts(self.problem.line, self.local, self.p.microbatches)
-        return [[(start, end)] for start, end in pairwise(cuts)]
+        return [[(start, end)] for start, end in pairwise(self.problem.division(self.local))]
 
     def _cheap(self, stage: int, start: int, end: int, level: float) -> list[Column]:
         """Per pair of layouts one mixture, from the quickest (level 0) to the one that holds the least (level 1)."""

@@ -5,9 +5,10 @@ queue: when everything starts as soon as it can, the end of each node is the gre
 duration (max-plus), whatever the durations are. Nodes are numbered so that predecessors come first, and have at most two of
 them (zero-length gates join more). One `Compiled` serves any number of durations.
 
-Nodes: an action of a rank; a send to another rank (`send_forward` of stage s goes to s + 1, `send_backward` of s to s - 1;
-one queue per pair of ranks and direction, asynchronous, the receiver waits for the arrival); a copy of saved activations to
-the host and back, for stages that have one. A microbatch whose backward is the rank's very next action is not copied.
+Nodes: an action of a rank; a send to another rank (`send_forward` of stage s goes along its edges, to s + 1 in a chain, and
+`send_backward` of s against them; one queue per pair of ranks and direction, asynchronous, the receiver waits for the arrival); a
+copy of saved activations to the host and back, for stages that have one. A microbatch whose backward is the rank's very next action
+is not copied.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ PARTS = ("forward", "backward", "input", "weight", "send_forward", "send_backwar
 
 FORWARD, BACKWARD, INPUT, WEIGHT, SEND_FORWARD, SEND_BACKWARD, COPY_OUT, COPY_IN, GATE = range(len(PARTS))
 
+Edges = tuple[tuple[int, int], ...]
+"""(source, target) stages."""
+
 _PART_OF_KIND = {"F": FORWARD, "B": BACKWARD, "I": INPUT, "W": WEIGHT}
 
 
@@ -36,7 +40,7 @@ class Compiled:
 
     `rank` is where a node runs and `microbatch` what it belongs to. `last[rank]` is a rank's last action, `final[stage]` a
     stage's last backward (its last forward where there is none), `copies[rank]` its last copies (out, in; 0: none),
-    `position` the place of an action in its list (-1 for other nodes).
+    `position` the place of an action in its list (-1 for other nodes). `edges` are the (source, target) stages of activations.
     """
 
     lists: tuple[tuple[Action, ...], ...]
@@ -52,6 +56,7 @@ class Compiled:
     final: tuple[int, ...]
     copies: tuple[tuple[int, int], ...]
     copied: frozenset[int]
+    edges: Edges
 
     @property
     def stages(self) -> int:
@@ -61,15 +66,24 @@ class Compiled:
     def ranks(self) -> int:
         return len(self.lists)
 
+    def sent_to(self, stage: int, back: bool) -> int:
+        """The other rank that a stage sends to, forward or back."""
+        ends = ((t, s) if back else (s, t) for s, t in self.edges)
+        return next(self.placement[t] for s, t in ends if s == stage and self.placement[t] != self.placement[s])
 
-def compile_lists(lists: Lists, placement: Sequence[int], copied: frozenset[int] = frozenset()) -> Compiled:
+
+def compile_lists(
+    lists: Lists, placement: Sequence[int], copied: frozenset[int] = frozenset(), edges: Edges = ()
+) -> Compiled:
     """Check the lists and lay out their precedences.
 
-    `placement[s]` is the rank of stage s, `copied` the stages whose saved activations go to the host. Raises ScheduleError
-    naming rank and action where the lists are incomplete, out of order, or wait for each other in a circle.
+    `placement[s]` is the rank of stage s, `copied` the stages whose saved activations go to the host, `edges` what stages hand on
+    to which others (a chain where nothing is said). Raises ScheduleError naming rank and action where the lists are incomplete, out
+    of order, or wait for each other in a circle.
     """
     fixed = tuple(tuple(actions) for actions in lists)
-    return _Builder(fixed, tuple(placement), check_lists(fixed, placement), copied).build()
+    edges = edges or tuple((s, s + 1) for s in range(len(placement) - 1))
+    return _Builder(fixed, tuple(placement), check_lists(fixed, placement), copied, edges).build()
 
 
 def check_lists(lists: Lists, placement: Sequence[int]) -> int:
@@ -127,10 +141,13 @@ class _Builder:
     """Numbers the nodes: walks every list as far as it goes, sleeps where data is missing, wakes where it arrives."""
 
     def __init__(
-        self, lists: tuple[tuple[Action, ...], ...], placement: tuple[int, ...], microbatches: int, copied: frozenset[int]
+        self, lists: tuple[tuple[Action, ...], ...], placement: tuple[int, ...], microbatches: int, copied: frozenset[int],
+        edges: Edges,
     ) -> None:  # fmt: skip
         self.lists, self.placement, self.microbatches, self.copied = lists, placement, microbatches, copied
-        self.stages = len(placement)
+        self.stages, self.edges = len(placement), edges
+        self.before = [tuple(s for s, t in edges if t == stage) for stage in range(self.stages)]
+        self.after = [tuple(t for s, t in edges if s == stage) for stage in range(self.stages)]
         self.first, self.second, self.code, self.rank, self.microbatch, self.position = [0], [0], [-1], [0], [0], [-1]
         self.at = [0] * len(lists)
         self.last = [0] * len(lists)
@@ -139,10 +156,9 @@ class _Builder:
         self.copy_out = [0] * len(lists)
         self.copy_in = [0] * len(lists)
         self.on_host: dict[tuple[int, int], int] = {}
-        # By stage * microbatches + microbatch: the node that brings the activation, or the gradient; 0 while it is not there.
-        self.activation = [0] * (self.stages * microbatches)
-        self.gradient = [0] * (self.stages * microbatches)
-        self.asleep: dict[tuple[bool, int], int] = {}
+        # By (source, target) and microbatch: the node that brings the activation, or the gradient.
+        self.arrived: dict[tuple[int, int, int], int] = {}
+        self.asleep: dict[tuple[int, int, int], int] = {}
         self.awake = list(range(len(lists) - 1, -1, -1))
 
     def build(self) -> Compiled:
@@ -153,7 +169,7 @@ class _Builder:
         return Compiled(
             self.lists, self.placement, self.microbatches, tuple(self.first), tuple(self.second), tuple(self.code),
             tuple(self.rank), tuple(self.microbatch), tuple(self.position), tuple(self.last), tuple(self.final),
-            tuple(zip(self.copy_out, self.copy_in, strict=True)), self.copied,
+            tuple(zip(self.copy_out, self.copy_in, strict=True)), self.copied, self.edges,
         )  # fmt: skip
 
     def _node(
@@ -173,15 +189,12 @@ class _Builder:
         while position < len(actions):
             action = actions[position]
             part, stage, m = _PART_OF_KIND[action.kind], action.stage, action.microbatch
-            place = stage * self.microbatches + m
-            arrival = 0
-            if part == FORWARD and stage:
-                arrival = self.activation[place]
-            elif part in (BACKWARD, INPUT) and stage < self.stages - 1:
-                arrival = self.gradient[place]
-            if not arrival and self._waits(part, stage):
-                self.asleep[part == FORWARD, place] = rank
+            givers = self._givers(part, stage)
+            waits = [self.arrived.get((giver, stage, m), 0) for giver in givers]
+            if 0 in waits:
+                self.asleep[givers[waits.index(0)], stage, m] = rank
                 break
+            arrival = waits[0] if len(waits) == 1 else self._joined(waits, stage, m, rank)
             if part in (BACKWARD, INPUT) and (stage, m) in self.on_host:
                 arrival = self._fetch(rank, action, arrival)
             node = self._node(part, stage, m, rank, self.last[rank], arrival, position)
@@ -194,27 +207,31 @@ class _Builder:
             position += 1
         self.at[rank] = position
 
-    def _waits(self, part: int, stage: int) -> bool:
-        return stage > 0 if part == FORWARD else part != WEIGHT and stage < self.stages - 1
+    def _givers(self, part: int, stage: int) -> tuple[int, ...]:
+        """The stages whose activations or gradients an action waits for."""
+        return () if part == WEIGHT else self.before[stage] if part == FORWARD else self.after[stage]
+
+    def _joined(self, nodes: Sequence[int], stage: int, m: int, rank: int) -> int:
+        """A node that ends when all of these have ended; 0 for none."""
+        found = 0
+        for node in nodes:
+            found = self._node(GATE, stage, m, rank, found, node) if found else node
+        return found
 
     def _hand_on(self, part: int, stage: int, m: int, node: int) -> None:
-        """Give what an action made to the stage that needs it, through a send where that is on another rank."""
+        """Give what an action made to the stages that need it, through a send where they are on another rank."""
         forward = part == FORWARD
-        target = stage + 1 if forward else stage - 1
-        if part == WEIGHT or not 0 <= target < self.stages:
-            return
-        here, there = self.placement[stage], self.placement[target]
-        if here != there:
-            queued = self.queue.get((here, there), 0)
-            node = self._node(SEND_FORWARD if forward else SEND_BACKWARD, stage, m, here, node, queued)
-            self.queue[here, there] = node
-        place = target * self.microbatches + m
-        (self.activation if forward else self.gradient)[place] = node
-        if there == here:
-            return
-        sleeper = self.asleep.pop((forward, place), None)
-        if sleeper is not None:
-            self.awake.append(sleeper)
+        for target in () if part == WEIGHT else self.after[stage] if forward else self.before[stage]:
+            here, there, given = self.placement[stage], self.placement[target], node
+            if here != there:
+                queued = self.queue.get((here, there), 0)
+                given = self._node(SEND_FORWARD if forward else SEND_BACKWARD, stage, m, here, node, queued)
+                self.queue[here, there] = given
+            key = stage, target, m
+            self.arrived[key] = given
+            sleeper = self.asleep.pop(key, None)
+            if sleeper is not None and there != here:
+                self.awake.append(sleeper)
 
     def _offload(self, rank: int, action: Action, position: int) -> None:
         """Copy out what a forward saved, unless its backward is the very next action."""
@@ -245,11 +262,16 @@ class _Builder:
         while rank not in seen:
             seen.append(rank)
             action = stuck[rank]
-            rank = self.placement[action.stage + (-1 if action.kind == "F" else 1)]
+            rank = self.placement[self._missing_giver(action)]
         lines = []
         for member in seen[seen.index(rank) :]:
             action = stuck[member]
-            source = action.stage + (-1 if action.kind == "F" else 1)
+            source = self._missing_giver(action)
             given = f"{source}{action.kind}{action.microbatch} of rank {self.placement[source]}"
             lines.append(f"rank {member}, action {action} waits for {given}")
         return "the action lists wait in a circle: " + "; ".join(lines)
+
+    def _missing_giver(self, action: Action) -> int:
+        """The first stage whose data an action waits for."""
+        givers = self._givers(_PART_OF_KIND[action.kind], action.stage)
+        return next(s for s in givers if (s, action.stage, action.microbatch) not in self.arrived)

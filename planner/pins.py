@@ -112,7 +112,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "micro_batch": Key(_count),
         "recompute": Key(_one_of("none", "selective", "full")),
         "sequence_parallel": Key(_switch),
-        "schedule": Key(_one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")),
+        "schedule": Key(_one_of("none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "branches")),
         "offload": Key(_one_of("none", "optimizer", "params", "activations")),
         "dtype": Key(_one_of(*DTYPES)),
         "precision": Key(_one_of(*RECIPES)),

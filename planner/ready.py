@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .engine import Compiled, compile_lists
 from .live import live_vectors, local_chunks
 from .paths import Path, makespan, rank_paths
-from .schedules import SCHEDULES, actions, stage_rank
+from .schedules import SCHEDULES, actions, stage_edges, stage_rank
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ def make_ready(name: str, ranks: int, chunks: int, microbatches: int) -> Ready:
     """Lay out a schedule; raises PinError where it cannot be made."""
     lists = actions(name, ranks, chunks, microbatches)
     placement = stage_rank(name, ranks, chunks)
+    compiled = compile_lists(lists, placement, edges=stage_edges(name, len(placement)))
     return Ready(
-        compile_lists(lists, placement), placement, local_chunks(placement), live_vectors(lists, placement),
-        SCHEDULES[name].splits_backward,
-    )  # fmt: skip
+        compiled, placement, local_chunks(placement), live_vectors(lists, placement), SCHEDULES[name].splits_backward
+    )
 
 
 def seed_paths(ready: Ready, table: Sequence[Sequence[float]], slower: Sequence[float]) -> list[Path]:

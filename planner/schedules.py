@@ -10,6 +10,7 @@ and what planner/simulate.py times; a list says only the order on each rank, the
     zb-h1        1f1b (or interleaved) with W in the bubble    Qi et al. 2023
     zbv          two chunks a rank in a V                      Qi et al. 2023, section 6
     dualpipev    two chunks a rank in a V, F beside B          DeepSeek-AI 2024 (torch's OVERLAP_F_B pair: F, then B)
+    branches     fork and a branch beside a branch and join    "Parallel Perception Network"; not one of torch's
     forward      forwards only (inference)
     none         one rank, one stage
 """
@@ -65,15 +66,17 @@ class Schedule:
     """How one schedule is made.
 
     `chunks` is the least and the greatest number of stages a rank may hold (None: any). `function(ranks, chunks,
-    microbatches)` makes the lists. `fault(ranks, chunks, microbatches)` says why it cannot, "" where it can.
+    microbatches)` makes the lists. `fault(ranks, chunks, microbatches)` says why it cannot, "" where it can. `rank(stage, ranks,
+    chunks)` says where a stage is, and `edges` are the (source, target) stages of what crosses where stages are no chain.
     """
 
     name: str
     chunks: tuple[int, int | None]
     splits_backward: bool
-    v_shape: bool
+    rank: Callable[[int, int, int], int]
     function: Callable[[int, int, int], tuple[Actions, ...]]
     fault: Callable[[int, int, int], str]
+    edges: tuple[tuple[int, int], ...] = ()
 
 
 def fault(name: str, ranks: int, chunks: int, microbatches: int) -> str:
@@ -101,12 +104,29 @@ def actions(name: str, ranks: int, chunks: int, microbatches: int) -> tuple[Acti
 
 
 def stage_rank(name: str, ranks: int, chunks: int) -> tuple[int, ...]:
-    """The rank of each of the `ranks * chunks` stages: round and round, or down and up again for V-shaped schedules."""
+    """The rank of each of the `ranks * chunks` stages."""
     if name not in SCHEDULES:
         raise PinError(fault(name, ranks, chunks, 1))
-    if SCHEDULES[name].v_shape:
-        return tuple(s if s < ranks else 2 * ranks - 1 - s for s in range(2 * ranks))
-    return tuple(s % ranks for s in range(ranks * chunks))
+    return tuple(SCHEDULES[name].rank(s, ranks, chunks) for s in range(ranks * chunks))
+
+
+def stage_edges(name: str, stages: int) -> tuple[tuple[int, int], ...]:
+    """(source, target) stages between which activations go; every stage hands on to the next one where stages are a chain."""
+    return SCHEDULES[name].edges or tuple((s, s + 1) for s in range(stages - 1))
+
+
+def _round(stage: int, ranks: int, chunks: int) -> int:
+    """Round and round."""
+    return stage % ranks
+
+
+def _down_and_up(stage: int, ranks: int, chunks: int) -> int:
+    """A V: down and up again."""
+    return stage if stage < ranks else 2 * ranks - 1 - stage
+
+
+def _one_after_the_other(stage: int, ranks: int, chunks: int) -> int:
+    return stage // chunks
 
 
 # -- one chunk a rank
@@ -274,6 +294,34 @@ def _dual_pipe_v_rank(rank: int, ranks: int, microbatches: int) -> Actions:
     return tuple(pen.made)
 
 
+def forwards(placement: Sequence[int], microbatches: int) -> tuple[Actions, ...]:
+    """Forwards only, of stages that lie as `placement` says: each rank takes its own in order."""
+    mine = [[s for s, rank in enumerate(placement) if rank == r] for r in range(1 + max(placement))]
+    return tuple(tuple(Action("F", s, i) for i in range(microbatches) for s in stages) for stages in mine)
+
+
+# -- branches
+
+
+FORK = ((0, 1), (0, 2), (1, 3), (2, 3))
+"""What goes where between a fork (stage 0), two branches and their join (stage 3)."""
+
+
+def _branches(ranks: int, chunks: int, microbatches: int) -> tuple[Actions, ...]:
+    """The fork's rank is a microbatch ahead, so that the join's never waits for the next one."""
+    found = []
+    for stages, warm in (((0, 1), min(1, microbatches)), ((2, 3), 0)):
+        turns = _alternating(0, warm, microbatches)
+        found.append(
+            tuple(Action(a.kind, s, a.microbatch) for a in turns for s in (stages if a.kind == "F" else stages[::-1]))
+        )
+    return tuple(found)
+
+
+def _two_ranks(ranks: int, chunks: int, microbatches: int) -> str:
+    return "" if ranks == 2 else f"schedule branches runs two branches at once, on 2 ranks, not {ranks}"
+
+
 def _fits(ranks: int, chunks: int, microbatches: int) -> str:
     return ""
 
@@ -285,14 +333,15 @@ def _single(ranks: int, chunks: int, microbatches: int) -> str:
 SCHEDULES: Mapping[str, Schedule] = {
     s.name: s
     for s in (
-        Schedule("gpipe", (1, 1), False, False, _gpipe, _fits),
-        Schedule("1f1b", (1, 1), False, False, _one_f_one_b, _fits),
-        Schedule("interleaved", (2, None), False, False, _interleaved, _uneven_rounds),
-        Schedule("zb-h1", (1, None), True, False, _zero_bubble_h1, _uneven_rounds),
-        Schedule("zbv", (2, 2), True, True, _zero_bubble_v, _fits),
-        Schedule("dualpipev", (2, 2), True, True, _dual_pipe_v, _too_few_for_dual),
-        Schedule("forward", (1, None), False, False, _forward, _fits),
-        Schedule("none", (1, 1), False, False, _one_f_one_b, _single),
+        Schedule("gpipe", (1, 1), False, _round, _gpipe, _fits),
+        Schedule("1f1b", (1, 1), False, _round, _one_f_one_b, _fits),
+        Schedule("interleaved", (2, None), False, _round, _interleaved, _uneven_rounds),
+        Schedule("zb-h1", (1, None), True, _round, _zero_bubble_h1, _uneven_rounds),
+        Schedule("zbv", (2, 2), True, _down_and_up, _zero_bubble_v, _fits),
+        Schedule("dualpipev", (2, 2), True, _down_and_up, _dual_pipe_v, _too_few_for_dual),
+        Schedule("branches", (2, 2), False, _one_after_the_other, _branches, _two_ranks, FORK),
+        Schedule("forward", (1, None), False, _round, _forward, _fits),
+        Schedule("none", (1, 1), False, _round, _one_f_one_b, _single),
     )
 }
 """Every schedule by name."""

@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .even import apart, even_cuts
+from .even import apart
 from .labels import Floats, MemoryRows, unit_bytes
 from .live import live_vectors, local_chunks
 from .options import Option
@@ -232,18 +232,17 @@ class Bounded:
         return [*found, (STEP_ROW,) * stages]
 
     def _fixed(self) -> float:
-        p, line = self.problem.pipeline, self.problem.line
+        p = self.problem.pipeline
         placement = stage_rank(p.schedule if self.problem.training else "forward", p.ranks, p.chunks)
         local = local_chunks(placement)
-        cuts = even_cuts(line, local, p.microbatches)
-        spans = list(pairwise(cuts))
+        spans = list(pairwise(self.problem.division(local)))
         found = 0.0
         for rank, stages in enumerate(local):
             mine = [spans[s] for s in stages]
             least, fits = self.tables.rank(mine, self._live(rank))
             if not fits:
                 return INFINITE
-            found = max(found, least + line.beside(mine[0][0], self.splits))
+            found = max(found, least + self.problem.beside(mine[0][0], self.splits))
         return found
 
     def _free(self, low: float, most: float) -> float:

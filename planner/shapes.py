@@ -15,7 +15,7 @@ from .refusals import why_batch, why_devices, why_micro_batch, why_model_axis, w
 from .schedules import SCHEDULES, fault
 
 FREE_SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
-"""Schedules searched without a pin. GPipe takes as long as 1F1B and holds more."""
+"""Schedules searched without a pin, beside that of branches where there are some. GPipe takes as long as 1F1B and holds more."""
 
 CHUNKS = (2, 3, 4, 6, 8)
 """Chunks per rank searched without a pin."""
@@ -88,7 +88,7 @@ def divisors(number: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What bounds the shapes: units of the chain, samples, whether the batch may be cut, a backward pass, experts."""
+    """What bounds the shapes: units of the chain, samples, whether the batch may be cut, a backward pass, experts, branches."""
 
     units: int
     batch: int
@@ -96,6 +96,7 @@ class Room:
     blockers: tuple[str, ...]
     experts: tuple[int, ...] = ()
     context: bool = True
+    forks: bool = False
 
 
 def arrangements(cluster: Cluster, room: Room, pins: Pins) -> tuple[Arrangement, ...]:
@@ -136,6 +137,8 @@ def _timed(cluster: Cluster, room: Room, pins: Pins, axes: tuple[int, int, int, 
         if not _allowed(pins, "micro_batch", micro_batch) or (m > 1 and (room.blockers or not room.training)):
             continue
         for schedule, chunks in _pipelines(room, pins, pp, m):
+            if schedule == "branches" and rows[0]:
+                continue  # what a branch takes on other devices is not looked at
             for order, pools in product(orders, rows):
                 yield Arrangement(*axes, chunks, schedule, m, micro_batch, order, pools)
 
@@ -163,7 +166,8 @@ def _pipelines(room: Room, pins: Pins, pp: int, m: int) -> Iterator[tuple[str, i
         if pins.vpp in (None, 1) and pins.schedule in (None, "none", "gpipe", "1f1b"):
             yield "none", 1
         return
-    names: tuple[str | None, ...] = (pins.schedule,) if pins.schedule is not None else FREE_SCHEDULES
+    free = (*FREE_SCHEDULES, "branches") if room.forks else FREE_SCHEDULES
+    names: tuple[str | None, ...] = (pins.schedule,) if pins.schedule is not None else free
     if pins.schedule is None and pins.vpp == 1:
         names = ("1f1b", "zb-h1")
     for name in names:

@@ -116,7 +116,7 @@ class Timeline:
         if part in (COPY_OUT, COPY_IN):
             return ("copy-out", " out ") if part == COPY_OUT else ("copy-in", " in ")
         if part in (SEND_FORWARD, SEND_BACKWARD):
-            target = self.compiled.placement[stage + (1 if part == SEND_FORWARD else -1)]
+            target = self.compiled.sent_to(stage, part == SEND_BACKWARD)
             return f"send {target}", "SEND_F" if part == SEND_FORWARD else "SEND_B"
         return "compute", {"forward": "F", "backward": "B", "input": "I", "weight": "W"}[PARTS[part]]
 

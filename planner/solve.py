@@ -171,7 +171,9 @@ def make_bench(
     bench = workbench(make_task(outline, cluster, prices, request), request.progress, tiers=tiers)
     experts = expert_sizes(bench.task.outline, cluster.devices)
     training = outline.training
-    room = Room(len(bench.chain), outline.batch, training, outline.microbatch_blockers, experts, training)
+    room = Room(
+        len(bench.chain), outline.batch, training, outline.microbatch_blockers, experts, training, bench.forked.worth
+    )
     return bench, arrangements(cluster, room, request.pins)
 
 

@@ -51,6 +51,8 @@ POOLED = (
     "stages on unlike devices: divisions next to the best found; with one chunk a rank the bound is of all divisions"
 )
 
+FORKED = "branches: one division of the units, that of the shortest step by least times"
+
 ROUTED = "bytes of all-to-alls of experts are those of the mean rank: those of each rank depend on routing"
 
 MOST_RECORDS = 60
@@ -70,7 +72,7 @@ def plan_of(
     bound = min(found.bound_seconds, figures.step_seconds)
     gap = (figures.step_seconds - bound) / figures.step_seconds if figures.step_seconds else 0.0
     entries, stages = _entries(bench, shape, cuts, options, figures)
-    given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()))
+    given_up = (*GIVEN_UP, *((POOLED,) if shape.pools else ()), *((FORKED,) if shape.schedule == "branches" else ()))
     solver = f"ortools {importlib.metadata.version('ortools')} HiGHS"
     plan = Plan(
         version=VERSION, source=request.source, graph=outline.fingerprint, cluster=task.cluster.to_dict(),
@@ -306,6 +308,8 @@ def units_in(bench: Workbench, plan: Plan) -> tuple[list[int], list[Option]]:
                     raise PlanError(f"stages[{s}]: instance {k} of {run.use} does not come next in the model")
                 options.append(option(run.use, stage.rank))
         cuts.append(len(options))
+    if shape.schedule == "branches" and (problem := bench.forked.wrong(cuts)):
+        raise PlanError(f"stages: {problem}")
     if len(options) != len(bench.chain):
         raise PlanError(f"stages: they hold {len(options)} of the model's {len(bench.chain)} units")
     return cuts, options

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .arcs import Line
+from .even import even_cuts
 from .labels import Layouts
 from .options import Option
 from .program import INFINITE
@@ -48,7 +49,8 @@ class StageProblem:
     """All that the stage solve needs. `send(position, layout)`: seconds of handing on what crosses there, each way.
 
     On unlike devices `pools` are the kinds and `at` says whose a pipeline rank is; `options` has the regions of every kind, one
-    kind after the other, and `hand(stage, position, layout)` replaces `send` for what crosses into a stage.
+    kind after the other, and `hand(stage, position, layout)` replaces `send` for what crosses into a stage. `cuts` are those of a
+    fork, two branches and their join, where the schedule is for them.
     """
 
     line: Line
@@ -62,6 +64,7 @@ class StageProblem:
     pools: tuple[Pool, ...] = ()
     at: tuple[int, ...] = ()
     hand: Callable[[int, int, str], tuple[float, float]] | None = None
+    cuts: tuple[int, ...] = ()
 
     def of(self, pool: int) -> StageProblem:
         """The problem as one kind of device sees it; itself where all are equal."""
@@ -69,6 +72,18 @@ class StageProblem:
             return self
         mine = self.pools[pool]
         return replace(self, line=mine.line, change=mine.change, memory=mine.memory)
+
+    def division(self, local: Sequence[Sequence[int]]) -> list[int]:
+        """The one division that several chunks a rank are tried in."""
+        return list(self.cuts) or even_cuts(self.line, local, self.pipeline.microbatches)
+
+    def beside(self, start: int, splits: bool) -> float:
+        """Least seconds before and after the work of what starts at a position: what it waits for (Line.beside)."""
+        if not self.cuts or start < self.cuts[2]:
+            return self.line.beside(start, splits)
+        _, p, q, r, _ = self.cuts
+        branches = max(self.line.seconds(p, q), self.line.seconds(q, r)) if start >= r else 0.0
+        return self.line.beside(p, splits) + branches
 
     def handing(self, stage: int, position: int, layout: str) -> tuple[float, float]:
         """Seconds of handing on what crosses into a stage, forward and back."""

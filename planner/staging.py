@@ -111,7 +111,7 @@ def cut(outline: Outline, stage_of: Mapping[str, int], count: int, results: Sequ
     Raises PlanError where a stage would read what a later one makes.
     """
     makers = {r.tensor: op for op in outline.ops for r in op.results}
-    again = _made_again(outline, makers)
+    again = made_again(outline)
     live = _live(makers, results)
     roots: list[list[str]] = [[] for _ in range(count)]
     for op in outline.ops:
@@ -161,8 +161,9 @@ def _role(outline: Outline, tensor: str) -> str:
     return outline.tensors[tensor].role
 
 
-def _made_again(outline: Outline, makers: Mapping[str, Op]) -> frozenset[str]:
+def made_again(outline: Outline) -> frozenset[str]:
     """Ops without gradient that follow from inputs, buffers and constants."""
+    makers = {r.tensor: op for op in outline.ops for r in op.results}
     found: set[str] = set()
     for op in outline.ops:
         if any(outline.tensors[r.tensor].differentiable for r in op.results):

@@ -138,7 +138,7 @@ class Trial:
         )  # fmt: skip
 
     def _beside(self, start: int) -> float:
-        return self.problem.line.beside(start, self.ready.splits)
+        return self.problem.beside(start, self.ready.splits)
 
     def _floor(self, stage: int, start: int, end: int, ranks: int = 1) -> float:
         if ranks == 1:

@@ -111,10 +111,13 @@ class UnlikeBench(Workbench):
         return StageProblem(
             mine[0].line, options, {}, Pipeline(shape.pp, shape.chunks, schedule_of(shape), shape.microbatches),
             mine[0].memory, mine[0].send, self.task.outline.training, pools=pools, at=shape.pools,
-            hand=lambda stage, at, layout: self.hand(shape, stage, at, layout),
+            hand=lambda stage, at, layout: self._hand(shape, stage, at, layout),
         )  # fmt: skip
 
-    def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
+    def hand(self, shape: Arrangement, stage: int, cuts: Sequence[int], layout: str) -> tuple[float, float]:
+        return self._hand(shape, stage, cuts[stage], layout)
+
+    def _hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
         """Seconds of handing on what crosses before unit `at` into a stage, forward and back."""
         placement = self.ready(shape).placement
         ranks = placement[stage - 1], placement[stage]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from ..errors import PinError
 from .arcs import Line
 from .cluster import Cluster, Device
 from .costs import PriceBook
+from .forked import Cuts, Forked
 from .front import Design, crossing_state, ways_of
 from .fronts import Fronts, Named
 from .memory import Setting
@@ -57,6 +58,7 @@ class Workbench:
     def __init__(self, task: Task, tell: Progress, *, tiers: bool = False) -> None:
         self.task, self.tell, self.tiers = task, tell, tiers
         self.chain: Chain = chain(task.outline)
+        self.forked = Forked(self.chain)
         self.residual = residual_factors(task.outline)
         self.overlap = Overlap.of(task.device)
         self.fronts = Fronts(
@@ -69,6 +71,7 @@ class Workbench:
         self._options: dict[tuple[object, ...], list[Option]] = {}
         self._slowest: dict[tuple[tuple[float, ...], int], float] = {}
         self._ready: dict[tuple[str, int, int, int], Ready] = {}
+        self._cuts: dict[Arrangement, Cuts | None] = {}
         self.screen = Screen()
         self.memoryless = Screen(self.screen.held, self._undercut())
 
@@ -115,6 +118,8 @@ class Workbench:
 
     def _bound(self, shape: Arrangement, line: Line) -> float:
         m, total = shape.microbatches, line.before[-1]
+        if shape.schedule == "branches":
+            return m * total / shape.pp
         # One microbatch passes every unit and comes back; where weight halves are put off, they may run side by side.
         alone = line.forward(0, len(line)) if SCHEDULES[schedule_of(shape)].splits_backward else total
         if shape.chunks > 1 or shape.pp == 1:
@@ -222,10 +227,26 @@ class Workbench:
                     else f"region {self.task.outline.regions[r].name} cannot run on {shape.told()}"
                 )
         line = Line.of(self.regions, [[(o.forward, o.backward) for o in found] for found in options])
+        cuts = self.cuts(shape) if shape.schedule == "branches" else ()
+        if cuts is None:
+            raise PinError("schedule=branches: the model has no two branches that stages could hold")
         return StageProblem(
             line, options, self.change(shape), Pipeline(shape.pp, shape.chunks, schedule_of(shape), shape.microbatches),
             self.memory(shape), lambda at, layout: self.send(shape, at, layout), self.task.outline.training,
+            hand=(lambda stage, at, layout: self.hand(shape, stage, cuts, layout)) if cuts else None, cuts=cuts,
         )  # fmt: skip
+
+    def cuts(self, shape: Arrangement) -> Cuts | None:
+        """Where a shape of two branches is cut, by the least seconds of its units; None where the model has none."""
+        if shape not in self._cuts:
+            least = [sum(self.least(r, shape)) for r in self.regions]
+            ways = 2 if self.task.outline.training else 1
+            self._cuts[shape] = self.forked.cuts(least, lambda names: ways * self._sent(shape, names, "R"))
+        return self._cuts[shape]
+
+    def _sent(self, shape: Arrangement, names: Sequence[str], layout: str) -> float:
+        """Seconds of handing tensors on to another pipeline rank."""
+        return self.sending(shape, self._border_bytes(shape, names, layout)).seconds if names else 0.0
 
     @cached_property
     def given_bytes(self) -> float:
@@ -254,7 +275,7 @@ class Workbench:
         """Bytes of one rank's part of what crosses before unit `at`, for one microbatch."""
         return self._border_bytes(shape, self.chain.borders[at - 1], layout)
 
-    def _border_bytes(self, shape: Arrangement, border: tuple[str, ...], layout: str) -> float:
+    def _border_bytes(self, shape: Arrangement, border: Sequence[str], layout: str) -> float:
         total = 0.0
         for name in border:
             tensor = self.task.outline.tensors[name]
@@ -274,9 +295,16 @@ class Workbench:
         stride = axis_strides(shape.order, shape.sizes())["pp"]
         return send_price(self.task.prices, self.task.cluster, size, stride, shape.pp)
 
-    def hand(self, shape: Arrangement, stage: int, at: int, layout: str) -> tuple[float, float]:
-        """As `send`, for what crosses into a stage."""
-        return self.send(shape, at, layout)
+    def hand(self, shape: Arrangement, stage: int, cuts: Sequence[int], layout: str) -> tuple[float, float]:
+        """As `send`, for what the stage before a stage hands on, and what that stage hands back, under these cuts.
+
+        Of branches the fork (stage 0) hands on to stage 2, and the first branch (stage 1) to the join (stage 3).
+        """
+        if shape.schedule != "branches":
+            return self.send(shape, cuts[stage], layout)
+        ahead = self._sent(shape, self.forked.sent(cuts, stage - 1), layout) if stage < 3 else 0.0
+        back = self._sent(shape, self.forked.sent(cuts, stage - 2), layout) if stage > 1 else 0.0
+        return ahead, back if self.task.outline.training else 0.0
 
     def change(self, shape: Arrangement) -> Mapping[tuple[str, str], tuple[float, float]]:
         """Seconds of changing the layout of what crosses between units: a gather one way, a slice the other."""

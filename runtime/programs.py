@@ -21,14 +21,17 @@ from ..passes.shard import lower
 from ..passes.skeleton import buffer_of, to_meta
 from ..passes.summarize import Summary
 from ..planner.assign import Assignment, Storage, assign, outer_axes, parameter_groups
+from ..planner.cluster import Cluster
 from ..planner.legal import check_choices
 from ..planner.outline import Outline, Parameter
 from ..planner.placement import Dims, Placement, R, split
 from ..planner.plan import Plan
+from ..planner.prices import Prices
 from ..planner.ring import zigzag_axes
 from . import parameters
 from .again import with_recipes
 from .batches import LocalBatches
+from .beside import Threads, beside, host_threads
 from .emit import RankEmit
 from .halves import with_halves
 from .mesh import Mesh
@@ -113,8 +116,10 @@ class Programs:
     offload: Offloader | None = None
     _known: dict[Any, Program] = field(default_factory=dict)
     _batches: LocalBatches | None = None
+    _threads: Threads | None = None
 
     def __post_init__(self) -> None:
+        self._threads = host_threads(self.plan, self.mesh)
         self._batches = LocalBatches() if self.local_batch else None
 
     def distribute(self, parameter: nn.Parameter, known: Parameter | None, mesh: Mesh) -> nn.Parameter:
@@ -184,6 +189,9 @@ class Programs:
             emit.offload.mark(lowered)
         if not self.compile:
             emit.overlap(lowered)
+        if not training and not self.compile and self._threads is not None:
+            prices = Prices(Cluster.from_dict(self.plan.cluster), self.plan.precision.compute)
+            beside(lowered.body, summary.outline, prices, self._threads)
         body = self._body(lowered, assignment, training=training)
         names = {e.node: e.fqn for e in captured.entries if e.role == "parameter"}
         return Program(

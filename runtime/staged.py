@@ -16,7 +16,7 @@ from ..planner.exchanges import Step, with_messages
 from ..planner.outline import Outline
 from ..planner.placement import shape_of
 from ..planner.plan import Plan
-from ..planner.schedules import actions, stage_rank
+from ..planner.schedules import actions, forwards, stage_rank
 from ..planner.staging import Staging, cut, holders_of, stages_by_parameters, stages_by_runs
 from .mesh import Mesh
 
@@ -116,9 +116,11 @@ def build(
     staging = stages.cut(outline, wanted)
     crossing = borders(summary, assignment, staging, mesh.axes, stages.layouts, microbatches=microbatches)
     try:
-        lists = actions(
-            pipeline.schedule if training else "forward", pipeline.ranks, pipeline.chunks, microbatches
-        )  # fmt: skip
+        lists = (
+            actions(pipeline.schedule, pipeline.ranks, pipeline.chunks, microbatches)
+            if training
+            else forwards(stages.rank_of, microbatches)
+        )
     except PinError as error:
         raise UsageError(f"a batch of {outline.batch} makes {microbatches} microbatches: {error}") from None
     back = {edge: training and bool(crossing.returning(*edge)) for edge in crossing.edges}

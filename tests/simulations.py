@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from shardwright.planner.engine import Compiled, compile_lists
 from shardwright.planner.paths import makespan
-from shardwright.planner.schedules import SCHEDULES, actions, fault, stage_rank
+from shardwright.planner.schedules import SCHEDULES, actions, fault, stage_edges, stage_rank
 from shardwright.planner.simulate import Links, StageCost, Timeline, simulate
 
 TRAINING = tuple(name for name in SCHEDULES if name not in ("none", "forward"))
 
 
 def compiled(name: str, ranks: int, chunks: int, m: int) -> Compiled:
-    return compile_lists(actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks))
+    return compile_lists(
+        actions(name, ranks, chunks, m), stage_rank(name, ranks, chunks), edges=stage_edges(name, ranks * chunks)
+    )
 
 
 def even(name: str, ranks: int, chunks: int, m: int, f: float, b: float, w: float, send: float = 0.0) -> float:

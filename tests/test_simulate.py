@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
 import pytest
 from shardwright.errors import UsageError
+from shardwright.planner.engine import Compiled
 from shardwright.planner.live import live_vectors
 from shardwright.planner.paths import WORLD, makespan, rank_paths
 from shardwright.planner.schedules import Action, actions, stage_rank
@@ -18,23 +18,24 @@ from simulations import compiled, even, random_case, random_durations, run, time
 # -- against an independent replay
 
 
-def naive_step(lists: Sequence[Sequence[Action]], placement: Sequence[int], d: dict[str, list[float]]) -> float:
+def naive_step(made: Compiled, d: dict[str, list[float]]) -> float:
     """Ends by recursion on what each event waits for, written without the engine's arrays."""
+    lists, placement, edges = made.lists, made.placement, made.edges
     where = {(a.kind, a.stage, a.microbatch): (r, i) for r, one in enumerate(lists) for i, a in enumerate(one)}
     part = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
     queues: dict[tuple[int, int], list[Action]] = {}
     for r, one in enumerate(lists):
         for a in one:
-            target = a.stage + (1 if a.kind == "F" else -1)
-            if a.kind != "W" and 0 <= target < len(placement) and placement[target] != r:
+            ends = edges if a.kind == "F" else [(t, s) for s, t in edges]
+            for target in (t for s, t in ends if s == a.stage and a.kind != "W" and placement[t] != r):
                 queues.setdefault((r, placement[target]), []).append(a)
 
     @cache
     def done(rank: int, i: int) -> float:
         a = lists[rank][i]
         start = done(rank, i - 1) if i else 0.0
-        source = a.stage + (-1 if a.kind == "F" else 1)
-        if a.kind != "W" and 0 <= source < len(placement):
+        ends = edges if a.kind == "F" else [(t, s) for s, t in edges]
+        for source in (s for s, t in ends if t == a.stage and a.kind != "W"):
             kind = "F" if a.kind == "F" else ("B" if ("B", source, a.microbatch) in where else "I")
             there, j = where[kind, source, a.microbatch]
             start = max(start, done(there, j) if there == rank else arrived((there, rank), lists[there][j]))
@@ -60,7 +61,7 @@ def test_times_are_those_of_an_independent_replay() -> None:
         name, ranks, chunks, m = random_case(draw)
         lists = compiled(name, ranks, chunks, m)
         d = random_durations(draw, lists.stages)
-        assert timed(lists, d)[0] == pytest.approx(naive_step(lists.lists, lists.placement, d), rel=1e-12)
+        assert timed(lists, d)[0] == pytest.approx(naive_step(lists, d), rel=1e-12)
 
 
 # -- paths

@@ -12,6 +12,7 @@ import captures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from towers import TOWERS, Towers, first
 
 SEQ = 16
 FAMILIES = ("gpt2", "llama", "bert", "vit")
@@ -448,6 +449,12 @@ def batch_norms(batch: int) -> Case:
     return Case(BatchNorms().train(), (), {"x": torch.randn(batch, 3, 8, 8), "target": torch.randint(0, 6, (batch,))})
 
 
+def two_towers(name: str, batch: int) -> Case:
+    """A fork, branches and a join, with two losses."""
+    given = (torch.randn(batch, 12), torch.randn(batch, 12), torch.randn(batch, 5))
+    return Case(Towers(**TOWERS[name]), given, loss_fn=first)
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "gpt2": gpt2,
     "gpt2-6heads": lambda batch: gpt2(batch, n_head=6),
@@ -475,5 +482,6 @@ CASES: dict[str, Callable[[int], Case]] = {
     "unet-deep": lambda batch: unet(batch, 64, (4, 4, 6, 6, 8, 8)),
     "dropout": dropout,
     "batch-norm": batch_norms,
+    **{name: functools.partial(two_towers, name) for name in TOWERS},
     **{name: functools.partial(further, name) for name in FURTHER},
 }
