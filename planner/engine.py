@@ -146,8 +146,22 @@ class _Builder:
     ) -> None:  # fmt: skip
         self.lists, self.placement, self.microbatches, self.copied = lists, placement, microbatches, copied
         self.stages, self.edges = len(placement), edges
-        self.before = [tuple(s for s, t in edges if t == stage) for stage in range(self.stages)]
-        self.after = [tuple(t for s, t in edges if s == stage) for stage in range(self.stages)]
+        # What goes along an edge has a slot for each microbatch, from `base` on, and the same against it: by part and stage
+        # the (base, other stage) that an action waits for, and those that it fills.
+        self.givers: dict[int, list[list[tuple[int, int]]]] = {
+            p: [[] for _ in placement] for p in _PART_OF_KIND.values()
+        }
+        self.takers: dict[int, list[list[tuple[int, int]]]] = {
+            p: [[] for _ in placement] for p in _PART_OF_KIND.values()
+        }
+        for i, (source, target) in enumerate(edges):
+            for base, parts, here, there in (
+                (2 * i * microbatches, (FORWARD,), source, target),
+                ((2 * i + 1) * microbatches, (BACKWARD, INPUT), target, source),
+            ):
+                for part in parts:
+                    self.takers[part][here].append((base, there))
+                    self.givers[part][there].append((base, here))
         self.first, self.second, self.code, self.rank, self.microbatch, self.position = [0], [0], [-1], [0], [0], [-1]
         self.at = [0] * len(lists)
         self.last = [0] * len(lists)
@@ -156,9 +170,10 @@ class _Builder:
         self.copy_out = [0] * len(lists)
         self.copy_in = [0] * len(lists)
         self.on_host: dict[tuple[int, int], int] = {}
-        # By (source, target) and microbatch: the node that brings the activation, or the gradient.
-        self.arrived: dict[tuple[int, int, int], int] = {}
-        self.asleep: dict[tuple[int, int, int], int] = {}
+        self.arrived = [0] * (
+            2 * len(edges) * microbatches
+        )  # by slot: the node that brings the activation, or the gradient
+        self.asleep: dict[int, int] = {}
         self.awake = list(range(len(lists) - 1, -1, -1))
 
     def build(self) -> Compiled:
@@ -186,15 +201,15 @@ class _Builder:
     def _walk(self, rank: int) -> None:
         """Take the actions of a rank up to the first one whose data is not there."""
         actions, position = self.lists[rank], self.at[rank]
+        givers, arrived = self.givers, self.arrived
         while position < len(actions):
             action = actions[position]
             part, stage, m = _PART_OF_KIND[action.kind], action.stage, action.microbatch
-            givers = self._givers(part, stage)
-            waits = [self.arrived.get((giver, stage, m), 0) for giver in givers]
+            waits = [arrived[base + m] for base, _ in givers[part][stage]]
             if 0 in waits:
-                self.asleep[givers[waits.index(0)], stage, m] = rank
+                self.asleep[givers[part][stage][waits.index(0)][0] + m] = rank
                 break
-            arrival = waits[0] if len(waits) == 1 else self._joined(waits, stage, m, rank)
+            arrival = self._joined(waits, stage, m, rank) if len(waits) > 1 else waits[0] if waits else 0
             if part in (BACKWARD, INPUT) and (stage, m) in self.on_host:
                 arrival = self._fetch(rank, action, arrival)
             node = self._node(part, stage, m, rank, self.last[rank], arrival, position)
@@ -207,10 +222,6 @@ class _Builder:
             position += 1
         self.at[rank] = position
 
-    def _givers(self, part: int, stage: int) -> tuple[int, ...]:
-        """The stages whose activations or gradients an action waits for."""
-        return () if part == WEIGHT else self.before[stage] if part == FORWARD else self.after[stage]
-
     def _joined(self, nodes: Sequence[int], stage: int, m: int, rank: int) -> int:
         """A node that ends when all of these have ended; 0 for none."""
         found = 0
@@ -220,16 +231,15 @@ class _Builder:
 
     def _hand_on(self, part: int, stage: int, m: int, node: int) -> None:
         """Give what an action made to the stages that need it, through a send where they are on another rank."""
-        forward = part == FORWARD
-        for target in () if part == WEIGHT else self.after[stage] if forward else self.before[stage]:
-            here, there, given = self.placement[stage], self.placement[target], node
+        here = self.placement[stage]
+        for base, target in self.takers[part][stage]:
+            there, given = self.placement[target], node
             if here != there:
-                queued = self.queue.get((here, there), 0)
-                given = self._node(SEND_FORWARD if forward else SEND_BACKWARD, stage, m, here, node, queued)
+                send = SEND_FORWARD if part == FORWARD else SEND_BACKWARD
+                given = self._node(send, stage, m, here, node, self.queue.get((here, there), 0))
                 self.queue[here, there] = given
-            key = stage, target, m
-            self.arrived[key] = given
-            sleeper = self.asleep.pop(key, None)
+            self.arrived[base + m] = given
+            sleeper = self.asleep.pop(base + m, None)
             if sleeper is not None and there != here:
                 self.awake.append(sleeper)
 
@@ -273,5 +283,5 @@ class _Builder:
 
     def _missing_giver(self, action: Action) -> int:
         """The first stage whose data an action waits for."""
-        givers = self._givers(_PART_OF_KIND[action.kind], action.stage)
-        return next(s for s in givers if (s, action.stage, action.microbatch) not in self.arrived)
+        givers = self.givers[_PART_OF_KIND[action.kind]][action.stage]
+        return next(stage for base, stage in givers if not self.arrived[base + action.microbatch])
