@@ -68,8 +68,9 @@ def _rms_backward(
 
     block, warps = calculate_settings(x.shape[-1])
     casts = _str_to_casting_mode[mode]
+    rows = x.contiguous().view(-1, x.shape[-1])  # the kernel goes from row to row by the first stride
     d_x, d_weight = rms_norm_backward(
-        grad.contiguous(), x.contiguous(), _contiguous(weight), root, offset, casts, block, warps, False, None, wanted
+        grad.contiguous(), rows, _contiguous(weight), root, offset, casts, block, warps, False, None, wanted
     )
     return d_x, x.new_empty(0) if d_weight is None else d_weight
 
