@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class Clock:
 class Job:
     """What is planned. `outline` is the model at the batch of the inputs, in the phase of `aim`; `prices` are the cluster's.
 
-    `passes` rewrote its graph (passes/choose.py)."""
+    `passes` rewrote its graph (passes/choose.py); `lowerings` by target are other kernels for its ops (passes/lowerings.py)."""
 
     outline: Outline
     cluster: Cluster
@@ -74,6 +74,7 @@ class Job:
     clock: Clock
     aim: Aim = field(default_factory=Aim)
     passes: tuple[PassPlan, ...] = ()
+    lowerings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -88,6 +89,7 @@ class Job:
         """
         from .passes.choose import asked, chosen
         from .passes.kernels import dropping_attention
+        from .passes.lowerings import priced
         from .passes.prepare import prepare, prepare_phase
 
         aim = settled(objective, aim or Aim(), runnable=runnable)
@@ -112,17 +114,18 @@ class Job:
                     cluster, stack_text(precision, pins), versions(), Store(Path(store) if store else None)
                 )
             prices = measured_prices(summary, cluster, precision.compute, store=store, stages=pins.pp or 1)
+            prices, lowerings = priced(summary, prices, pins)
         request = Request(
             source, optimizer, precision, default_limit_bytes(cluster), pins, objective, source.seed, clock.event, runnable,
             frozenset(dropping_attention(summary.calls)),
         )  # fmt: skip
-        return cls(summary.outline, cluster, prices, request, clock, aim, chosen(summary.captured))
+        return cls(summary.outline, cluster, prices, request, clock, aim, chosen(summary.captured), lowerings)
 
     def solve(self) -> Plan:
         """The plan; raises Infeasible or PinError."""
         with self.clock.phase("solve"):
             plan = pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
-        return msgspec.structs.replace(plan, passes=self.passes)
+        return msgspec.structs.replace(plan, passes=self.passes, lowerings=dict(self.lowerings))
 
     def estimate(self) -> dict[str, float]:
         """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""

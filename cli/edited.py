@@ -31,6 +31,7 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     from ..passes.models import rebuild
     from ..passes.prepare import prepare, prepare_phase
     from ..planner.cluster import Cluster
+    from ..planner.lowerings import under
     from ..planner.planmatch import check_results
     from ..planner.repricing import reprice
     from ..profiles.store import default_path
@@ -44,6 +45,7 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     tell("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())
+    prices = under(prices, plan.lowerings)
     try:
         fresh = reprice(plan, summary.outline, cluster, prices)
         check_results(plan, summary.outline)

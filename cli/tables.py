@@ -138,6 +138,8 @@ def headline(plan: Plan) -> dict[str, str]:
         "optimum": optimum_text(plan),
         **({"objective": goal} if (goal := goal_text(plan)) else {}),
     }
+    if plan.lowerings:
+        found["lowerings"] = ", ".join(f"{target} by {name}" for target, name in plan.lowerings.items())
     return found | ({"pins": " ".join(plan.pins)} if plan.pins else {})
 
 

@@ -32,7 +32,7 @@ from .summarize import Summary, operands_of, target_name
 BUDGET_SECONDS = 12.0
 MOST_SAMPLES = 250
 STARTUP_SECONDS = 120.0
-OWN_OPS = (own_form.__module__, f"{__package__}.fuse", f"{__package__}.experts.op")
+OWN_OPS = (own_form.__module__, f"{__package__}.fuse", f"{__package__}.fuse.ops.liger", f"{__package__}.experts.op")
 """Modules that ranks import first: they make the ops that requests call."""
 
 

@@ -29,6 +29,7 @@ from ..profiles.progress import Row
 from ..profiles.store import Store
 from .choose import asked
 from .inplace import optimizer_key, parameter_sizes
+from .lowerings import requests_of
 from .measure import OWN_OPS, request_of
 from .models import Loaded, load_model
 from .prepare import prepare
@@ -126,8 +127,9 @@ class _Profiler:
     def _ops(self, summary: Summary, prices: Prices) -> dict[str, dict[str, Any]]:
         """The task of timing what is not known, or none; the same below."""
         known = set(self._known("op")) | self._failed("op")
-        asked = [request_of(summary, sample, prices) for sample in samples(summary.outline, prices)]
-        coded = {key_text(r.key): encode_request(r) for r in asked if r is not None}
+        asked = [(s, request_of(summary, s, prices)) for s in samples(summary.outline, prices)]
+        every = [(r, *requests_of(r, summary.calls[s.op.name])) for s, r in asked if r is not None]
+        coded = {key_text(r.key): encode_request(r) for group in every for r in group}
         wanted = [data for key, data in coded.items() if key not in known and data is not None]
         self.result.known["op"] = sum(key in known for key in coded)
         self.say(f"{len(wanted)} ops to time, {self.result.known['op']} are known")

@@ -228,6 +228,7 @@ class PassPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole plan. `phase` is of inference, "" for a training step; `goal` says how an objective beside seconds was met.
+    `lowerings` are those of ops that do not run as plain torch ops, by target.
 
     `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
 
@@ -256,6 +257,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pools: tuple[PoolPlan, ...] = ()
     overlap: OverlapPlan = OverlapPlan()
     passes: tuple[PassPlan, ...] = ()
+    lowerings: dict[str, str] = {}
     edited: bool = False
     digest: str = ""
 

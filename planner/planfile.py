@@ -80,7 +80,7 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     found["source"] = _present(found["source"])
     found["search"]["shapes"] = [_present(record) for record in found["search"]["shapes"]]
     found["runners_up"] = [_present(record) for record in found["runners_up"]]
-    for key in ("phase", "goal", "frontier", "passes"):
+    for key in ("phase", "goal", "frontier", "passes", "lowerings"):
         if not found[key]:
             del found[key]
     if found.get("goal"):

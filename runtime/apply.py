@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import LaunchError, PlanMismatch, UsageError
+from ..passes import lowerings
 from ..passes.choose import listed
 from ..passes.prepare import cast_inputs, in_dtype, other_dtypes, prepare, prepare_bare
 from ..passes.skeleton import skeleton
@@ -75,7 +76,9 @@ def apply(
 
     (summary, own, plan, planned), stages = everywhere(matched, "apply the plan", PlanMismatch)
     check_plan(plan, training=summary.outline.training)
-    mesh = Mesh.create(plan.mesh, torch.device(device) if device is not None else default_device(), plan.pipeline)
+    where = torch.device(device) if device is not None else default_device()
+    lowerings.check(plan, where)
+    mesh = Mesh.create(plan.mesh, where, plan.pipeline)
     if exact is not None:
         plan = msgspec.structs.replace(plan, precision=Precision(exact, exact, exact, exact, exact))
     args, kwargs = cast_inputs((args, kwargs), others, compute)

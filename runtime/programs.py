@@ -16,6 +16,7 @@ from ..errors import PlanError, PlanMismatch, UsageError
 from ..passes.capture import Captured
 from ..passes.choose import listed
 from ..passes.lowered import Lowered
+from ..passes.lowerings import install
 from ..passes.prepare import cast_inputs, prepare_bare
 from ..passes.shard import lower
 from ..passes.skeleton import buffer_of, to_meta
@@ -185,6 +186,7 @@ class Programs:
             summary, assignment, self.mesh.sizes, emit,
             microbatches=microbatches, outputs=returned, local_batch=self.local_batch,
         )  # fmt: skip
+        install(lowered, self.plan.lowerings)
         if emit.offload is not None and training:
             emit.offload.mark(lowered)
         if not self.compile:
@@ -212,6 +214,7 @@ class Programs:
             microbatches=microbatches, training=training, results=returned, local_batch=self.local_batch,
         )  # fmt: skip
         for one in staged.own.values():
+            install(one, self.plan.lowerings)
             if emit.offload is not None and training:
                 emit.offload.mark(one)
             if not self.compile:
