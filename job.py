@@ -122,7 +122,10 @@ class Job:
         """The plan; raises Infeasible or PinError."""
         with self.clock.phase("solve"):
             plan = pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
-        return msgspec.structs.replace(plan, passes=self.passes)
+        from .passes.choose import semantics
+
+        plan = msgspec.structs.replace(plan, passes=self.passes)
+        return msgspec.structs.replace(plan, semantics=semantics(plan))
 
     def estimate(self) -> dict[str, float]:
         """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""
