@@ -125,7 +125,10 @@ class Job:
         """The plan; raises Infeasible or PinError."""
         with self.clock.phase("solve"):
             plan = pursue(self.outline, self.cluster, self.prices, self.request, self.aim)
-        return msgspec.structs.replace(plan, passes=self.passes, lowerings=dict(self.lowerings))
+        from .passes.choose import semantics
+
+        plan = msgspec.structs.replace(plan, passes=self.passes, lowerings=dict(self.lowerings))
+        return msgspec.structs.replace(plan, semantics=semantics(plan))
 
     def estimate(self) -> dict[str, float]:
         """Parameters, and bytes by cause if nothing were sharded: what is known before the search."""

@@ -51,9 +51,10 @@ class Contract:
 
     It `requires` facts that earlier passes `provides`, and may not run after a pass that it `conflicts` with (names of
     passes) or whose conflicts name it. `semantics` is the class of what it does to the function (planner/plan.py): EXACT but for
-    reassociation, STALE, LOSSY or ARCH. One that `drops_outputs` puts None in the place of outputs that are
-    not the loss and that it no longer makes: whoever wants those captures without it. One that `serves_neighbours` changes small
-    ops for the sake of what lies between large ones: what it costs is held against all that reads the same tensors.
+    reassociation, VALID (that, but at padded positions), STALE, LOSSY or ARCH. One that `drops_outputs` puts None in the place
+    of outputs that are not the loss and that it no longer makes: whoever wants those captures without it. One that
+    `serves_neighbours` changes small ops for the sake of what lies between large ones: what it costs is held against all that
+    reads the same tensors.
     """
 
     name: str = ""

@@ -1,6 +1,6 @@
 """Which optional passes run on a captured graph: those a plan lists, those a pin names, or those that pay.
 
-passes=auto      every pass that pays by price (passes/gain.py), or lowers the peak for nothing (passes/roomier.py);
+passes=auto      every EXACT pass that pays by price (passes/gain.py), or lowers the peak for nothing (passes/roomier.py);
                  `passes!=NAME` leaves one out
 passes=none      none
 passes=a,b       these, whether they pay or not
@@ -41,13 +41,24 @@ def asked(pins: Pins, prices: Prices) -> Choice:
     """What the pins say; raises PinError for a pass that does not exist."""
     text = pins.passes or DEFAULT
     left_out = {str(value) for key, value in pins.forbidden if key == "passes"}
-    names = () if text == "none" else tuple(PASSES) if text == "auto" else tuple(text.split(","))
+    names = () if text == "none" else exact() if text == "auto" else tuple(text.split(","))
     for name in (*names, *left_out):
         if name not in PASSES:
             close = difflib.get_close_matches(name, PASSES, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PASSES)}"
             raise PinError(f"passes={name}: there is no pass of this name; {hint}")
     return Choice(tuple(n for n in names if n not in left_out), prices, forced=text not in ("auto", "none"))
+
+
+def exact() -> tuple[str, ...]:
+    """The passes that leave the function what it is: those that nobody has to ask for."""
+    return tuple(name for name, step in PASSES.items() if step.semantics == "EXACT")
+
+
+def semantics(plan: Plan) -> str:
+    """The class of a plan with the passes that it lists: theirs, where it is EXACT otherwise."""
+    classes = [plan.semantics, *(PASSES[one.name].semantics for one in plan.passes)]
+    return next((c for c in classes if c != "EXACT"), "EXACT")
 
 
 DEFAULT = "auto"

@@ -91,7 +91,7 @@ class Judge:
             return OTHER
         try:
             possible = {TRUE, self._band(node, shape)} - {OTHER}
-            for grid in _samples(shape):
+            for grid in grids(shape):
                 allowed, blocked = _as_boolean(self._lazy.at(node, grid))
                 possible = {k for k in possible if _agrees(k, allowed, blocked, grid[-1] - grid[-2])}
                 if not possible:
@@ -156,7 +156,7 @@ def _known_flag(node: fx.Node) -> fx.Node:
     return node
 
 
-def _samples(shape: tuple[int, ...]) -> list[list[torch.Tensor]]:
+def grids(shape: tuple[int, ...]) -> list[list[torch.Tensor]]:
     """Index grids, one broadcastable index per dim, in chunks of rows."""
     *leading, rows, columns = shape
     if math.prod(shape) <= WHOLE:

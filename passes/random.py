@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..planner import rule_packed
 from .lift import DRAWN
-from .torch_compat import is_tracing
+from .torch_compat import full_name, is_tracing
 
 CallForm = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -30,8 +31,9 @@ DROPPING = {
         ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), (1, "p")
     ),
     "aten.scaled_dot_product_attention": (4, "dropout_p"),
+    rule_packed.TARGET: (4, "dropping"),
 }
-"""Position and name of the probability of ops that drop."""
+"""Position and name of the probability of ops that drop (of what probabilities inside are multiplied with)."""
 
 
 def mix(seed: int, salt: int) -> int:
@@ -167,6 +169,10 @@ def seeded_call(form: CallForm, salt: int, device: torch.device | None = None) -
             return lambda seed: (dropout, (x, p, seed, salt), {})
     if target is aten.scaled_dot_product_attention.default:
         return _attention_call(args, kwargs, salt)
+    if _is_packed(target):
+        if not rule_packed.drops(args[rule_packed.PROGRAM]):
+            return None
+        return lambda seed: (target, args, {**kwargs, "seed": seed, "salt": salt})
     if target is torch.ops.aten.feature_dropout.default and not (*args, *kwargs.values())[2]:
         return None
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
@@ -182,7 +188,12 @@ def own_form(form: CallForm, seed: Any) -> CallForm | None:
     """
     call = seeded_call(form, 0)
     found = call(seed) if call is not None else None
-    return found if found is not None and found[0] in (dropout, attention) else None
+    return found if found is not None and (found[0] in (dropout, attention) or _is_packed(found[0])) else None
+
+
+def _is_packed(target: Callable[..., Any]) -> bool:
+    """Whether an op is shardwright::packed, which draws inside under a seed of its own (fuse/ops/packed.py)."""
+    return isinstance(target, torch._ops.OpOverload) and full_name(target).replace("::", ".") == rule_packed.TARGET
 
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any], salt: int) -> Callable[[fx.Node], CallForm] | None:

@@ -17,6 +17,7 @@ from ..planner.waterline import Waterline, waterline
 from .base import Program, Record
 from .capture import Captured, capture
 from .checked import Verifying
+from .choose import exact
 from .cleanup import cleanup_passes, first_passes
 from .fuse import PASSES
 from .gain import Paying, as_priced
@@ -78,7 +79,7 @@ def review(
     say("capture")
     first = capture(model, args, kwargs, after=after)
     say("passes")
-    second = rewritten(first, PASSES.values(), weigh=Paying(prices), after=after)
+    second = rewritten(first, [PASSES[name] for name in exact()], weigh=Paying(prices), after=after)
     optional = second.records[len(first.records) :]
     stay = [r.name for r in optional if r.verdict is not None and r.verdict.stays]
     verified, reason = _verified(model, args, kwargs, stay, first, say)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedOp
-from ..planner import rule_experts, rule_heads, rule_patches
+from ..planner import rule_experts, rule_heads, rule_packed, rule_patches
 from ..planner.factors import Classes, LetteredOp, Refined, classes, refine
 from ..planner.microbatch import BatchCut, cut_batch
 from ..planner.outline import Op, Outline, Parameter, Saved, Tensor, Use
@@ -52,6 +52,9 @@ class Summary:
     inputs: Mapping[str, tuple[int, int] | None]
     discovered: Mapping[str, str]
 
+
+HOLDING = {rule_patches.KIND: rule_patches.backward_of, rule_packed.KIND: rule_packed.backward_of}
+"""FLOPs of the backward of ops that hold a program, by kind."""
 
 Discover = Callable[[fx.Node], RuleInstance | None]
 
@@ -260,7 +263,7 @@ def _weighted(calls: Mapping[str, Call], tensors: Mapping[str, Tensor], groups: 
     """Classes of factors that stand in the weight of a projection or in an embedding table."""
     found: set[tuple[str, int, int]] = set()
     for call in calls.values():
-        if call.rule.kind not in ("matmul", "conv", "embedding", "experts", rule_heads.KIND, rule_patches.KIND):
+        if call.rule.kind not in ("matmul", "conv", "embedding", "experts", rule_heads.KIND, *HOLDING):
             continue
         for operand in call.operands:
             root = tensors[tensors[operand].storage]
@@ -297,10 +300,13 @@ def _op(call, refined, tensors, seen, groups, batches, weighted) -> Op:  # type:
     program, grid = "", (1, 1)
     if rule.kind == rule_patches.KIND:
         program, grid = rule_patches.detail(call.node.args)
-        if backward:
-            shapes = [shape_of(tensors[o].dims) for o in call.operands]
-            flowing = [tensors[o].differentiable for o in call.operands]
-            backward = rule_patches.backward_of(call.node.args, shapes, flowing)
+    if rule.kind == rule_packed.KIND:
+        program = call.node.args[rule_packed.PROGRAM]
+        saved = (*(s for s in saved if s.source != "new"), *rule_packed.saved(refined.factors[name], seen.new))
+    if rule.kind in HOLDING and backward:
+        shapes = [shape_of(tensors[o].dims) for o in call.operands]
+        flowing = [tensors[o].differentiable for o in call.operands]
+        backward = HOLDING[rule.kind](call.node.args, shapes, flowing)
     return Op(
         name, target_name(call.node.target), rule.kind, operands, results, tuple(factors), rule.linear, forward, backward, saved,
         projection=(rule.kind in ("matmul", "conv") and len(weights) == 1) or (rule.kind == "experts" and bool(weights)),

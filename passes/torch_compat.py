@@ -37,8 +37,8 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Gua
 
 __all__ = [
     "DATA_DEPENDENT", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "StorageRef", "arguments", "fake_mode",
-    "full_name", "is_graphed", "is_mutable", "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of", "name_of",
-    "overload_name", "pytree", "quiet", "short_stacks", "storage_key", "watch_autograd_functions",
+    "full_name", "has_shapes", "is_graphed", "is_mutable", "is_plain", "is_tracing", "keeps_graph", "lazy_graphs", "mode_of",
+    "name_of", "overload_name", "pytree", "quiet", "short_stacks", "storage_key", "watch_autograd_functions",
 ]  # fmt: skip
 """OpOverload and HigherOrderOperator are the types of call targets in exported graphs; pytree flattens what models take and
 return, as export does, Hugging Face outputs included; StorageRef is a weak reference to a storage. None has a public name
@@ -110,6 +110,12 @@ def fake_mode(*, symbolic: bool = False) -> FakeTensorMode:
 def mode_of(value: torch.Tensor) -> FakeTensorMode:
     """The mode that made a fake tensor: new values of one graph must come from the same one. Tried: 2.11 to 2.13."""
     return value.fake_mode  # type: ignore[attr-defined, no-any-return]
+
+
+def has_shapes(value: torch.Tensor) -> bool:
+    """Whether a tensor's sizes may depend on data: it is no fake tensor, or one of a mode with symbols. Tried: 2.11 to 2.13."""
+    mode = getattr(value, "fake_mode", None)
+    return value.device.type != "meta" if mode is None else mode.shape_env is not None
 
 
 def storage_key(value: torch.Tensor) -> int:

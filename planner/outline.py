@@ -91,9 +91,9 @@ class Op:
 
     `linear` lists the ways a partial sum may pass: each entry is the set of operands that are P together while every
     other differentiable operand is V. `kind` selects efficiency and pins: "matmul", "attention", "elementwise", "view",
-    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "experts", "patches", "other". `projection` marks a matmul
-    with a parameter (or experts with theirs). `program` is what runs in the tiles of "patches", `grid` how many there are
-    (planner/patches.py).
+    "reduction", "norm", "embedding", "loss", "random", "fill", "conv", "experts", "patches", "packed", "other".
+    `projection` marks a matmul with a parameter (or experts with theirs). `program` is what runs in the tiles of "patches", `grid`
+    how many there are (planner/patches.py), or what runs on the rows of "packed" (planner/rule_packed.py).
     `flops` are global forward FLOPs, `backward_flops` those of the whole backward (input and weight gradients).
     """
 

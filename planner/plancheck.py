@@ -14,7 +14,7 @@ from .placement import parse_state
 from .plan import OpPlan, ParameterPlan, Plan, RegionPlan
 
 ROLES = ("data", "context", "model")
-SEMANTICS = ("EXACT", "STALE", "LOSSY", "ARCH")
+SEMANTICS = ("EXACT", "VALID", "STALE", "LOSSY", "ARCH")
 SOURCES = ("hf", "function", "module")
 
 

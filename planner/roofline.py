@@ -74,7 +74,13 @@ class Roofline:
 
     def _computed(self, work: Work, sizes: tuple[float, ...], narrow: bool) -> tuple[float, float]:
         device = self.device
-        named = {"experts": "matmul", "head_loss": "matmul", "patches": "conv", "attention": self.attention}
+        named = {
+            "experts": "matmul",
+            "head_loss": "matmul",
+            "patches": "conv",
+            "packed": "matmul",
+            "attention": self.attention,
+        }
         kind = named.get(work.kind, work.kind)
         if narrow:
             best = best_back = device.peak(self.products) * device.efficiency(f"matmul_{self.products}")

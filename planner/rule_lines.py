@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import rule_experts, rule_heads, rule_made, rule_patches
+from . import rule_experts, rule_heads, rule_made, rule_packed, rule_patches
 from . import rule_variants as variants
 from .rule_types import Linear, Rule
 
@@ -185,5 +185,6 @@ FUSED: Mapping[str, Rule] = {
 LINES: Mapping[str, Rule] = {
     **ELEMENTWISE, **MATMULS, **NORMS, **REDUCTIONS, **LOOKUPS, **SPATIAL, **LOSSES, **FUSED,
     rule_experts.TARGET: rule_experts.RULE, rule_heads.TARGET: rule_heads.RULE, rule_patches.TARGET: rule_patches.RULE,
+    rule_packed.TARGET: rule_packed.RULE,
 }  # fmt: skip
 """Every op with a line, by overload packet."""

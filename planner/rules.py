@@ -11,16 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from . import rule_packed, rule_patches
 from .rule_experts import forward_flops
 from .rule_lines import LINES as RULES
 from .rule_made import conv_flops
-from .rule_patches import KIND, call_flops
 from .rule_pattern import Mismatch, match, parse
 from .rule_types import Call, Factors, Linear, Operand, Rule, RuleInstance, Shape
 from .rule_variants import dtype_name
 from .views import VIEWS
 
 __all__ = ["RULES", "VIEWS", "Operand", "Rule", "RuleInstance", "Shape", "instance_of", "instantiate", "packet"]
+
+
+OWN_FLOPS = {rule_patches.KIND: rule_patches.call_flops, rule_packed.KIND: rule_packed.call_flops}
+"""(forward, backward) FLOPs of ops that hold a program."""
 
 
 def packet(target: str) -> str:
@@ -133,8 +137,8 @@ def _flops(formula: str, call: Call, factors: Factors) -> tuple[float, float]:
     if formula == "experts":
         forward = forward_flops(call.operands)
         return forward, 2.0 * forward
-    if formula == KIND:
-        return call_flops(call)
+    if formula in OWN_FLOPS:
+        return OWN_FLOPS[formula](call)
     if formula in ("conv", "conv_transpose"):
         side = call.results[0] if formula == "conv" else call.operands[0]
         forward = 2.0 * math.prod(side) * math.prod(call.operands[1][1:])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import rule_experts, rule_heads, rule_made, rule_patches
+from . import rule_experts, rule_heads, rule_made, rule_packed, rule_patches
 from .attention import MATH, MATH_KIND, causal, math_kernels, moved, price_kind
 from .fusing import Fusion
 from .outline import DTYPE_BYTES, Op, Saved, Tensor, Use
@@ -21,15 +21,18 @@ ALONE = Fusion()
 PRODUCT_KINDS = frozenset({"matmul", "attention", MATH_KIND, "conv", "experts"})
 """Kinds whose backward pass computes products too, which may be divided into those of activations and of parameters."""
 
-FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND, rule_patches.KIND}
+FLOPS_KINDS = PRODUCT_KINDS | {rule_heads.KIND, rule_patches.KIND, rule_packed.KIND}
 """Kinds priced by FLOP/s; all others move bytes."""
 
 COMPOSITE = {
     rule_experts.TARGET: rule_experts.moved, rule_patches.TARGET: rule_patches.beside,
     rule_made.CONV: rule_made.moved, rule_made.LINEAR: rule_made.moved,
-    rule_made.REMADE: rule_made.remade,
+    rule_made.REMADE: rule_made.remade, rule_packed.TARGET: rule_packed.moved,
 }  # fmt: skip
 """What composite ops move besides operands, results and what is saved, by target."""
+
+OWN_LAUNCHES = {rule_patches.KIND: rule_patches.launched, rule_packed.KIND: rule_packed.launched}
+"""Kernels started by ops that hold a program."""
 
 FREE_KINDS = frozenset({"view"})
 """Kinds that launch no kernel."""
@@ -162,8 +165,8 @@ def _launched(op: Op, kernels: int, fusion: Fusion) -> tuple[int, int]:
     """Kernels started forward and backward."""
     if op.target == MATH:
         return math_kernels(op, fusion.masks)
-    if op.kind == rule_patches.KIND:
-        return rule_patches.launched(op)
+    if op.kind in OWN_LAUNCHES:
+        return OWN_LAUNCHES[op.kind](op)
     return int(fusion.launched[0]), kernels * fusion.launched[1]
 
 

@@ -15,6 +15,7 @@ from .gelu import FuseGelu
 from .head_loss import FuseHeadLoss
 from .merge_convs import MergeConvs
 from .merge_linears import MergeLinears
+from .padding import PackPadding
 from .patch import PatchPrefix
 from .reorder import Reorder
 from .reparameterize import Reparameterize
@@ -23,6 +24,6 @@ from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
     FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeConvs(),
-    SlimAdapters(), MergeLinears(), FuseHeadLoss(), PatchPrefix(), Reorder(),
+    SlimAdapters(), MergeLinears(), FuseHeadLoss(), PatchPrefix(), PackPadding(), Reorder(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
