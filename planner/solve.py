@@ -41,7 +41,7 @@ from .plan import (
     Search,
     Source,
 )  # fmt: skip
-from .precision import RECIPES, sum_ratio
+from .precision import RECIPES, fused, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -236,7 +236,10 @@ def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request:
 
 def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:
     gpu = cluster.device.kind == "gpu"
-    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=gpu, staged=not gpu, unfolds=not gpu)
+    return Setting(
+        precision, optimizer, cluster.device.context_bytes, foreach=gpu,
+        fused=fused(optimizer, cluster.device.kind, precision.parameter), staged=not gpu, unfolds=not gpu,
+    )  # fmt: skip
 
 
 def shape_of(cluster: Cluster, data: int, model: int) -> Shape:

@@ -216,7 +216,10 @@ def step_apart(optimizer: Optimizer, members: Sequence[tuple[dict[str, Any], Ten
     """The optimizer's step over some parameters alone, with the options of the groups they are in."""
     apart = object.__new__(type(optimizer))
     apart.__dict__.update(optimizer.__dict__)
-    groups = {id(group): {**group, "params": []} for group, _ in members}
+    counts = ((p, state[p].get("step")) for _, p in members if p in state)
+    apart_from = any(isinstance(count, Tensor) and count.device != p.device for p, count in counts)
+    away = {"fused": None} if apart_from else {}  # a fused kernel wants step counts beside the parameters
+    groups = {id(group): {**group, **away, "params": []} for group, _ in members}
     for group, parameter in members:
         groups[id(group)]["params"].append(parameter)
     apart.param_groups, apart.state = list(groups.values()), state
