@@ -50,8 +50,9 @@ class Setting:
 
     `foreach`: the optimizer goes over all parameters at once; `fused`: so does a kernel without temporaries. `unfolds`:
     convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
-    under way beside the backward pass (planner/plan.py, OverlapPlan). `fine`: the backward pass is followed as the runtime runs it,
-    closer than the rows of a search, which are sums over ops.
+    under way beside the backward pass (planner/plan.py, OverlapPlan). `early`: parameters are updated in the
+    backward pass (planner/updates.py). `fine`: the backward pass is followed as the runtime runs it, closer than the rows of a
+    search, which are sums over ops.
     """
 
     precision: Precision
@@ -63,6 +64,7 @@ class Setting:
     unfolds: bool = False
     prefetch: int = 0
     reductions: int = 0
+    early: bool = False
     fine: bool = False
 
     @property
@@ -119,6 +121,10 @@ class Facts:
     def lasting(self, name: str, training: bool, microbatches: int) -> bool:
         """Whether a full copy of a parameter lives past its use in forward: backward or another microbatch needs it."""
         return not training or microbatches > 1 or name in self.saved_parameters
+
+    def complete(self, name: str, sizes: tuple[int, ...]) -> int:
+        """The op after whose backward pass a parameter's gradient is whole: of several ranks it is reduced with its group."""
+        return self.low[name] if math.prod(sizes) > 1 else self.uses[name][0]
 
     def shared(self, name: str) -> bool:
         """Whether several ops use a parameter."""

@@ -41,6 +41,7 @@ class Pins:
     schedule: str | None = None
     offload: str | None = None
     passes: str | None = None
+    update: str | None = None
     forbidden: tuple[tuple[str, Value], ...] = ()
     texts: tuple[str, ...] = ()
 
@@ -122,6 +123,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "loss": Key(_one_of("float", "compute", "fused")),
         "tp_overlap": Key(_switch),
         "passes": Key(_names),
+        "update": Key(_one_of("step", "backward")),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
@@ -147,6 +149,7 @@ _FIELDS = (
     "schedule",
     "offload",
     "passes",
+    "update",
 )
 
 

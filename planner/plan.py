@@ -229,6 +229,8 @@ class PassPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole plan. `phase` is of inference, "" for a training step; `goal` says how an objective beside seconds was met.
 
+    `update` says when parameters change: at the optimizer's "step", or in the "backward" pass (planner/updates.py).
+
     `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
 
     version: int
@@ -256,6 +258,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pools: tuple[PoolPlan, ...] = ()
     overlap: OverlapPlan = OverlapPlan()
     passes: tuple[PassPlan, ...] = ()
+    update: str = "step"
     edited: bool = False
     digest: str = ""
 

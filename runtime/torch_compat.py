@@ -133,7 +133,11 @@ class Stored(DTensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in FUSED_STEPS and (lists := _step_slices(args)) is not None:
-            return _step(func, lists, kwargs or {})
+            _step(func, lists, kwargs or {})
+            torch.autograd.graph.increment_version(
+                [*args[0], *lists[0]]
+            )  # the kernels do not count a change (tried: 2.13)
+            return None
         kind = _kind(func)
         local = _slices(args, kwargs) if kind else None
         if local is None:

@@ -9,6 +9,7 @@ from shardwright.planner.outline import Tensor
 from shardwright.planner.precision import FUSED, RECIPES, fused, state_bytes
 from shardwright.profiles.local import _device
 from shardwright.runtime.checkpoint import optimizer as saved
+from shardwright.runtime.offload.rounds import step_apart
 from shardwright.runtime.optimizers import MAKERS, make_optimizer
 from torch import nn
 
@@ -95,3 +96,14 @@ def test_measured_kernel_prices_the_step() -> None:
     figures = {"memory": 10e9, "matmul.float32": 1e11, "elementwise": 5e9, "copy": 5e9, "overhead": 1e-5}
     device = _device({**figures, "optimizer": 3e9, "fused_optimizer": 12e9}, 1 << 30, 1)
     assert (device.efficiency("optimizer"), device.efficiency("fused_optimizer")) == (0.3, 1.2)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_steps_apart_count_as_changes(kernel: bool) -> None:
+    """Copies on the device are renewed by the count, which torch's fused kernels leave alone."""
+    parameter = nn.Parameter(torch.randn(8))
+    optimizer = make_optimizer("adamw", [parameter], fused=kernel)
+    parameter.grad = torch.randn(8)
+    before = parameter._version
+    step_apart(optimizer, [(optimizer.param_groups[0], parameter)], optimizer.state)
+    assert parameter._version > before

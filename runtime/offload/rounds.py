@@ -12,7 +12,7 @@ exact for optimizers that treat each element alone (planner/precision.py has no 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,6 +225,14 @@ def step_apart(optimizer: Optimizer, members: Sequence[tuple[dict[str, Any], Ten
     apart.param_groups, apart.state = list(groups.values()), state
     apart.__dict__.update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
     type(optimizer).step(apart)
+    for group, parameter in members:
+        changed(group, parameter)
+
+
+def changed(group: Mapping[str, Any], parameter: Tensor) -> None:
+    """Count a step as a change of its parameter: torch's fused kernels do not (tried: 2.13), and copies are renewed by that."""
+    if group.get("fused"):
+        torch.autograd.graph.increment_version(parameter)
 
 
 def settle(own: dict[str, Any], parameter: nn.Parameter, keeper: Keeper) -> None:
