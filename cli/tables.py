@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.plan import Plan
+from ..planner.updates import BACKWARD
 from .candidates import NUMBERS, searched
 from .figures import (
     behind_texts,
@@ -148,7 +149,8 @@ def kind_text(plan: Plan) -> dict[str, str]:
     precision = f"{plan.precision.recipe} ({plan.precision.compute})"
     if plan.phase:
         return {"inference": f"{plan.phase}, {precision}"}
-    return {"training": f"{precision}, {plan.optimizer}"}
+    when = ", updates in the backward pass" if plan.update == BACKWARD else ""
+    return {"training": f"{precision}, {plan.optimizer}{when}"}
 
 
 def optimum_text(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..planner.plan import Precision
-from ..planner.precision import state_bytes
+from ..planner.precision import fused, state_bytes
 from ..planner.prices import OpRow, Prices, Rate
 from ..profiles.local import machine_key, versions
 from ..profiles.store import Store
@@ -30,7 +30,7 @@ def in_place(prices: Prices, summary: Summary, store: Store) -> Prices:
     """`prices` of this machine with the factor of the model's timed regions and its optimizer rates, where the store has them."""
     place = machine_key(prices.cluster.devices), versions()
     regions, optimizers = (store.read(*place, kind) for kind in ("region", "optimizer"))
-    rates = optimizer_rates(summary, prices.compute, optimizers)
+    rates = optimizer_rates(summary, prices.compute, optimizers, prices.cluster.device.kind)
     factor = region_factor(prices, summary, regions)
     if factor == 1.0:
         return replace(prices, optimizer_rates={**prices.optimizer_rates, **rates})
@@ -60,13 +60,13 @@ def _scaled(rate: Rate, factor: float) -> Rate:
     return Rate(rate.forward / factor, rate.backward / factor, rate.overhead * factor, rate.error)
 
 
-def optimizer_rates(summary: Summary, dtype: str, rows: Mapping[str, Any]) -> dict[str, float]:
+def optimizer_rates(summary: Summary, dtype: str, rows: Mapping[str, Any], kind: str) -> dict[str, float]:
     """Bytes per second of optimizer steps over this model's parameters, by optimizer, as planner/prices.py counts bytes."""
     sizes = parameter_sizes(summary)
     found: dict[str, float] = {}
     for key, seconds in rows.items():
         name = key.partition(" ")[0]
-        if key == optimizer_key(name, dtype, sizes) and seconds > 0:
+        if key == optimizer_key(name, dtype, sizes, kind) and seconds > 0:
             kept = state_bytes(Precision(dtype, dtype, dtype, dtype, dtype), name)
             moved = 2 * kept.parameter + kept.gradient + 2 * kept.master + 2 * kept.moments
             found[name] = sum(sizes) * moved / seconds
@@ -79,7 +79,9 @@ def parameter_sizes(summary: Summary) -> list[int]:
     return [tensors[p.tensor].elements for p in summary.outline.parameters if p.trainable]
 
 
-def optimizer_key(name: str, dtype: str, sizes: Sequence[int]) -> str:
-    """What seconds of an optimizer step are filed under: its name, the dtype, how many elements, and a digest of their sizes."""
+def optimizer_key(name: str, dtype: str, sizes: Sequence[int], kind: str) -> str:
+    """What seconds of an optimizer step are filed under: its name, whether a kind of device runs it as one kernel, the dtype, how
+    many elements, and a digest of their sizes."""
     digest = hashlib.sha256(json.dumps(list(sizes)).encode()).hexdigest()[:16]
-    return f"{name} {dtype} {sum(sizes)} {digest}"
+    how = " fused" if fused(name, kind, dtype) else ""
+    return f"{name}{how} {dtype} {sum(sizes)} {digest}"

@@ -116,7 +116,7 @@ class _Profiler:
         summary = prepare(loaded.model, loaded.args, loaded.kwargs, compute, choice=choice)
         arguments = {name: argument_text(*operands_of(call.node)[1:]) for name, call in summary.calls.items()}
         prices = Prices(cluster, compute, arguments=arguments)
-        tasks = {**self._ops(summary, prices), **self._regions(summary), **self._optimizer(summary, optimizer, compute)}
+        tasks = {**self._ops(summary, prices), **self._regions(summary), **self._optimizer(summary, optimizer, prices)}
         if tasks:
             details = {"requests": [], "programs": [], "optimizers": {}, "imports": OWN_OPS} | {
                 k: v for made in tasks.values() for k, v in made.items()
@@ -145,9 +145,9 @@ class _Profiler:
         self.say(f"{len(wanted)} regions to time, {self.result.known['region']} are known")
         return {"regions": {"programs": wanted}} if wanted else {}
 
-    def _optimizer(self, summary: Summary, name: str, dtype: str) -> dict[str, dict[str, Any]]:
-        sizes = parameter_sizes(summary)
-        key = optimizer_key(name, dtype, sizes)
+    def _optimizer(self, summary: Summary, name: str, prices: Prices) -> dict[str, dict[str, Any]]:
+        sizes, dtype = parameter_sizes(summary), prices.compute
+        key = optimizer_key(name, dtype, sizes, prices.cluster.device.kind)
         if not sizes or key in self._known("optimizer") or key in self._failed("optimizer"):
             return {}
         return {"optimizers": {"optimizers": {key: [name, sizes, dtype]}}}

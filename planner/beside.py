@@ -14,6 +14,7 @@ from .evaluate import Evaluation, Evaluator
 from .memory import Setting
 from .plan import OverlapPlan
 from .search import Candidate
+from .updates import ALONE
 
 WAYS = tuple(OverlapPlan(prefetch, reductions) for prefetch, reductions in ((1, 1), (0, 1), (1, 0), (0, 0)))
 """Most first. Reductions come before gathers: the copy of one group's gradients is less than another group gathered."""
@@ -58,4 +59,6 @@ def as_found(best: Candidate, limit: int, objective: str) -> tuple[OverlapPlan, 
             assignment
         )
 
+    if known.setting.early:
+        return ALONE, evaluate(ALONE)
     return most_overlap(limit, objective, evaluate)

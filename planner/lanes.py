@@ -133,6 +133,9 @@ class Lanes:
         for name, h in self.held.items():
             if not h.whole or not found.uses[name]:
                 continue
+            if self.setting.early:
+                self._over("gradients", found.complete(name, self.sizes), found.uses[name][-1], h.whole)
+                continue
             if self.looped and not self.each(name):
                 self._adds_up(name)
                 self.standing["gradients"] += self.accumulating(name)

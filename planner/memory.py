@@ -48,20 +48,36 @@ Point = tuple[str, int]
 class Setting:
     """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does).
 
-    `unfolds`: convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
-    under way beside the backward pass (planner/plan.py, OverlapPlan). `fine`: the backward pass is followed as the runtime runs it,
-    closer than the rows of a search, which are sums over ops.
+    `foreach`: the optimizer goes over all parameters at once; `fused`: so does a kernel without temporaries. `unfolds`:
+    convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
+    under way beside the backward pass (planner/plan.py, OverlapPlan). `early`: parameters are updated in the
+    backward pass (planner/updates.py). `fine`: the backward pass is followed as the runtime runs it, closer than the rows of a
+    search, which are sums over ops.
     """
 
     precision: Precision
     optimizer: str
     reserve: int = 0
     foreach: bool = False
+    fused: bool = False
     staged: bool = False
     unfolds: bool = False
     prefetch: int = 0
     reductions: int = 0
+    early: bool = False
     fine: bool = False
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the optimizer's step is one moment for all parameters."""
+        return self.foreach or self.fused
+
+    @property
+    def temporaries(self) -> int:
+        """Tensors of the size of what it updates that the optimizer makes."""
+        if self.fused:
+            return 0
+        return 1 if self.foreach else OPTIMIZERS[self.optimizer].temporaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +121,10 @@ class Facts:
     def lasting(self, name: str, training: bool, microbatches: int) -> bool:
         """Whether a full copy of a parameter lives past its use in forward: backward or another microbatch needs it."""
         return not training or microbatches > 1 or name in self.saved_parameters
+
+    def complete(self, name: str, sizes: tuple[int, ...]) -> int:
+        """The op after whose backward pass a parameter's gradient is whole: of several ranks it is reduced with its group."""
+        return self.low[name] if math.prod(sizes) > 1 else self.uses[name][0]
 
     def shared(self, name: str) -> bool:
         """Whether several ops use a parameter."""
@@ -303,9 +323,8 @@ def held(
     """What a parameter of `stored` local elements (`used` once gathered) takes at a ZeRO level.
 
     `reduced` is how many all-reduced gradients it has: one per wanted placement (over several axes, one after the
-    other). An optimizer that goes over all parameters at once (foreach) works in place but for one tensor each.
+    other). An optimizer that goes over all parameters at once (foreach) works in place but for one tensor each, a fused one wholly.
     """
-    temporaries = 1 if setting.foreach else OPTIMIZERS[setting.optimizer].temporaries
     full = math.ceil(used) * DTYPE_BYTES[tensor.dtype]
     final = stored * bytes_.gradient if trains else 0
     staged = full if setting.staged else 0
@@ -318,5 +337,5 @@ def held(
         whole=full if trains else 0,
         final=final,
         bucket=(max(full + final + staged, reduced * full) if zero else reduced * final) if trains else 0,
-        step=temporaries * stored * bytes_.parameter if trains else 0,
+        step=setting.temporaries * stored * bytes_.parameter if trains else 0,
     )

@@ -42,6 +42,7 @@ class Pins:
     offload: str | None = None
     passes: str | None = None
     lowering: str | None = None
+    update: str | None = None
     forbidden: tuple[tuple[str, Value], ...] = ()
     texts: tuple[str, ...] = ()
 
@@ -124,6 +125,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "tp_overlap": Key(_switch),
         "passes": Key(_names),
         "lowering": Key(_one_of("torch", "liger")),
+        "update": Key(_one_of("step", "backward")),
     }
 )
 """All keys of the command line. With one stage (pp=1) gpipe and 1f1b are the plain loop over microbatches."""
@@ -150,6 +152,7 @@ _FIELDS = (
     "offload",
     "passes",
     "lowering",
+    "update",
 )
 
 

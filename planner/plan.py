@@ -230,6 +230,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole plan. `phase` is of inference, "" for a training step; `goal` says how an objective beside seconds was met.
     `lowerings` are those of ops that do not run as plain torch ops, by target.
 
+    `update` says when parameters change: at the optimizer's "step", or in the "backward" pass (planner/updates.py).
+
     `digest` covers all other fields when saved; a file changed by hand no longer matches it (planfile.py)."""
 
     version: int
@@ -258,6 +260,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlap: OverlapPlan = OverlapPlan()
     passes: tuple[PassPlan, ...] = ()
     lowerings: dict[str, str] = {}
+    update: str = "step"
     edited: bool = False
     digest: str = ""
 

@@ -12,6 +12,7 @@ from ..errors import ClusterError
 from .cluster import Cluster, pool_names
 from .placement import parse_state
 from .plan import OpPlan, ParameterPlan, Plan, RegionPlan
+from .updates import ALONE, BACKWARD, STEP, why_not_in_backward
 
 ROLES = ("data", "context", "model")
 SEMANTICS = ("EXACT", "VALID", "STALE", "LOSSY", "ARCH")
@@ -30,6 +31,7 @@ def problems(plan: Plan) -> Iterator[str]:
         yield f"semantics: {plan.semantics!r}; expected one of {', '.join(SEMANTICS)}"
     yield from _mesh(plan)
     yield from _pipeline(plan)
+    yield from _update(plan)
     yield from _regions(plan)
     if plan.memory_limit_bytes < 1:
         yield f"memory_limit_bytes: {plan.memory_limit_bytes}; expected a positive number of bytes"
@@ -67,6 +69,15 @@ def _mesh(plan: Plan) -> Iterator[str]:
     if isinstance(devices, int) and devices != ranks:
         sizes = " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh)
         yield f"mesh: {sizes} is {ranks} ranks; expected the cluster's {devices}"
+
+
+def _update(plan: Plan) -> Iterator[str]:
+    if plan.update not in (STEP, BACKWARD):
+        yield f"update: {plan.update!r}; expected {STEP!r} or {BACKWARD!r}"
+    elif plan.update == BACKWARD and (problem := why_not_in_backward(plan)):
+        yield f"update: {BACKWARD!r}: {problem}"
+    elif plan.update == BACKWARD and plan.overlap != ALONE:
+        yield f"overlap: expected prefetch 0 and reductions 0 where update is {BACKWARD!r}"
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:

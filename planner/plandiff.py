@@ -26,7 +26,7 @@ _REGION = {
     "offload": "offload",
 }  # fmt: skip
 _CONSEQUENCES = ("forward_seconds", "backward_seconds", "finish_seconds", "peak_bytes")
-_ORDER = ("version", "edited", "model", "cluster", "objective", "phase", "goal", "optimizer", "precision", "semantics",
+_ORDER = ("version", "edited", "model", "cluster", "objective", "phase", "goal", "optimizer", "update", "precision", "semantics",
           "memory limit", "pins", "mesh", "pipeline", "stages", "placements", "parameters", "recompute", "offload", "notes",
           "search", "runners_up", "frontier", "predicted")  # fmt: skip
 # Numbers that name something.

@@ -17,12 +17,14 @@ from .fusing import Fusion
 from .nearest import Measured
 from .outline import Op, Tensor
 from .plan import Precision
-from .precision import find_optimizer, state_bytes
+from .precision import find_optimizer, fused, state_bytes
 from .roofline import Roofline
 from .work import ALONE, FREE_KINDS, OpKey, Work, work_of
 
 DATASHEET_ERROR = 0.25
 MODELLED_ERROR = 0.15
+FUSED_STEP = "fused_optimizer"
+"""The efficiency of an optimizer step that is one kernel (planner/precision.py); where a device has none, that of "optimizer"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ class Prices:
         if rate:
             return Price(moved / rate, "modelled", MODELLED_ERROR)
         device = self.cluster.device
-        seconds = moved / (device.memory_bytes_per_second * device.efficiency("optimizer"))
+        one = fused(find_optimizer(optimizer).name, device.kind, precision.parameter)
+        kind = FUSED_STEP if one and FUSED_STEP in device.efficiencies else "optimizer"
+        seconds = moved / (device.memory_bytes_per_second * device.efficiency(kind))
         return Price(seconds, "datasheet", DATASHEET_ERROR)
 
     def optimizer_seconds(self, elements: float, optimizer: str, precision: Precision) -> float:

@@ -112,6 +112,8 @@ class Rows:
                 total["z", w, o] += h.arrival
         elif kind == "finish" and group is not None:
             self._finish(total, at, group)
+        elif kind == "step" and self.setting.early:
+            self._update(total, at)
         else:
             self._step(total, kind, at)
         return Form(constant, dict(total))
@@ -123,7 +125,9 @@ class Rows:
         least = [0.0] * len(self.members)
         for w in range(len(self.members)):
             kept = (self.held(w, o) for o in range(len(self.space.options[w])))
-            least[w] = len(self.members[w]) * min(h.stored + h.moments + h.final for h in kept)
+            least[w] = len(self.members[w]) * min(
+                h.stored + h.moments + (0 if self.setting.early else h.final) for h in kept
+            )
         return self._constant() + sum(least)
 
     def held(self, w: int, o: int, reduced: int = 0) -> Held:
@@ -167,6 +171,10 @@ class Rows:
             if not h.whole:
                 continue
             members = [n for n in self.members[w] if found.uses[n]]
+            if self.setting.early:
+                alive = sum(found.complete(n, self.sizes) <= at <= found.uses[n][-1] for n in members)
+                total["z", w, o] += alive * h.whole
+                continue
             if self.m > 1 and self.space.options[w][o].zero < 2:
                 self._accumulating(total, w, o, len(members))
                 continue
@@ -240,12 +248,23 @@ class Rows:
                     total["more", w, o, reduced] += 2 * h.final
         self._buckets(total, group, zero=True)
 
+    def _update(self, total: dict[Key, float], at: int) -> None:
+        """The update of one parameter in the backward pass."""
+        name = self.outline.parameters[at].tensor
+        v, mine = self.facts.complete(name, self.sizes), self.template.parameter_of[name]
+        self._saved(total, v - 1)
+        self._spans(total, v - 1)
+        self._gradients(total, v)
+        self._gathered(total, v)
+        for w, o, h in self._options():
+            total["z", w, o] += h.step if w == mine else 0
+
     def _step(self, total: dict[Key, float], kind: str, at: int) -> None:
         for w, o, h in self._options():
             total["z", w, o] += len(self.members[w]) * h.final
             if kind == "step":
-                mine = self.setting.foreach or self.outline.parameters[at].tensor in self.members[w]
-                total["z", w, o] += h.step * (len(self.members[w]) if self.setting.foreach else mine)
+                mine = self.setting.at_once or self.outline.parameters[at].tensor in self.members[w]
+                total["z", w, o] += h.step * (len(self.members[w]) if self.setting.at_once else mine)
 
     # -- activations
 

@@ -13,6 +13,7 @@ from .pins import Pins
 from .placing import axis_orders
 from .refusals import why_batch, why_devices, why_micro_batch, why_model_axis, why_together
 from .schedules import SCHEDULES, fault
+from .updates import BACKWARD
 
 FREE_SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
 """Schedules searched without a pin, beside that of branches where there are some. GPipe takes as long as 1F1B and holds more."""
@@ -285,7 +286,7 @@ def microbatch_counts(pins: Pins, batch: int, data: int, blockers: tuple[str, ..
     if problem := why_micro_batch(pins, batch, data, blockers):
         raise PinError(problem)
     counts = [local // b for b in reversed(divisors(local)) if _allowed(pins, "micro_batch", b)]
-    if blockers:
+    if blockers or pins.update == BACKWARD:
         counts = [m for m in counts if m == 1]
     if not counts:
         raise PinError(f"the pins {', '.join(pins.texts)} leave no number of microbatches for {local} samples per rank")

@@ -41,7 +41,7 @@ from .plan import (
     Search,
     Source,
 )  # fmt: skip
-from .precision import RECIPES, sum_ratio
+from .precision import RECIPES, fused, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -53,6 +53,7 @@ from .spell import plan_of
 from .template import build, retyped
 from .unitexperts import expert_sizes
 from .unlike import UnlikeBench, pool_limits, pool_prices
+from .updates import BACKWARD, STEP, pins_in_backward
 from .work import FLOPS_KINDS
 from .workbench import Task, Workbench
 
@@ -83,9 +84,15 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
             f"{cluster.name}: plans over several kinds of devices are not executed yet; plan for one of "
             + " or ".join(pool_names(cluster))
         )
+    if request.pins.update == BACKWARD:
+        pins = pins_in_backward(
+            request.pins, request.precision.compute, training=outline.training, runnable=request.runnable
+        )
+        request = replace(request, pins=pins)
     if not request.runnable:
         return solve_joint(outline, cluster, prices, request)
     check_pins(request.pins)
+    early = request.pins.update == BACKWARD
     if beyond_one_stage(request.pins, training=outline.training):
         plan = solve_here(outline, cluster, prices, request)
         if plan is None:
@@ -94,7 +101,7 @@ def solve(outline: Outline, cluster: Cluster, prices: PriceBook, request: Reques
     problem = make_problem(outline, cluster, prices, request)
     shapes = tuple(shape_of(cluster, d, t) for d, t in mesh_shapes(request.pins, cluster.devices, outline.batch))
     plan = _one_stage(problem, shapes, outline, cluster, request)
-    if plan is None and outline.training:
+    if plan is None and outline.training and not early:
         plan = _wider(outline, cluster, prices, request)
     if plan is None:
         raise explain(problem, shapes, request.progress)
@@ -231,14 +238,18 @@ def _by_stack(prices: PriceBook, outline: Outline, request: Request) -> PriceBoo
 def make_problem(outline: Outline, cluster: Cluster, prices: PriceBook, request: Request) -> Problem:
     """The search problem of a request."""
     ready = retyped(outline, request.precision.compute)
-    setting = _setting(cluster, request.precision, request.optimizer)
+    setting = _setting(cluster, request.precision, request.optimizer, request.pins.update or STEP)
     residual = residual_factors(ready)
     return Problem(ready, facts(ready), prices, request.pins, setting, request.memory_limit_bytes, residual=residual)
 
 
-def _setting(cluster: Cluster, precision: Precision, optimizer: str) -> Setting:
+def _setting(cluster: Cluster, precision: Precision, optimizer: str, update: str = STEP) -> Setting:
     gpu = cluster.device.kind == "gpu"
-    return Setting(precision, optimizer, cluster.device.context_bytes, foreach=gpu, staged=not gpu, unfolds=not gpu)
+    return Setting(
+        precision, optimizer, cluster.device.context_bytes, foreach=gpu,
+        fused=fused(optimizer, cluster.device.kind, precision.parameter), staged=not gpu, unfolds=not gpu,
+        early=update == BACKWARD,
+    )  # fmt: skip
 
 
 def shape_of(cluster: Cluster, data: int, model: int) -> Shape:
@@ -272,7 +283,7 @@ def evaluated(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook,
     """What a plan of one stage comes to, op by op; raises PlanError where a choice is not possible."""
     ready = retyped(outline, plan.precision.compute)
     costs = Costs(prices, Shape(plan.mesh), bool(outline.loss), summed=sum_ratio(plan.precision))
-    setting = closely(beside(_setting(cluster, plan.precision, plan.optimizer), plan.overlap))
+    setting = closely(beside(_setting(cluster, plan.precision, plan.optimizer, plan.update), plan.overlap))
     evaluator = Evaluator(build(ready, plan.pipeline.microbatches), facts(ready), costs, setting)
     try:
         behind = lying(plan, outline) if any(region.offload for region in plan.regions) else None
@@ -328,6 +339,7 @@ def _plan(outline: Outline, cluster: Cluster, request: Request, found: Found, be
             bound, gap, tuple(found.records), solver=f"ortools {importlib.metadata.version('ortools')} HiGHS", given_up=(NARROW,)
         ),
         pins=request.pins.texts, runners_up=tuple(solved[1:4]), notes=outline.notes, overlap=overlap,
+        update=request.pins.update or STEP,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Timeline(Lanes):
                 points["op", v][cause] += known[lane][v]
         if self.training:
             self._reductions(points, known)
-            self._steps(points)
+            self._updates(points, known) if self.setting.early else self._steps(points)
         return points
 
     def backward(self) -> float:
@@ -138,9 +138,19 @@ class Timeline(Lanes):
         turned = self.uses.turned.get(name, 0) * h.whole
         return turned + (h.bucket if self.assignment.storage[name].zero else h.final * (1 + 2 * more))
 
+    def _updates(self, points: dict[Point, dict[str, float]], lanes: Mapping[str, list[float]]) -> None:
+        """Updates in the backward pass, each after the op that completes a gradient: what that op itself held is gone."""
+        for i, p in enumerate(self.outline.parameters):
+            h = self.held[p.tensor]
+            if h.step and self.facts.uses[p.tensor]:
+                v = self.facts.complete(p.tensor, self.sizes)
+                before = {c: lanes[c][v - 1] if v else 0.0 for c in ("saved", "temporaries")}
+                points["step", i] = {**before, **{c: lanes[c][v] for c in ("gradients", "gathered")}}
+                points["step", i]["temporaries"] += h.step
+
     def _steps(self, points: dict[Point, dict[str, float]]) -> None:
         final = sum(h.final for h in self.held.values())
-        if self.setting.foreach:
+        if self.setting.at_once:
             points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
             return
         for i, p in enumerate(self.outline.parameters):

@@ -19,6 +19,7 @@ from ..errors import ClusterError
 from ..planner.cluster import MEASURED, Cluster, Device, Host, Level
 from ..planner.collectives import SEND, Table
 from ..planner.hostupdate import HOST_UPDATE_BYTES
+from ..planner.prices import FUSED_STEP
 from .devices import list_clusters, load_device, parse_cluster
 from .jobs import run_ranks
 from .measured import with_measured
@@ -121,6 +122,8 @@ def _figures(ranks: int, store: Store) -> dict[str, Any]:
     key, libraries = machine_key(ranks), versions()
     kinds = ("machine", "copies", "collectives", "sends")
     found = {kind: store.read(key, libraries, kind) for kind in kinds}
+    if FUSED_STEP not in found["machine"]:
+        found["machine"] = {}  # filed before the step of one kernel was timed
     tasks = [kind for kind in kinds if not found[kind] and (ranks > 1 or kind not in ("collectives", "sends"))]
     if tasks:
         fresh = run_ranks(ranks, threads_per_rank(ranks), tasks, folder=tempfile.gettempdir())
@@ -143,6 +146,9 @@ def _device(figures: dict[str, float], memory: int, ranks: int) -> Device:
     base = load_device("cpu")
     peaks = {k.removeprefix("matmul."): _round(v) for k, v in figures.items() if k.startswith("matmul.")}
     shares = {k: min(1.0, round(figures[k] / stream, 3)) for k in ("elementwise", "copy", "optimizer")}
+    shares[FUSED_STEP] = round(
+        figures[FUSED_STEP] / stream, 3
+    )  # it mostly reads, and so may pass what streaming reaches
     efficiencies = {**base.efficiencies, "matmul": 1.0, "memory": 1.0, **shares}
     timed = ("memory_bytes_per_second", "peak_flops", "kernel_overhead_seconds", *(f"efficiencies.{k}" for k in shares))
     return Device(
@@ -172,7 +178,7 @@ def _host(figures: dict[str, Any], ranks: int) -> Host:
     timed = ["copy_bytes_per_second", "host_memory_bytes_per_second", "host_update_seconds_per_element"]
     timed += ("disk_read_bytes_per_second", "disk_write_bytes_per_second", "disk_bytes") if disk else ()
     return Host(
-        ranks, memory_bytes(), rate, _round(machine["memory"]) * ranks, _round(HOST_UPDATE_BYTES / machine["optimizer"]),
+        ranks, memory_bytes(), rate, _round(machine["memory"]) * ranks, _round(HOST_UPDATE_BYTES / machine[FUSED_STEP]),
         duplex_fraction=0.5,
         disk_bytes=int(copies["disk_bytes"]) if disk else 0,
         disk_read_bytes_per_second=_round(copies["disk_read"]) * ranks if disk else 0.0,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..planner.prices import FUSED_STEP
 from .timing import spread_mean, time_call
 
 MATMUL_SIDE = 1024
@@ -20,8 +21,8 @@ def time_machine() -> dict[str, float]:
     """Figures of this process, means over the ranks.
 
     FLOP/s: "matmul.float32", "matmul.float64", "matmul.bfloat16". Bytes per second: "memory" (streaming into a standing
-    tensor), "elementwise" and "copy" (into new memory, as eager ops do), "optimizer" (AdamW). Seconds: "overhead" (a tiny
-    op under autograd).
+    tensor), "elementwise" and "copy" (into new memory, as eager ops do), "optimizer" and "fused_optimizer" (AdamW op by op, and as
+    one kernel). Seconds: "overhead" (a tiny op under autograd).
     """
     figures = {f"matmul.{name}": _matmul(name) for name in ("float32", "float64", "bfloat16")}
     x, y = torch.rand(STREAM_ELEMENTS), torch.rand(STREAM_ELEMENTS)
@@ -31,7 +32,7 @@ def time_machine() -> dict[str, float]:
     a, b = torch.rand(ACTIVATION_ELEMENTS), torch.rand(ACTIVATION_ELEMENTS)
     figures["elementwise"] = 12 * ACTIVATION_ELEMENTS / _seconds(lambda: a + b)
     figures["copy"] = 8 * ACTIVATION_ELEMENTS / _seconds(lambda: a.clone())
-    figures["optimizer"] = _optimizer()
+    figures["optimizer"], figures[FUSED_STEP] = _optimizer(), _fused_optimizer()
     small = torch.rand(16, requires_grad=True)
     figures["overhead"] = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
     return {key: spread_mean(value) for key, value in figures.items()}
@@ -55,6 +56,18 @@ def _optimizer() -> float:
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         parameter.addcdiv_(first, (second.sqrt() / 0.5).add_(1e-8), value=-1e-3)
+
+    return 7.0 * 4 * PARAMETER_ELEMENTS / _seconds(step)
+
+
+def _fused_optimizer() -> float:
+    """The same of the kernel behind `fused=True`."""
+    lists = [[torch.rand(PARAMETER_ELEMENTS)] for _ in range(4)]
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    steps = [torch.ones(())]
+
+    def step() -> None:
+        torch.ops.aten._fused_adamw_.default(*lists, [], steps, **options, amsgrad=False, maximize=False)
 
     return 7.0 * 4 * PARAMETER_ELEMENTS / _seconds(step)
 

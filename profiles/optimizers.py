@@ -1,4 +1,7 @@
-"""Seconds of optimizer steps over a model's parameters as the runtime holds them: distributed tensors where there are ranks."""
+"""Seconds of optimizer steps over a model's parameters as the runtime holds them: distributed tensors where there are ranks.
+
+A step of one kernel is timed on plain tensors: of distributed ones the runtime hands it the slices.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..planner.precision import fused
 from .timing import device, spread_mean, time_call
 
 SECONDS = 0.5
@@ -23,10 +27,11 @@ def time_optimizer(name: str, sizes: Sequence[int], dtype: str) -> float:
     kinds: dict[str, Any] = {k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type)}
     if name not in kinds:
         raise ValueError(f"torch.optim has no {name!r}")
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    one = fused(name, "gpu" if device().type == "cuda" else "cpu", dtype)
+    alone = one or not dist.is_initialized() or dist.get_world_size() == 1
     mesh = None if alone else DeviceMesh(device().type, list(range(dist.get_world_size())))
     parameters = [_parameter(size, getattr(torch, dtype), mesh) for size in sizes]
-    step = kinds[name](parameters, lr=1e-3).step
+    step = kinds[name](parameters, lr=1e-3, **({"fused": True} if one else {})).step
     step()
     step()
     return spread_mean(time_call(step, SECONDS).seconds)

@@ -21,6 +21,7 @@ from ..errors import ShardwrightError, UsageError
 from ..passes.models import rebuild
 from ..planner.plan import Plan
 from ..planner.planfile import load_plan, to_plain, write_whole
+from ..planner.updates import BACKWARD as IN_BACKWARD
 from ..profiles.clock import Watch
 from ..profiles.heap import keep_pages
 from ..profiles.local import device_name, versions
@@ -160,6 +161,8 @@ def _train(
 ) -> dict[str, Any]:
     """Train and measure; `take` gives the batches from the one of a step on."""
     optimizer = make_optimizer(plan.optimizer, pm.parameters())
+    if plan.update == IN_BACKWARD:
+        pm.update_in_backward(optimizer)
     keeping = Keeping.begin(pm, optimizer, options, WARMUP)
     data, timed = take(keeping.steps), keeping.left(WARMUP)
     losses: list[float] = []

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.skeleton import Tree, grow, like, part_of, put
 from ..planner.plan import Plan
+from ..planner.updates import why_not_in_backward
 from . import norms, parameters, pipeline
 from .checkpoint.buffers import recomputed
+from .inbackward import InBackward
 from .mesh import Mesh
 from .offload.engine import Offloader
 from .outputs import beside_loss, by_name, rebuild, update_buffers
@@ -149,10 +151,32 @@ class ParallelModule(Tree):
         Right for every placement and order; `torch.nn.utils.clip_grad_norm_` is too, but for the infinity norm.
         """
         core = self._core
+        if core.in_backward is not None:
+            raise UsageError(
+                "parameters are updated in the backward pass, where no gradient is left to clip; plan with update=step to clip"
+            )
         if core.mesh.stages == 1:
             return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type)
         counted = {id(p) for n, p in self.named_parameters() if core.first_holder(n)}
         return norms.clip_grad_norm_(self.parameters(), max_norm, norm_type, counted=counted, device=core.mesh.device)
+
+    def update_in_backward(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """From now on update each parameter as soon as its gradient is complete, and free that; None ends it.
+
+        The loop stays as it is: `optimizer.step()` then finds nothing left to do and marks the step's end, `zero_grad()` nothing to
+        clear. Clipping by the global norm, a scaled loss and accumulation over several backward passes are impossible: the first
+        raises in `clip_grad_norm_` of this module (torch's own function sees no gradients), the others in `backward()`. Raises
+        UsageError where the plan or the optimizer does not allow it.
+        """
+        core = self._core
+        problem = why_not_in_backward(self.plan)
+        if problem or core.programs.compile:
+            raise UsageError(
+                f"update in the backward pass: {problem or 'a compiled graph hands out all gradients at once'}"
+            )
+        if core.in_backward is not None:
+            core.in_backward.close()
+        core.in_backward = InBackward(optimizer, dict(self.named_parameters())) if optimizer is not None else None
 
     def wholes(self, pick: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor | None]]:
         """`pick(parameter)`, made whole, of every parameter of the original by name; None where no rank has one.
@@ -195,6 +219,7 @@ class _Core:
         self.programs, self.mesh, self._seed = programs, mesh, seed
         self._calls = 0
         self.unfilled: set[str] = set()
+        self.in_backward: InBackward | None = None
         self._pending: weakref.ref[Tensor] | None = None
         self._holders: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
 
@@ -258,6 +283,8 @@ class _Core:
         """Remember that `loss` waits for its backward."""
         if not loss.requires_grad:
             return loss
+        if self.in_backward is not None:
+            loss.register_hook(self.in_backward.begins)
         loss.register_hook(self._done)
         self._pending = weakref.ref(loss)
         return loss

@@ -124,7 +124,7 @@ def like_dtensor(local: Tensor, other: DTensor) -> DTensor:
 
 
 class Stored(DTensor):
-    """A DTensor whose element-wise ops with others placed alike go straight to this rank's slices.
+    """A DTensor whose element-wise ops with others placed alike go straight to this rank's slices, and so do fused optimizers.
 
     An optimizer's step is a dozen such ops for each parameter, and fitting placements to each of them takes several times as
     long as the op does on a small slice (tried: 2.13, AdamW 180 us a parameter, 100 us like this, 40 us on plain tensors). Never
@@ -136,6 +136,12 @@ class Stored(DTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in FUSED_STEPS and (lists := _step_slices(args)) is not None:
+            _step(func, lists, kwargs or {})
+            torch.autograd.graph.increment_version(
+                [*args[0], *lists[0]]
+            )  # the kernels do not count a change (tried: 2.13)
+            return None
         kind = _kind(func)
         local = _slices(args, kwargs) if kind else None
         if local is None:
@@ -177,6 +183,50 @@ def _slices(args: Sequence[Any], kwargs: Any) -> list[Any] | None:
         else:
             found.append(x)
     return None if kwargs and any(isinstance(v, Tensor) for v in kwargs.values()) else found
+
+
+FUSED_STEPS = frozenset(f"aten::_fused_{name}_" for name in ("adam", "adamw", "sgd", "adagrad"))
+"""Optimizer steps as one kernel; DTensor itself has no rule for the last two (tried: 2.13)."""
+
+
+def _step_slices(lists: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | None:
+    """Slices of the lists an optimizer's kernel takes, parameters first; None where a state is placed otherwise than its
+    parameter. Step counts are plain 0-dim tensors."""
+    found = []
+    for each in lists:
+        for x, parameter in zip(each, lists[0], strict=False):
+            if not x.dim() and not isinstance(x, DTensor):
+                continue
+            if isinstance(x, DTensor) != isinstance(parameter, DTensor):
+                return None
+            if isinstance(x, DTensor) and (x.device_mesh, x.placements) != (
+                parameter.device_mesh,
+                parameter.placements,
+            ):
+                return None
+        found.append([x._local_tensor if isinstance(x, DTensor) else x for x in each])
+    return found
+
+
+def _step(func: Any, lists: list[list[Tensor]], kwargs: Any) -> None:
+    """Run an optimizer's kernel. It goes through memory without looking at strides: what lies otherwise than its parameter is
+    copied for it, one parameter at a time."""
+    odd = [
+        i
+        for i, p in enumerate(lists[0])
+        if any(each and each[i].dim() and each[i].stride() != p.stride() for each in lists)
+    ]
+    even = [i for i in range(len(lists[0])) if i not in odd] if odd else range(len(lists[0]))
+    if even:
+        func(*([each[i] for i in even] if each else [] for each in lists), **kwargs)
+    for i in odd:
+        own = [each[i] for each in lists if each]
+        like = [torch.empty_like(own[0]).copy_(x) if x.dim() and x.stride() != own[0].stride() else x for x in own]
+        left = iter(like)
+        func(*([next(left)] if each else [] for each in lists), **kwargs)
+        for x, copy in zip(own, like, strict=True):
+            if x is not copy:
+                x.copy_(copy)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ..passes.experts.interface import own_loops
 from ..passes.lift import Lift
 from ..planner.plan import Plan
+from ..planner.updates import BACKWARD
 from .losses import loss_of
 from .mesh import rank
 from .module import ParallelModule
@@ -88,6 +89,8 @@ def _compare(
             found.append(Difference(name, "loss", loss, "loss", limits["loss"]))
             found.append(Difference(name, "gradient", *pair.gradients(), limits["gradient"]))
         pair.update()
+        if plan.update == BACKWARD:
+            planned.update_in_backward(pair.of_planned)  # the first step's gradients were compared
     if steps > 1:
         found.append(Difference(name, f"parameter after {steps} steps", *pair.parameters(), limits["parameter"]))
     return found

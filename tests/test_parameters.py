@@ -164,6 +164,8 @@ OPTIMIZERS = {
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
     "sgd foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
 }
 

@@ -15,7 +15,7 @@ GOOD = {
     "tp": "2", "dp": "2", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "zero": "3", "micro_batch": "4", "recompute": "none",
     "sequence_parallel": "on", "schedule": "1f1b", "offload": "none", "dtype": "bf16", "precision": "fp32",
     "optimizer": "adamw", "attention": "flash", "kernels": "eager", "loss": "fused", "tp_overlap": "on",
-    "passes": "gelu", "lowering": "torch",
+    "passes": "gelu", "lowering": "torch", "update": "backward",
 }  # fmt: skip
 
 

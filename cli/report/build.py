@@ -9,6 +9,7 @@ from typing import Any
 
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
+from ...planner.updates import BACKWARD
 from ..candidates import NUMBERS, candidates, searched
 from ..figures import (
     behind_texts,
@@ -108,6 +109,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     where = str(plan.cluster.get("spec") or plan.cluster.get("name") or "")
     found += [("cluster", where), ("precision", precision.recipe)]
     found += [("inference", plan.phase)] if plan.phase else [("optimizer", plan.optimizer)]
+    found += [("update", "in the backward pass")] if plan.update == BACKWARD else []
     found += [("pipeline", pipeline)] if pipeline else []
     return found + [("pinned", pin) for pin in plan.pins]
 

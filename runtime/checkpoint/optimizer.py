@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import CheckpointError, UsageError
+from ..optimizers import WAYS
 from ..torch_compat import like_dtensor, make_dtensor
 from . import manifest
 from .blocks import Held
@@ -117,9 +118,11 @@ def prepare(
 
 
 def restore_options(optimizer: torch.optim.Optimizer, saved: manifest.OptimizerRecord) -> None:
-    """Set learning rates and all other options to the checkpoint's."""
+    """Set learning rates and all other options to the checkpoint's, but for how torch runs a step: that is this run's."""
     for group, old in zip(optimizer.param_groups, saved.groups, strict=True):
         for name, value in old.options.items():
+            if name in WAYS:
+                continue
             now = group.get(name)
             if isinstance(now, Tensor):
                 now.fill_(value)

@@ -12,7 +12,7 @@ exact for optimizers that treat each element alone (planner/precision.py has no 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,12 +216,23 @@ def step_apart(optimizer: Optimizer, members: Sequence[tuple[dict[str, Any], Ten
     """The optimizer's step over some parameters alone, with the options of the groups they are in."""
     apart = object.__new__(type(optimizer))
     apart.__dict__.update(optimizer.__dict__)
-    groups = {id(group): {**group, "params": []} for group, _ in members}
+    counts = ((p, state[p].get("step")) for _, p in members if p in state)
+    apart_from = any(isinstance(count, Tensor) and count.device != p.device for p, count in counts)
+    away = {"fused": None} if apart_from else {}  # a fused kernel wants step counts beside the parameters
+    groups = {id(group): {**group, **away, "params": []} for group, _ in members}
     for group, parameter in members:
         groups[id(group)]["params"].append(parameter)
     apart.param_groups, apart.state = list(groups.values()), state
     apart.__dict__.update(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
     type(optimizer).step(apart)
+    for group, parameter in members:
+        changed(group, parameter)
+
+
+def changed(group: Mapping[str, Any], parameter: Tensor) -> None:
+    """Count a step as a change of its parameter: torch's fused kernels do not (tried: 2.13), and copies are renewed by that."""
+    if group.get("fused"):
+        torch.autograd.graph.increment_version(parameter)
 
 
 def settle(own: dict[str, Any], parameter: nn.Parameter, keeper: Keeper) -> None:

@@ -25,7 +25,7 @@ from ...errors import UsageError
 from ...planner.away import subgroups, updated_on_device
 from .files import Files
 from .places import Keeper, Place
-from .rounds import DEVICE, DISK, MEMORY, Member, Rounds, Subgroup, settle
+from .rounds import DEVICE, DISK, MEMORY, Member, Rounds, Subgroup, changed, settle
 
 
 class HostStep:
@@ -93,6 +93,9 @@ class HostStep:
         if self._running:
             return
         self.rounds.finish()
+        for group, parameter, _ in self._mine(optimizer):
+            if parameter.grad is not None:
+                changed(group, parameter)
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
