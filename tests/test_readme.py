@@ -79,3 +79,33 @@ def test_planning_example_is_real(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     printed = [line.rstrip() for line in done.stdout.splitlines()]
     assert [line.rstrip() for line in shown if line != "..."] == printed[: len(shown) - shown.count("...")]
+
+
+def test_the_limit_of_the_demo_is_one_that_one_process_breaks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever planning comes to save: the demo is about two processes that hold what one cannot."""
+    from shardwright.cli import demo, tables
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    demo.FOLDER.mkdir()
+    with tables.progress() as tell:
+        model, text = demo._inputs()
+        limit = demo._limit(model, tell)
+    assert text.stat().st_size > 10**5
+    assert 25e6 * 16 < limit < 26e6 * 16
+    assert "one process:" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import json
+    import os
+
+    own = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+    program = [sys.executable, "-m", "shardwright.cli.main", "demo", "--json"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=900, cwd=tmp_path, env=own)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["memory_limit_bytes"] > 25e6 * 16
+    assert (tmp_path / "demo-report.html").stat().st_size > 10**4
