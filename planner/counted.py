@@ -225,7 +225,7 @@ class _Counter:
             moments = RankMemory(mine, steps[r], self.rank_of, edges, back, sizes).play()
             if training:
                 tied = max((self._tied_bytes(name) for name in self._ties(staging, r)), default=0)
-                moments += endings(mine.values(), tied, at_once=setting.at_once)
+                moments += endings(mine.values(), tied, foreach=setting.foreach)
             held = {name: h for stage in mine.values() for name, h in stage.held.items()}
             base = {
                 "parameters": sum(h.stored for h in held.values()), "optimizer": sum(h.moments for h in held.values()),

@@ -48,7 +48,7 @@ Point = tuple[str, int]
 class Setting:
     """What a plan is evaluated under. `staged`: collectives copy what they gather or scatter once more (gloo does).
 
-    `foreach`: the optimizer goes over all parameters at once; `fused`: so does a kernel without temporaries. `unfolds`:
+    `foreach`: the optimizer goes over all parameters at once, as torch's default does on GPUs. `unfolds`:
     convolutions are products of columns (planner/scratch.py). `prefetch` groups are gathered ahead, `reductions` are
     under way beside the backward pass (planner/plan.py, OverlapPlan). `early`: parameters are updated in the
     backward pass (planner/updates.py). `fine`: the backward pass is followed as the runtime runs it, closer than the rows of a
@@ -59,7 +59,6 @@ class Setting:
     optimizer: str
     reserve: int = 0
     foreach: bool = False
-    fused: bool = False
     staged: bool = False
     unfolds: bool = False
     prefetch: int = 0
@@ -68,15 +67,11 @@ class Setting:
     fine: bool = False
 
     @property
-    def at_once(self) -> bool:
-        """Whether the optimizer's step is one moment for all parameters."""
-        return self.foreach or self.fused
-
-    @property
     def temporaries(self) -> int:
-        """Tensors of the size of what it updates that the optimizer makes."""
-        if self.fused:
-            return 0
+        """Tensors of the size of what it updates that the optimizer makes.
+
+        By torch's default kernels, since a loop may ask for no others; a fused kernel (planner/precision.py) makes none.
+        """
         return 1 if self.foreach else OPTIMIZERS[self.optimizer].temporaries
 
 
@@ -323,7 +318,7 @@ def held(
     """What a parameter of `stored` local elements (`used` once gathered) takes at a ZeRO level.
 
     `reduced` is how many all-reduced gradients it has: one per wanted placement (over several axes, one after the
-    other). An optimizer that goes over all parameters at once (foreach) works in place but for one tensor each, a fused one wholly.
+    other). An optimizer that goes over all parameters at once (foreach) works in place but for one tensor each.
     """
     full = math.ceil(used) * DTYPE_BYTES[tensor.dtype]
     final = stored * bytes_.gradient if trains else 0

@@ -115,12 +115,11 @@ class Storing:
     host: Host | None = None
     pins: Pins = field(default_factory=Pins)
     runnable: bool = False
-    fused: bool = False
 
     @cached_property
     def keeping(self) -> Keeping:
         """Prices of parameters over the data axes."""
-        return Keeping(self.prices, self.precision, self.optimizer, self.foreach, self.fused)
+        return Keeping(self.prices, self.precision, self.optimizer, self.foreach)
 
     @cached_property
     def copies(self) -> Copies:

@@ -188,10 +188,10 @@ class RankMemory:
         self.peaks.append(found)
 
 
-def endings(stages: Iterable[StageMemory], tied: float, *, at_once: bool) -> list[dict[str, float]]:
+def endings(stages: Iterable[StageMemory], tied: float, *, foreach: bool) -> list[dict[str, float]]:
     """Bytes by cause after the last action: the reductions that come once a step, stage after stage, and the optimizer step.
 
-    `at_once`: the step is one moment for all parameters. `tied` are bytes of the largest gradient that is then summed with that of
+    `foreach`: the step is one moment for all parameters. `tied` are bytes of the largest gradient that is then summed with that of
     other pipeline ranks.
     """
     stages = list(stages)
@@ -204,6 +204,6 @@ def endings(stages: Iterable[StageMemory], tied: float, *, at_once: bool) -> lis
         found += [{**end, "gradients": end["gradients"] + others} for end in stage.ends]
     found.append({"gradients": final + tied})
     steps = [float(h.step) for h in held.values() if h.step]
-    if at_once:
+    if foreach:
         return [*found, {"gradients": final, "temporaries": sum(steps)}]
     return [*found, *({"gradients": final, "temporaries": size} for size in steps)]

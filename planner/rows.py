@@ -263,8 +263,8 @@ class Rows:
         for w, o, h in self._options():
             total["z", w, o] += len(self.members[w]) * h.final
             if kind == "step":
-                mine = self.setting.at_once or self.outline.parameters[at].tensor in self.members[w]
-                total["z", w, o] += h.step * (len(self.members[w]) if self.setting.at_once else mine)
+                mine = self.setting.foreach or self.outline.parameters[at].tensor in self.members[w]
+                total["z", w, o] += h.step * (len(self.members[w]) if self.setting.foreach else mine)
 
     # -- activations
 

@@ -41,7 +41,7 @@ from .plan import (
     Search,
     Source,
 )  # fmt: skip
-from .precision import RECIPES, fused, sum_ratio
+from .precision import RECIPES, sum_ratio
 from .prices import Prices
 from .progress import Progress, silent
 from .relax import explain_joint
@@ -247,7 +247,7 @@ def _setting(cluster: Cluster, precision: Precision, optimizer: str, update: str
     gpu = cluster.device.kind == "gpu"
     return Setting(
         precision, optimizer, cluster.device.context_bytes, foreach=gpu,
-        fused=fused(optimizer, cluster.device.kind, precision.parameter), staged=not gpu, unfolds=not gpu,
+        staged=not gpu, unfolds=not gpu,
         early=update == BACKWARD,
     )  # fmt: skip
 

@@ -140,7 +140,6 @@ class Keeping:
     precision: Precision
     optimizer: str
     foreach: bool
-    fused: bool = False
 
     @cached_property
     def state(self) -> StateBytes:
@@ -155,7 +154,7 @@ class Keeping:
     @cached_property
     def temporaries(self) -> int:
         """Tensors of the size of a parameter that the optimizer makes while it updates it."""
-        return 0 if self.fused else find_optimizer(self.optimizer).temporaries
+        return find_optimizer(self.optimizer).temporaries
 
     def talk(self, s: Stored, level: int) -> Talk:
         """Seconds of collectives of the parameters, and of an optimizer on the device."""
@@ -210,7 +209,7 @@ class Keeping:
         gradient = kept.gradient * trained / (data.ranks if level >= 2 or (level == 1 and not many) else 1)
         whole = width * trained if level >= 2 or data.once or away.gradients else 0.0
         gathered = WINDOW * width * elements if (level == 3 and data.ranks > 1) or away.parameters else 0.0
-        at_once = trained if self.foreach and not self.fused else self.temporaries * s.largest
+        at_once = trained if self.foreach else self.temporaries * s.largest
         temporaries = kept.parameter * at_once / share
         host = disk = 0.0
         if away.optimizer:

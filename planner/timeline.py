@@ -150,7 +150,7 @@ class Timeline(Lanes):
 
     def _steps(self, points: dict[Point, dict[str, float]]) -> None:
         final = sum(h.final for h in self.held.values())
-        if self.setting.at_once:
+        if self.setting.foreach:
             points["step", 0] = {"gradients": final, "temporaries": sum(h.step for h in self.held.values())}
             return
         for i, p in enumerate(self.outline.parameters):

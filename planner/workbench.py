@@ -79,7 +79,7 @@ class Workbench:
         task, precision, optimizer = self.task, self.task.setting.precision, self.task.setting.optimizer
         return Storing(
             task.prices, task.device, precision, optimizer, task.outline.training, task.setting.foreach,
-            task.cluster.host if self.tiers else None, task.pins, task.runnable, task.setting.fused,
+            task.cluster.host if self.tiers else None, task.pins, task.runnable,
         )  # fmt: skip
 
     def offering(self, tiers: bool) -> Workbench:

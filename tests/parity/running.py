@@ -19,7 +19,6 @@ from shardwright.runtime.collectives import CommLedger
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.monitor import measure_step
-from shardwright.runtime.optimizers import make_optimizer
 from shardwright.runtime.verify import verify
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -119,7 +118,7 @@ def _measured(name: str, plan: Plan, batch: int) -> tuple[Mapping[tuple[str, str
         return value.to(compute) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     args, kwargs = tree_map(own, (case.args, dict(case.kwargs)))
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad])
 
     def step() -> None:
         optimizer.zero_grad()

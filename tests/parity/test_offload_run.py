@@ -33,7 +33,6 @@ from shardwright.runtime.monitor import measure_step
 from shardwright.runtime.offload.files import Files, whole
 from shardwright.runtime.offload.memory import is_host
 from shardwright.runtime.offload.rounds import DEVICE, DISK, Rounds, Subgroup
-from shardwright.runtime.optimizers import make_optimizer
 
 STATES = "offload=optimizer offload!=params offload!=activations"
 PASSING = "offload=optimizer offload!=activations"
@@ -52,7 +51,7 @@ def bytes_of(t: Traffic, before: Traffic = NOTHING) -> tuple[float, ...]:
 def trained(name: str, plan: Plan, batch: int = 8, **options: Any) -> dict[str, Any]:
     """Rank function: three steps of the user's own loop; losses, parameters, the peak of a further step and its copies."""
     case, pm = parallel(name, plan, batch, **options)
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW(pm.parameters())
     losses = []
 
     def step() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from models import FAMILIES
 from pool import Pool
 from running import parallel, plan_of
 from shardwright.planner.plan import Plan
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.monitor import measure_step
-from shardwright.runtime.optimizers import make_optimizer
 from test_parity import PINS, pinned, ranks_of
 
 SAMPLE = [
@@ -21,7 +21,7 @@ SAMPLE = [
 def peak(name: str, plan: Plan, batch: int) -> int:
     """Rank function: bytes at the peak of a step in steady state."""
     case, pm = parallel(name, plan, batch)
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad])
 
     def step() -> None:
         optimizer.zero_grad()

@@ -16,7 +16,6 @@ from shardwright.passes.shard import AGAIN
 from shardwright.planner.plan import Plan
 from shardwright.runtime.losses import loss_of
 from shardwright.runtime.monitor import measure_step
-from shardwright.runtime.optimizers import make_optimizer
 from shardwright.runtime.regather import active_regather
 from test_parity import check, pinned
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,7 +196,7 @@ def test_copies_are_gathered_again() -> None:
 def peak(name: str, plan: Plan, batch: int) -> int:
     """Rank function: bytes at the peak of a step in steady state."""
     case, pm = parallel(name, plan, batch)
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW(pm.parameters())
 
     def step() -> None:
         optimizer.zero_grad()

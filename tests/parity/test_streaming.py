@@ -21,7 +21,6 @@ from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.monitor import Budget, MemoryExceeded, live_bytes, measure_peak
 from shardwright.runtime.offload.files import whole
 from shardwright.runtime.offload.lanes import Copy, Lanes
-from shardwright.runtime.optimizers import make_optimizer
 from shardwright.runtime.torch_compat import StorageRef
 from shardwright.runtime.weights import load_safetensors
 from torch import Tensor
@@ -99,7 +98,7 @@ def test_inference_streams_through_a_window(word: str, monkeypatch: pytest.Monke
 
 
 def steps(pm: ParallelModule, inputs: dict[str, Any]) -> list[float]:
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW(pm.parameters())
     found = []
     for _ in range(STEPS):
         optimizer.zero_grad()

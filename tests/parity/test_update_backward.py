@@ -30,7 +30,7 @@ def trained(name: str, plan: Plan, optimizer: str, early: bool, batch: int = 8) 
     """Rank function: three steps of the user's own loop; parameters, whether gradients were left, the peak of one more step."""
     torch.manual_seed(0)
     case, pm = parallel(name, plan, batch)
-    step_of = make_optimizer(optimizer, pm.parameters(), **OPTIMIZERS[optimizer])
+    step_of = make_optimizer(optimizer, pm.parameters(), **OPTIMIZERS[optimizer], fused=False)
     if early:
         pm.update_in_backward(step_of)
     left = []

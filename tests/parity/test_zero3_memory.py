@@ -11,7 +11,6 @@ from pool import Pool
 from running import parallel, plan_of
 from shardwright.planner.plan import Plan
 from shardwright.runtime.losses import loss_of
-from shardwright.runtime.optimizers import make_optimizer
 from shardwright.runtime.torch_compat import StorageRef
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +58,7 @@ def tensors(values: Any) -> list[Tensor]:
 def steps(name: str, plan: Plan, batch: int) -> tuple[int, int, list[int]]:
     """Rank function: the most bytes at once, gathers, and what is left after forward and after backward."""
     case, pm = parallel(name, plan, batch)
-    optimizer = make_optimizer("adamw", pm.parameters())
+    optimizer = torch.optim.AdamW([p for p in pm.parameters() if p.requires_grad])
     left = []
     with Gathered() as watch:
         for _ in range(2):
