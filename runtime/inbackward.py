@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..planner.precision import OPTIMIZERS
-from .offload.rounds import step_apart
+from .offload.rounds import like, local, step_apart
+from .parameters import local as slice_of
 
 
 class InBackward:
@@ -36,13 +38,31 @@ class InBackward:
                 f"the optimizer does not have {lost}, whose gradient would add up: freeze it or give it to the optimizer"
             )
         self._stepped = True
-        self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trained.values()]
+        plain = (p for p in trained.values() if not isinstance(p, DTensor))
+        self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in plain]
         self._hooks.append(optimizer.register_step_post_hook(self._after))
 
     def close(self) -> None:
         """Leave updates to the optimizer's own step again."""
         for hook in self._hooks:
             hook.remove()
+
+    def leaf(self, parameter: Tensor) -> Tensor:
+        """What a call computes with in place of this rank's slice of a DTensor: a leaf of its own.
+
+        Slices are taken before the first op, so autograd would come back to them after the last: a leaf is reached at once.
+        """
+        if not isinstance(parameter, DTensor) or not parameter.requires_grad:
+            return slice_of(parameter)
+        made = local(parameter).detach().requires_grad_()
+
+        def take(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            parameter.grad, leaf.grad = like(leaf.grad, parameter), None
+            self._update(parameter)
+
+        made.register_post_accumulate_grad_hook(take)
+        return made
 
     def begins(self, gradient: Tensor) -> None:
         """A backward pass begins with the loss's gradient; raises UsageError where it is no whole step of its own."""

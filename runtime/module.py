@@ -58,7 +58,7 @@ class ParallelModule(Tree):
         args, kwargs = core.programs.cast(args, kwargs)
         program = core.programs.get(args, kwargs, train=self.training, grad=torch.is_grad_enabled(), outputs=outputs)
         values = Values(
-            {name: parameters.local(core.parameter(self, fqn)) for name, fqn in program.parameters.items()},
+            {name: core.slice_of(core.parameter(self, fqn)) for name, fqn in program.parameters.items()},
             program.whole(args, kwargs, self),
             core.next_seed(),
         )
@@ -232,6 +232,12 @@ class _Core:
         found = held[last]
         assert found is not None
         return found
+
+    def slice_of(self, parameter: Tensor) -> Tensor:
+        """This rank's slice, as a call computes with it."""
+        if self.in_backward is not None and torch.is_grad_enabled():
+            return self.in_backward.leaf(parameter)
+        return parameters.local(parameter)
 
     def first_holder(self, name: str) -> bool:
         """Whether this is the first pipeline rank that holds a parameter."""

@@ -74,12 +74,12 @@ def test_peak_is_as_predicted_and_lower(name: str) -> None:
 
 def test_two_ranks(ranks2: Pool) -> None:
     """Replicated parameters are updated after the reduction of their bucket."""
-    plan, usual = planned("llama", f"dp=2 {EARLY}", 2), planned("llama", "dp=2 zero=0", 2)
+    plan, usual = planned("gpt2", f"dp=2 {EARLY}", 2, 2), planned("gpt2", "dp=2 zero=0", 2, 2)
     assert (plan.overlap.prefetch, plan.overlap.reductions) == (0, 0)
-    early = ranks2.run(trained, "llama", plan, "adamw", True)
-    for found, wanted in zip(early, ranks2.run(trained, "llama", usual, "adamw", False), strict=True):
+    early = ranks2.run(trained, "gpt2", plan, "adamw", True, 2)
+    for found, wanted in zip(early, ranks2.run(trained, "gpt2", usual, "adamw", False, 2), strict=True):
         check(found, wanted)
-        assert found["peak"] < wanted["peak"]
+        assert found["peak"] < 0.95 * wanted["peak"]
         assert found["peak"] == pytest.approx(plan.predicted.peak_bytes_per_device, rel=0.08)
 
 
@@ -89,6 +89,7 @@ def test_split_parameters(ranks2: Pool) -> None:
         ranks2.run(trained, "gpt2", plan, "sgd", True), ranks2.run(trained, "gpt2", usual, "sgd", False), strict=True
     ):
         check(found, wanted)
+        assert found["peak"] <= wanted["peak"]
 
 
 def test_verified_against_the_eager_module() -> None:
