@@ -5,8 +5,8 @@ What planner/timeline.py counts of a step, but
     parameters    a copy at the compute dtype of those whose optimizer states are away, for as long as they stay; those that pass
                   through are there from the beginning of a unit's backward pass to their own op in it, and in the unit after it,
                   while they come in
-    gradients     until those of their unit have come, and the last that leave while those of the next unit are made; those added up
-                  over microbatches until the end
+    gradients     until those of their unit have come, and in a step of one microbatch the last that leave while those of the next
+                  unit are made; those added up over microbatches until the end
     saved         of units whose activations leave, from the beginning of the backward pass of the next such unit to their own op
     step          nothing of what the host updates; of what visits the device, `SLOTS` subgroups
 """
@@ -85,6 +85,8 @@ class Behind(Timeline):
         }
         self.state = state
         self.spans = self.needing.spans
+        self.coming: dict[int, float] = defaultdict(float)
+        """Bytes of activations that come back where the backward pass of an op begins."""
         self.leaving = {self.facts.instance[i] for i, op in enumerate(self.ops) if op.name in lies.leaving}
 
     def away(self, name: str) -> Away:
@@ -105,6 +107,10 @@ class Behind(Timeline):
         """Whether its gradient is reduced in every microbatch: those that pass through are fetched in each."""
         return super().each(name) or bool(self.away(name).parameters)
 
+    def _adding(self, name: str) -> bool:
+        """What leaves as every microbatch makes it is added to nothing here, but what several ops make of one parameter."""
+        return self.facts.shared(name) if self.every(name) else super()._adding(name)
+
     def _gradients(self) -> None:
         found, m, last = self.facts, self.m, self.count - 1
         for name, h in self.held.items():
@@ -119,6 +125,8 @@ class Behind(Timeline):
                 self._over("gradients", 0, last if m > 1 else found.low[name] - 1, h.final)
         if self.setting.reductions:
             self._flying()
+        if m > 1:
+            return  # The runtime (offload/places.py) defers a copy only in a step of one microbatch: those of several end at once.
         groups = [g for g in self.groups if self.every(g[0])]
         groups.sort(key=lambda g: found.low[g[0]])
         for before, group in pairwise(groups):
@@ -134,6 +142,10 @@ class Behind(Timeline):
         self.held = {n: replace(h, whole=0, final=0) if self.every(n) else h for n, h in self._fetched().items()}
         super()._reductions(points, lanes)
         self.held = held
+        for g, group in enumerate(self.groups):
+            # Gradients go as the backward pass leaves a unit, before the next one begins and activations come back.
+            if ("reduce", g) in points:
+                points["reduce", g]["saved"] -= self.coming[self.facts.low[group[0]] - 1]
 
     # -- parameters
 
@@ -255,6 +267,8 @@ class Behind(Timeline):
         """Bytes that op `at` of a unit saved: on the device until its backward pass, from when they come back if they left."""
         last, high = self.count - 1, self._back_by(unit, self.count - 1)
         self._over("saved", at, high, amount)
+        if high != self.spans[unit][1]:
+            self.coming[high] += amount
         if high == last and unit in self.leaving:
             self.returned += amount
 

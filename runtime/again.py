@@ -12,6 +12,7 @@ need. Random ops draw the numbers they drew (passes/random.py), and collectives 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,18 @@ class Again:
         if regather is None or not torch.is_grad_enabled():
             return self.target(*args, **kwargs)
         return Rerun(self.target, args, kwargs, regather).first(regather, args, kwargs)
+
+
+class AgainWhereCopied(Again):
+    """A view that copies where strides ask for it: a recipe where it did, and as it is where it lies in its operand."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The view or copy; autograd saves nothing for it."""
+        result, regather = self.target(*args, **kwargs), active_regather()
+        copied = result.untyped_storage()._cdata not in _storages((args, kwargs))
+        if copied and regather is not None and torch.is_grad_enabled():
+            regather.know(result, Rerun(self.target, args, kwargs, regather), 0)
+        return result
 
 
 class Rerun(Recipe):
@@ -135,11 +148,37 @@ def _storages(values: Any) -> frozenset[int]:
     return frozenset(x.untyped_storage()._cdata for x in _tensors(values))
 
 
+COPYING = frozenset(
+    {torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default, torch.ops.aten.flatten.using_ints}
+)
+"""Views that may copy, as they do of heads that were gathered or split."""
+
+
 def with_recipes(body: fx.GraphModule) -> fx.GraphModule:
-    """`body` with every op that lowering marked as one that runs again called through `Again`, in place."""
-    marked = [n for n in body.graph.nodes if n.op == "call_function" and n.meta.get(AGAIN)]
-    for node in marked:
-        node.target = Again(node.target)
-    if marked:
+    """`body` with every op that lowering marked as one that runs again called through `Again`, in place.
+
+    So are views of their results that may copy: such a copy would be held in place of what is made again.
+    """
+    made: set[fx.Node] = set()
+    for node in body.graph.nodes:
+        if node.op != "call_function":
+            continue
+        seen = bool(node.args) and node.args[0] in made and _aliases(node.target)
+        if node.meta.get(AGAIN):
+            node.target = Again(node.target)
+        elif seen and node.target in COPYING:
+            node.target = AgainWhereCopied(node.target)
+        elif not seen:
+            continue
+        made.add(node)
+    if made:
         body.recompile()
     return body
+
+
+def _aliases(target: Any) -> bool:
+    """Whether results of an op may lie in its first operand."""
+    if target is operator.getitem:
+        return True
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
