@@ -124,6 +124,7 @@ def choose_update(
     """
     from .passes.sparse_update import choose_parameters, squared_gradients
     from .profiles.devices import parse_bytes
+    from .runtime.losses import loss_of
 
     args, kwargs = split_inputs(example_inputs)
     where = cluster_of(cluster, store=store)
@@ -133,7 +134,7 @@ def choose_update(
             model, example_inputs, where, optimizer=optimizer, pins=pins, loss_fn=loss_fn, store=store, say=say
         )
 
-    worth = squared_gradients(model, args, kwargs, loss_fn) if contribution is None else contribution
+    worth = squared_gradients(model, args, kwargs, loss_fn or loss_of) if contribution is None else contribution
     return choose_parameters(model, args, kwargs, parse_bytes(budget_bytes), plan, worth, loss_fn)
 
 

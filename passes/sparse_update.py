@@ -21,7 +21,6 @@ from ..errors import UsageError
 from ..planner.plan import Plan
 from ..planner.precision import state_bytes
 from ..planner.sparse import Backward, Candidate, Kept, UpdateSet, choose
-from ..runtime.losses import loss_of
 from .base import tensor_name
 from .capture import capture
 from .choose import listed, run
@@ -64,7 +63,7 @@ def choose_parameters(
 
 
 def squared_gradients(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss_fn: Callable[..., Any] | None = None
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss_of: Callable[[Any], torch.Tensor]
 ) -> dict[str, float]:
     """By how much a small step along each gradient lowers the loss of these samples, per unit of the learning rate: |g|^2.
 
@@ -73,9 +72,7 @@ def squared_gradients(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if any(p.is_meta for p in named.values()):
         raise UsageError("the model has no values on the meta device: pass contribution=, a number for every parameter")
-    output = model(*args, **kwargs)
-    loss = loss_fn(output) if loss_fn is not None else loss_of(output)
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = torch.autograd.grad(loss_of(model(*args, **kwargs)), list(named.values()), allow_unused=True)
     return {
         name: float(g.detach().double().square().sum()) if g is not None else 0.0
         for name, g in zip(named, found, strict=True)

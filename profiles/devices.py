@@ -33,7 +33,15 @@ from .presets import (
     usual_levels,
 )
 
-__all__ = ["describe", "describe_cluster", "list_clusters", "load_device", "parse_bytes", "parse_cluster", "read_cluster"]
+__all__ = [
+    "describe",
+    "describe_cluster",
+    "list_clusters",
+    "load_device",
+    "parse_bytes",
+    "parse_cluster",
+    "read_cluster",
+]
 
 _SPEC = re.compile(
     r"(?P<device>[a-z0-9-]+)(?::(?P<per_node>\d+)(?:x(?P<nodes>\d+))?)?(?:@(?P<rate>[\d.]+)(?P<unit>[A-Za-z/]+))?"

@@ -1,7 +1,7 @@
 """The pages of docs/ do what they say: files they show are written, and their snippets and commands run, in order.
 
-A fence `python title=FILE` (or `toml`) is a file; other Python is run, after what the same page showed before; lines of `console` that
-begin with "$ " are run and must end with status 0, or with what stands behind "# exit status".
+A fence `python title=FILE` (or `toml`) is a file; other Python is run, after what the same page showed before; lines of `console`
+that begin with "$ " are run and must end with status 0, or with what stands behind "# exit status".
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def command(line: str, folder: Path) -> int:
 def run(words: list[str], status: int, folder: Path, what: str) -> int:
     """Run a process, which must end with `status`; 1."""
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == status, f"{what}\nended with {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == status, (
+        f"{what}\nended with {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    )
     return 1
 
 
