@@ -23,11 +23,19 @@ JOBS = ("shell", "slurm", "kubernetes")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice((*TOOLS, *JOBS)), required=True, help="What to write.")
 @output_option("-o", "--output", help="File to write [default: stdout].")
-@click.option("--steps", type=click.IntRange(min=0), metavar="N", help="Training steps to time [default: 5] (shell, slurm, kubernetes).")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Training steps to time [default: 5] (shell, slurm, kubernetes).",
+)
 @click.option("--name", help="Name of the job (slurm, kubernetes) [default: shardwright].")
 @click.option("--image", help="Container image with shardwright in it (kubernetes).")
 @click.option(
-    "--memory", type=BYTES, metavar="SIZE", help="Host memory of each machine (slurm, kubernetes) [default: of the plan's cluster]."
+    "--memory",
+    type=BYTES,
+    metavar="SIZE",
+    help="Host memory of each machine (slurm, kubernetes) [default: of the plan's cluster].",
 )
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -48,7 +56,9 @@ def command(
 
     loaded = load_plan(plan)
     if form in TOOLS:
-        _refuse_job_options(form, {"--steps": steps, "--name": name, "--image": image, "--memory": memory, "a script": script or None})
+        _refuse_job_options(
+            form, {"--steps": steps, "--name": name, "--image": image, "--memory": memory, "a script": script or None}
+        )
         made = translated(loaded, form)
         text, facts = made.text, {"losses": list(made.losses)}
     else:

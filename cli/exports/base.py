@@ -48,13 +48,15 @@ def number(name: str, key: str) -> Row:
     return Row(name, lambda f: f.count(key), lambda value, document: {key: str(value)} if whole(value) else {})
 
 
-def chosen(name: str, key: str, values: Mapping[str, Any]) -> Row:
-    """A row whose values stand for those of a pin; others are not written and say nothing."""
-    back = {value: word for word, value in reversed(values.items()) if value is not None}
-    return Row(
-        name, lambda f: values.get(f.pins.get(key, "")),
-        lambda value, document: {key: back[value]} if isinstance(value, str | bool | int) and value in back else {},
-    )  # fmt: skip
+def chosen(name: str, key: str, words: Mapping[str, Any]) -> Row:
+    """A row whose values stand for those of a pin (`words`: pin -> value); others are not written and say nothing."""
+    return Row(name, lambda f: words.get(f.pins.get(key, "")), lambda value, document: spelled_by(key, words, value))
+
+
+def spelled_by(key: str, words: Mapping[str, Any], value: Any) -> dict[str, str]:
+    """The pin that a value stands for: the first word of `words` with it; {} without one."""
+    found = next((word for word, own in words.items() if own == value and isinstance(own, type(value))), None)
+    return {} if found is None else {key: found}
 
 
 def whole(value: Any) -> bool:
@@ -76,7 +78,8 @@ class Target:
     """A tool that a plan can be written for.
 
     `write` makes the text from facts and losses, `read` is what a text says. `instead` says, by pin, what the tool does in place of
-    what it cannot express; `implied` are pins that follow from the number of ranks.
+    what it cannot express; `implied` are pins that follow from the number of ranks, `silent` what a text without a word on them
+    means.
     """
 
     name: str
@@ -87,6 +90,14 @@ class Target:
     instead: Mapping[str, str] = field(default_factory=dict)
     notes: Callable[[Facts], tuple[str, ...]] = lambda facts: ()
     implied: frozenset[str] = frozenset()
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+    def reading(self, text: str) -> Reading:
+        """What a text of the tool says, silence included; raises UsageError for one that says nothing."""
+        found = self.read(text)
+        if not found.pins:
+            raise UsageError("it says nothing that can be pinned")
+        return Reading({**self.silent, **found.pins}, found.batch, found.seq)
 
 
 def export(target: Target, facts: Facts) -> Export:
@@ -94,7 +105,7 @@ def export(target: Target, facts: Facts) -> Export:
     for one in target.refused:
         if one.when(facts):
             raise UsageError(f"{target.title} cannot run this plan: {one.what(facts)}; {one.fix}")
-    back = target.read(target.write(facts, ()))
+    back = target.reading(target.write(facts, ()))
     carried = {key: word for key, word in facts.pins.items() if key not in target.implied}
     lost = [key for key, word in carried.items() if back.pins.get(key, NEUTRAL.get(key)) != word]
     losses = [_sentence(target, key, facts.pins[key], back.pins.get(key)) for key in lost]
@@ -102,8 +113,16 @@ def export(target: Target, facts: Facts) -> Export:
     return Export(target.write(facts, tuple(losses)), tuple(losses))
 
 
-NEUTRAL: Mapping[str, str] = {"ep": "1", "cp": "1", "pp": "1", "tp": "1", "vpp": "1", "offload": "none", "recompute": "none"}
-"""What a file that is silent about a dimension means."""
+NEUTRAL: Mapping[str, str] = {
+    "ep": "1",
+    "cp": "1",
+    "pp": "1",
+    "tp": "1",
+    "vpp": "1",
+    "offload": "none",
+    "recompute": "none",
+}
+"""What needs no word, whether or not the tool could say it."""
 
 
 def _sentence(target: Target, key: str, word: str, found: str | None) -> str:

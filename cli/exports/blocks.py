@@ -27,14 +27,20 @@ def styles_of(facts: Facts, split: Split, model: nn.Module) -> dict[str, str]:
     whole = list(_whole(model, split, layer))
     for name, width in whole:
         for block in set(blocks.values()):
-            widths = {model.get_submodule(_first(c)).in_features for c, b in blocks.items() if b == block and split.styles[c] == "colwise"}
+            widths = {
+                model.get_submodule(_first(c)).in_features
+                for c, b in blocks.items()
+                if b == block and split.styles[c] == "colwise"
+            }
             if name.startswith(f"{block}.") and (block != layer or width not in widths):
                 raise UsageError(
                     f"{name} works between the split products of {block}, for which the program has no style; plan with --pin tp=1"
                 )
     if not on:
         return found
-    loose = sorted({layer} & set(blocks.values())) or [n for n in found if layer and n.startswith(f"{layer}.") and n not in blocks]
+    loose = sorted({layer} & set(blocks.values())) or [
+        n for n in found if layer and n.startswith(f"{layer}.") and n not in blocks
+    ]
     linear = [n for n, _ in whole if type(model.get_submodule(_first(n))).__name__ == "Linear"]
     if loose or linear or not layer:
         raise UsageError(
@@ -50,7 +56,7 @@ def _style(style: str, inside: bool, positions: bool) -> str:
 
 
 def _block(name: str, styles: Mapping[str, str], layer: str) -> str:
-    """The innermost module, at most the layer, with `name` and its counterpart: a row split for a column split and back; "" without."""
+    """The innermost module, at most the layer, with `name` and a split of the other kind (column, row); "" without."""
     wanted = {"colwise": "rowwise", "rowwise": "colwise"}.get(styles[name])
     if wanted is None or not layer or not name.startswith(f"{layer}."):
         return ""

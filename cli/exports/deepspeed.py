@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...errors import UsageError
-from .base import Document, Reading, Refused, Row, Target, chosen, flat, nested, number, pins_in, values, whole
+from .base import Document, Reading, Refused, Row, Target, flat, nested, number, pins_in, values, whole
 from .facts import Facts
 
 PRECISION: Mapping[str, Mapping[str, Any]] = {
@@ -21,7 +20,9 @@ PRECISION: Mapping[str, Mapping[str, Any]] = {
 }
 """Recipe -> settings that keep as many bytes per parameter: bf16 with a float32 master copy, autocast over float32 parameters."""
 
-NEAREST: Mapping[str, str] = {"fsdp-bf16": "fsdp-fp32", "fsdp-fp8": "fsdp-fp32", "megatron-fp8": "megatron", "pure-fp16": "zero-fp16"}
+NEAREST: Mapping[str, str] = {
+    "fsdp-bf16": "fsdp-fp32", "fsdp-fp8": "fsdp-fp32", "megatron-fp8": "megatron", "pure-fp16": "zero-fp16",
+}  # fmt: skip
 OPTIMIZERS: Mapping[str, str] = {
     "adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "lion": "Lion",
 }  # fmt: skip
@@ -45,8 +46,9 @@ def _recipe(document: Document) -> str | None:
     return next(held, None)
 
 
-def _offloaded(*classes: str) -> Any:
-    return lambda f: "cpu" if f.pins.get("offload") in classes else None
+def _offloaded(what: str) -> Callable[[Facts], Any]:
+    """The device of what leaves the GPU."""
+    return lambda f: "cpu" if f.pins.get("offload") == what else None
 
 
 ROWS = (
@@ -55,7 +57,8 @@ ROWS = (
     Row("gradient_accumulation_steps", lambda f: f.plan.pipeline.microbatches),
     Row("optimizer.type", lambda f: OPTIMIZERS[f.pins["optimizer"]],
         lambda v, d: {"optimizer": str(v).lower()} if str(v).lower() in OPTIMIZERS else {}),
-    Row("zero_optimization.stage", lambda f: f.count("zero"), lambda v, d: {"zero": str(v)}),
+    Row("zero_optimization.stage", lambda f: f.count("zero"), 
+        lambda v, d: {"zero": str(int(v))} if v in (0, 1, 2, 3) else {}),
     Row("zero_optimization.offload_optimizer.device", _offloaded("optimizer"),
         lambda v, d: {"offload": "optimizer"} if v in ("cpu", "nvme") else {}),
     Row("zero_optimization.offload_param.device", _offloaded("params"),
@@ -66,9 +69,10 @@ ROWS = (
     Row("sequence_parallel_size", lambda f: f.count("cp") if f.count("cp") > 1 else None,
         lambda v, d: {"cp": str(v)} if whole(v) else {}),
     Row("data_parallel_size", lambda f: f.count("dp") if f.count("cp") > 1 else None),
-    chosen("activation_checkpointing.partition_activations", "recompute", {"full": False}),
+    Row("activation_checkpointing.partition_activations", lambda f: False if f.pins.get("recompute") == "full" else None),
     Row("activation_checkpointing.number_checkpoints",
-        lambda f: f.layers if f.pins.get("recompute") == "full" else None),
+        lambda f: f.layers if f.pins.get("recompute") == "full" else None,
+        lambda v, d: {"recompute": "full"} if whole(v) else {}),
 )  # fmt: skip
 
 
@@ -80,21 +84,21 @@ def read(text: str) -> Reading:
     """What a DeepSpeed configuration says; "auto" says nothing."""
     document = flat(json.loads(text))
     pins = pins_in(ROWS, document)
-    pins.pop("zero", None) if document.get("zero_optimization.stage") not in (0, 1, 2, 3) else None
     if (recipe := _recipe(document)) is not None:
         pins["precision"] = recipe
-    sizes = [document.get(k) for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
-    batch = sizes[0] if whole(sizes[0]) else None
-    if all(whole(size) for size in sizes):
-        pins["dp"] = str(sizes[0] // (sizes[1] * sizes[2]))
-    return Reading(pins, batch)
+    batch: Any = document.get("train_batch_size")
+    micro: Any = document.get("train_micro_batch_size_per_gpu")
+    steps: Any = document.get("gradient_accumulation_steps")
+    if whole(batch) and whole(micro) and whole(steps):
+        pins["dp"] = str(batch // (micro * steps))
+    return Reading(pins, batch if whole(batch) else None)
 
 
 def _notes(facts: Facts) -> tuple[str, ...]:
     said = (
-        (facts.plan.source.seq is not None, f"seq={facts.plan.source.seq}: sequences are as long as the training script makes them"),
+        (facts.plan.source.seq is not None, f"seq={facts.plan.source.seq}: the training script makes the sequences"),
         (facts.pins.get("recompute") == "full",
-         "recompute=full: the configuration sets up deepspeed.checkpointing; the model has to call it (or its own checkpointing)"),
+         "recompute=full: the configuration sets up deepspeed.checkpointing; the model has to call it"),
         (facts.count("cp") > 1, "cp is Ulysses' exchange of heads in DeepSpeed; attention has to be wrapped in the script"),
         (len(facts.plan.stages) > 1, f"the {len(facts.plan.stages)} stages hold {facts.cuts} layers: pass that to PipelineModule"),
     )  # fmt: skip
@@ -123,12 +127,5 @@ TARGET = Target(
         "optimizer": "not one of DeepSpeed's; pass it to deepspeed.initialize",
     },
     _notes,
+    silent={"tp": "1", "cp": "1", "offload": "none"},
 )  # fmt: skip
-
-
-def check(text: str) -> dict[str, Any]:
-    """A JSON object; raises UsageError for anything else."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise UsageError("expected a JSON object")
-    return found

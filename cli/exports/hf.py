@@ -71,7 +71,8 @@ ROWS = (
     Row("distributed_config.fsdp_size", lambda f: f.count("dp") if f.count("zero") else 1),
     Row("distributed_config.dp_replicate_size", lambda f: 1 if f.count("zero") else f.count("dp"), _dp),
     Row("distributed_config.fsdp_plan", _fsdp_plan, _level),
-    Row("distributed_config.fsdp_mixed_precision", lambda f: True if f.count("zero") and _recipe(f) == PRECISION["fsdp-fp32"] else None),
+    Row("distributed_config.fsdp_mixed_precision",
+        lambda f: True if f.count("zero") and _recipe(f) == PRECISION["fsdp-fp32"] else None),
     Row("distributed_config.fsdp_cpu_offload", lambda f: True if f.pins.get("offload") == "params" else None,
         lambda v, d: {"offload": "params"} if v is True else {}),
     number("distributed_config.pp_size", "pp"),
@@ -99,13 +100,17 @@ def read(text: str) -> Reading:
     if pins.get("tp") == "1":
         pins.pop("sequence_parallel", None)
     steps = document.get("training_arguments.gradient_accumulation_steps")
-    known = whole(steps) and {"dp", "micro_batch"} <= set(pins)
-    return Reading(pins, steps * int(pins["dp"]) * int(pins["micro_batch"]) if known else None)
+    if steps is None or not whole(steps) or not {"dp", "micro_batch"} <= set(pins):
+        return Reading(pins)
+    return Reading(pins, steps * int(pins["dp"]) * int(pins["micro_batch"]))
 
 
 def _notes(facts: Facts) -> tuple[str, ...]:
     said = (
-        (facts.plan.source.seq is not None, f"seq={facts.plan.source.seq}: sequences are as long as the data set makes them"),
+        (
+            facts.plan.source.seq is not None,
+            f"seq={facts.plan.source.seq}: sequences are as long as the data set makes them",
+        ),
         (facts.count("pp") > 1, f"Transformers cuts stages by itself; here they hold {facts.cuts} layers"),
         (facts.count("ep") > 1, "how experts are spread is the model's own ep_plan"),
     )
@@ -137,4 +142,5 @@ TARGET = Target(
         "update": "the trainer steps after the backward pass",
     },
     _notes,
+    silent={"tp": "1", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "offload": "none", "recompute": "none"},
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UsageError
-from .base import Document, Reading, Refused, Row, Target, chosen, number, pins_in, values, whole
+from .base import Document, Reading, Refused, Row, Target, chosen, number, pins_in, spelled_by, values, whole
 from .facts import Facts
 from .sizes import sizes_of
 
@@ -98,7 +98,7 @@ ROWS = (
     _switch("--use-distributed-optimizer", lambda f: f.count("zero") >= 1, {"zero": "1"}),
     _switch("--use-megatron-fsdp", lambda f: f.count("zero") >= 2, {}),
     Row("--data-parallel-sharding-strategy", lambda f: STRATEGY[f.pins["zero"]] if f.count("zero") >= 2 else None,
-        lambda v, d: {"zero": level for level, name in STRATEGY.items() if name == v}),
+        lambda v, d: spelled_by("zero", STRATEGY, v)),
     chosen("--recompute-granularity", "recompute", {"selective": "selective", "full": "full"}),
     Row("--recompute-method", lambda f: "uniform" if f.pins.get("recompute") == "full" else None),
     Row("--recompute-num-layers", lambda f: 1 if f.pins.get("recompute") == "full" else None),
@@ -149,7 +149,7 @@ def read(text: str) -> Reading:
         document[name] = _plain(value) if sign else True
     if not document:
         raise UsageError("no argument starts with --")
-    pins = {"zero": "0", "sequence_parallel": "off", "vpp": "1"} | pins_in(ROWS, document)
+    pins = {"sequence_parallel": "off", "vpp": "1"} | pins_in(ROWS, document)
     if pins.get("tp", "1") == "1":
         del pins["sequence_parallel"]
     given = {f"{name}={value}" if value is not True else name for name, value in document.items()}
@@ -168,8 +168,8 @@ def _plain(text: str) -> Any:
 def _notes(facts: Facts) -> tuple[str, ...]:
     family = (facts.plan.source.config or {}).get("model_type")
     said = (
-        (family not in FAMILIES, f"the model {facts.plan.source.model} is of no family known here: its sizes are not written"),
-        (facts.count("ep") > 1 and facts.count("tp") > 1, "experts are split by tp too unless --expert-tensor-parallel-size says otherwise"),
+        (family not in FAMILIES, f"{facts.plan.source.model} is of no family known here: its sizes are not written"),
+        (facts.count("ep") > 1 and facts.count("tp") > 1, "tp splits experts too, unless --expert-tensor-parallel-size is given"),
     )  # fmt: skip
     return tuple(text for holds, text in said if holds)
 
@@ -184,10 +184,11 @@ TARGET = Target(
     ),
     {
         "schedule": "Megatron runs 1f1b, or interleaved with several stages a rank",
-        "precision": "Megatron keeps a bf16 (fp16) copy beside float32 states, 18 bytes a parameter with Adam; this plan's bytes differ",
+        "precision": "Megatron keeps a half-precision copy beside float32 states; this plan's bytes differ",
         "offload": "Megatron moves optimizer states (and activations through Transformer Engine), not this",
         "update": "Megatron steps after the backward pass",
     },
     _notes,
     frozenset({"dp"}),
+    {"tp": "1", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "zero": "0", "offload": "none", "recompute": "none"},
 )  # fmt: skip

@@ -51,7 +51,9 @@ def split_of(plan: Plan, model: nn.Module) -> Split:
     if whole:
         raise UsageError(f"{min(whole)} is split in some layers and whole in others; plan with --pin tp=1")
     if axis is not None and not found:
-        raise UsageError("along tp only activations are split, no parameter; plan with --pin tp=1 or sequence_parallel=off")
+        raise UsageError(
+            "along tp only activations are split, no parameter; plan with --pin tp=1 or sequence_parallel=off"
+        )
     return Split(found, layer_list(plan))
 
 

@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import UsageError
+from ...planner.planfile import parse_plan
 from . import deepspeed, hf, megatron, script, torchtitan
 from .base import Reading, Target
+from .facts import facts_of
 
 TARGETS: Mapping[str, Target] = {
-    target.name: target
-    for target in (hf.TARGET, torchtitan.TARGET, megatron.TARGET, deepspeed.TARGET, script.TARGET)
+    target.name: target for target in (hf.TARGET, torchtitan.TARGET, megatron.TARGET, deepspeed.TARGET, script.TARGET)
 }
 
 
 def pins_of(text: str, form: str) -> Reading:
     """What a configuration of the tool `form` (a key of `TARGETS`) says; raises UsageError for a text that is none."""
     try:
-        return TARGETS[form].read(text)
+        return TARGETS[form].reading(text)
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"not a configuration of {TARGETS[form].title}: {error}") from None
 
@@ -38,6 +39,18 @@ def form_of(text: str) -> str:
     return "megatron" if re.search(r"^\s*--[a-z]|\s--[a-z-]+-size\b", text, re.MULTILINE) else "torchtitan"
 
 
+def _plan(text: str) -> Reading | None:
+    """What a plan file of our own says; None for a text that is none."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(document, dict) or not {"regions", "pipeline"} <= set(document):
+        return None
+    facts = facts_of(parse_plan(text))
+    return Reading(facts.pins, facts.batch, facts.plan.source.seq)
+
+
 def read_like(path: Path) -> Reading:
     """The reading of a file; raises UsageError naming it."""
     try:
@@ -45,6 +58,8 @@ def read_like(path: Path) -> Reading:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        return pins_of(text, form_of(text))
+        return _plan(text) or pins_of(text, form_of(text))
     except UsageError as error:
-        raise UsageError(f"{path}: {error}; expected what `shardwright export` writes, or its tool's own file") from None
+        raise UsageError(
+            f"{path}: {error}; expected what `shardwright export` writes, or its tool's own file"
+        ) from None

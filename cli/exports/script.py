@@ -1,4 +1,6 @@
-"""A standalone PyTorch program: `program.py` less the sections that a plan does not use, with the plan's values for constants.
+"""A standalone PyTorch program: `program.txt` less the sections that a plan does not use, with the plan's values for constants.
+
+In the text a line `# [name` begins what only plans with `name` need (`_sections`), `# name]` ends it.
 
 It takes `parallelize_module`, `fully_shard`, checkpoint wrappers and `torch.distributed.pipelining`, nothing of this package.
 """
@@ -6,7 +8,7 @@ It takes `parallelize_module`, `fully_shard`, checkpoint wrappers and `torch.dis
 from __future__ import annotations
 
 import ast
-import pprint
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,7 +60,8 @@ def _constants(facts: Facts, loaded: Loaded) -> dict[str, Any]:
     settings = {
         **pins, "zero": facts.count("zero"), "microbatches": plan.pipeline.microbatches, "batch": source.batch,
         "seq": source.seq, "seed": source.seed, "precision": recipe.name, "parameter": recipe.parameter,
-        "compute": recipe.compute, "gradient": recipe.reduction or recipe.gradient, "optimizer": OPTIMIZERS[facts.pins["optimizer"]],
+        "compute": recipe.compute, "gradient": recipe.reduction or recipe.gradient,
+        "optimizer": OPTIMIZERS[facts.pins["optimizer"]],
     }  # fmt: skip
     config = source.config if source.kind == "hf" else {"file": source.file, "function": source.function}
     split = split_of(plan, loaded.model)
@@ -76,9 +79,9 @@ def _plain(text: str) -> int | str:
 
 def _inputs(loaded: Loaded) -> dict[str, Any]:
     """Inputs by name: a shape and one more than the greatest integer (0: normal numbers), or the name of an equal input."""
-    config = getattr(loaded.model, "config", None)
+    config: Any = getattr(loaded.model, "config", None)
     found: dict[str, Any] = {}
-    for name, value in loaded.kwargs.items() if loaded.source.kind == "hf" and config is not None else ():
+    for name, value in loaded.kwargs.items() if loaded.source.kind == "hf" else ():
         shape = [loaded.source.batch, *value.shape[1:]]
         first = next(iter(found), None)
         if first is not None and found[first][0] == shape:
@@ -95,13 +98,17 @@ def _names(facts: Facts, loaded: Loaded) -> dict[str, str]:
     if facts.count("pp") == 1:
         return {}
     fix = "plan with --pin pp=1"
-    model = loaded.model
+    model: Any = loaded.model
     if tied(facts.plan):
-        raise UsageError(f"{' and '.join(tied(facts.plan)[0])} are one parameter of two stages, which the program does not have; {fix}")
+        raise UsageError(
+            f"{' and '.join(tied(facts.plan)[0])} are one parameter of two stages, which the program does not have; {fix}"
+        )
     said = getattr(getattr(model, "config", None), "base_model_pp_plan", None) or {}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if set(said) != {"embed_tokens", "layers", "norm"} or f"{prefix}layers" != layer_list(facts.plan):
-        raise UsageError(f"{facts.plan.source.model} does not say how it is cut into stages (base_model_pp_plan); {fix}")
+        raise UsageError(
+            f"{facts.plan.source.model} does not say how it is cut into stages (base_model_pp_plan); {fix}"
+        )
     heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     return {"embedding": f"{prefix}embed_tokens", "norm": f"{prefix}norm", "head": heads[0]}
 
@@ -110,7 +117,7 @@ def _sections(facts: Facts) -> set[str]:
     """Sections of the program that a plan needs."""
     compute = NEAREST.get(facts.pins["precision"], facts.pins["precision"])
     wanted = {
-        "program": True, facts.plan.source.kind: True, "recompute": any(p == "full" for _, p in _layers(facts).values()),
+        facts.plan.source.kind: True, "recompute": any(p == "full" for _, p in _layers(facts).values()),
         "data": facts.count("dp") > 1 or RECIPES[compute].compute != RECIPES[compute].parameter, "tp": facts.count("tp") > 1,
         "positions": facts.pins.get("sequence_parallel") == "on", "pp": facts.count("pp") > 1, "one": facts.count("pp") == 1,
     }  # fmt: skip
@@ -118,26 +125,28 @@ def _sections(facts: Facts) -> set[str]:
 
 
 def _kept(lines: list[str], wanted: set[str]) -> Iterator[str]:
-    """The lines in sections that are all wanted."""
+    """The lines that are in no section that is not wanted."""
     inside: list[str] = []
     for line in lines:
         if begin := re.fullmatch(r"\s*# \[(\w+)", line):
             inside.append(begin[1])
         elif re.fullmatch(r"\s*# \w+\]", line):
             inside.pop()
-        elif inside and set(inside) <= wanted:
+        elif set(inside) <= wanted:
             yield line
 
 
 def _write(facts: Facts, losses: tuple[str, ...]) -> str:
     constants = _constants(facts, facts.loaded)
-    lines = list(_kept(Path(__file__).with_name("program.py").read_text(encoding="utf-8").splitlines(), _sections(facts)))
+    lines = list(
+        _kept(Path(__file__).with_name("program.txt").read_text(encoding="utf-8").splitlines(), _sections(facts))
+    )
     body = "\n".join(lines)
     for name, value in constants.items():
-        text = pprint.pformat(value, width=110, sort_dicts=False, compact=True)
-        body = re.sub(rf"^{name}: .* = .*$", lambda _, name=name, text=text: f"{name} = {text}", body, flags=re.MULTILINE)
-    body = re.sub(r"\n{4,}", "\n\n\n", re.sub(r"(?m)^(from .*|import .*)\n\n+(?=from|import)", r"\1\n", body))
-    body = re.sub(r"  # type: ignore.*", "", body)
+        assigned = f"{name} = {_literal(value)}".replace("\\", r"\\")
+        body = re.sub(rf"^{name}: .* = .*$", assigned, body, flags=re.MULTILINE)
+    body = re.sub(r"(?m)^((?:from (?!__)|import ).*)\n\n+(?=from|import)", r"\1\n", body)
+    body = re.sub(r"\n{4,}", "\n\n\n", body)
     title = re.sub(r"[^ -~]|[\"\\]", "?", facts.plan.source.model)
     head = [
         f'"""{MARK}: {title} on {facts.plan.ranks} ranks.', "",
@@ -146,6 +155,18 @@ def _write(facts: Facts, losses: tuple[str, ...]) -> str:
         *(["", "Of the plan it does not have:", *(f"- {_safe(loss)}" for loss in losses)] if losses else []), '"""', "",
     ]  # fmt: skip
     return "\n".join([*head, body.strip(), ""])
+
+
+def _literal(value: Any, indent: str = "") -> str:
+    """A value as Python, a line for each key of a table."""
+    if isinstance(value, dict) and value:
+        inner = f"{indent}    "
+        return (
+            "{\n" + "".join(f"{inner}{_literal(k)}: {_literal(v, inner)},\n" for k, v in value.items()) + f"{indent}}}"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(v, indent) for v in value) + "]"
+    return json.dumps(value) if isinstance(value, str) and value.isascii() else repr(value)
 
 
 def _safe(text: str) -> str:
@@ -157,7 +178,11 @@ def read(text: str) -> Reading:
     """What a program's constants say; nothing of it is run."""
     found: dict[str, Any] = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("PLAN", "CUTS"):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id in ("PLAN", "CUTS")
+        ):
             found[node.targets[0].id] = ast.literal_eval(node.value)
     plan = found["PLAN"]
     pins = {key: str(plan[key]) for key in (*KEYS, "precision") if key in plan}
@@ -174,7 +199,7 @@ def _notes(facts: Facts) -> tuple[str, ...]:
         (any(style == "colwise, gathered" for style in styles.values()), "logits are gathered along tp before the loss"),
         (facts.count("tp") > 1 and facts.plan.source.kind == "function",
          "along tp attention sees its rank's heads: a model that names their number where it reshapes has to write -1 there"),
-        (facts.count("pp") > 1 and facts.count("zero") > 1, "with stages gradients are shared out at the end of a step, not per microbatch"),
+        (facts.count("pp") > 1 and facts.count("zero") > 1, "with stages gradients are shared out once a step"),
         (coupled and facts.count("dp") * facts.plan.pipeline.microbatches > 1,
          "batch norms take the statistics of a rank's own microbatch"),
         (facts.plan.source.kind == "hf", "every rank makes the whole model on its host before it is split"),
@@ -189,17 +214,19 @@ TARGET = Target(
                 "plan it as file.py:function"),
         Refused(lambda f: f.count("cp") > 1, lambda f: f"there is no cp (here {f.pins['cp']})", "plan with --pin cp=1"),
         Refused(lambda f: f.count("ep") > 1, lambda f: f"there is no ep (here {f.pins['ep']})", "plan with --pin ep=1"),
-        Refused(lambda f: f.count("pp") > 1 and f.pins["schedule"] not in SCHEDULES, lambda f: f"schedule={f.pins['schedule']}",
+        Refused(lambda f: f.count("pp") > 1 and f.pins["schedule"] not in SCHEDULES,
+                lambda f: f"there is no schedule={f.pins['schedule']}",
                 f"plan with --pin schedule={'|'.join(SCHEDULES)}"),
         Refused(lambda f: f.pins["optimizer"] not in OPTIMIZERS, lambda f: f"torch.optim has no {f.pins['optimizer']}",
                 f"plan with --pin optimizer={'|'.join(OPTIMIZERS)}"),
     ),
     {
-        "precision": "torch keeps no copy beside parameters and no fp8 by itself: float32 parameters, computed with in half precision",
+        "precision": "torch by itself has no copy beside parameters and no fp8: float32 parameters, half precision in products",
         "recompute": "checkpoint wrappers run whole layers again, or nothing",
         "offload": "the program keeps everything on the device",
         "update": "the optimizer steps after the backward pass",
         "sequence_parallel": "positions stay whole",
     },
     _notes,
+    silent={"cp": "1", "ep": "1", "offload": "none", "recompute": "none"},
 )  # fmt: skip

@@ -10,7 +10,21 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Document, Reading, Refused, Row, Target, chosen, flat, nested, number, pins_in, values, whole
+from .base import (
+    Document,
+    Reading,
+    Refused,
+    Row,
+    Target,
+    chosen,
+    flat,
+    nested,
+    number,
+    pins_in,
+    spelled_by,
+    values,
+    whole,
+)
 from .facts import Facts
 
 SCHEDULES: Mapping[str, str] = {
@@ -19,7 +33,7 @@ SCHEDULES: Mapping[str, str] = {
 }  # fmt: skip
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}
 RESHARD = {"0": "never", "1": "never", "2": "never", "3": "always"}
-"""ZeRO level -> `fsdp_reshard_after_forward`: with "never", parameters stay gathered and gradients are shared out, which is ZeRO-2."""
+"""ZeRO level -> `fsdp_reshard_after_forward`: "never" keeps parameters gathered and shares gradients out, which is ZeRO-2."""
 
 PRECISION: Mapping[str, Mapping[str, Any]] = {
     "fsdp-fp8": {"training.dtype": "float32", "training.mixed_precision_param": "bfloat16",
@@ -45,13 +59,19 @@ def _shards(facts: Facts) -> bool:
 
 
 def _degree(value: Any, document: Document) -> dict[str, str]:
-    """`dp` of two degrees, and the level: replicas alone are ZeRO-0; what may still be "all other ranks" says nothing of `dp`."""
+    """`dp` of two degrees, and the level: replicas alone are ZeRO-0; -1 ("all other ranks") says nothing of `dp`.
+
+    By default torchtitan frees gathered parameters, but not in stages.
+    """
     replicas = document.get("parallelism.data_parallel_replicate_degree", 1)
     found = {"dp": str(value * replicas)} if whole(value) and whole(replicas) else {}
     if value == 1:
         return {**found, "zero": "0"} if replicas > 1 else found
-    level = {"always": "3", "never": "2"}.get(str(document.get("parallelism.fsdp_reshard_after_forward")))
-    return found | ({"zero": level} if level else {})
+    deep = document.get("parallelism.pipeline_parallel_degree", 1) != 1
+    level = {"always": "3", "never": "2"}.get(
+        str(document.get("parallelism.fsdp_reshard_after_forward")), "2" if deep else "3"
+    )
+    return {**found, "zero": level}
 
 
 def _parts(facts: Facts) -> list[list[str]] | None:
@@ -88,7 +108,7 @@ ROWS = (
         lambda v, d: {"tp_overlap": "on"} if v is True else {}),
     number("parallelism.pipeline_parallel_degree", "pp"),
     Row("parallelism.pipeline_parallel_schedule", lambda f: SCHEDULES[f.pins["schedule"]] if f.count("pp") > 1 else None,
-        lambda v, d: {"schedule": k for k, name in SCHEDULES.items() if name == v}),
+        lambda v, d: spelled_by("schedule", SCHEDULES, v)),
     Row("parallelism.pipeline_parallel_microbatch_size", lambda f: f.count("micro_batch") if f.count("pp") > 1 else None,
         lambda v, d: {"micro_batch": str(v)} if whole(v) else {}),
     Row("parallelism.module_fqns_per_model_part", _parts,
@@ -147,4 +167,5 @@ TARGET = Target(
         "offload": "torchtitan moves parameters, gradients and optimizer states together, or nothing",
     },
     _notes,
+    silent={"tp": "1", "pp": "1", "cp": "1", "ep": "1", "vpp": "1", "offload": "none"},
 )  # fmt: skip
