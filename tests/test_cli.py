@@ -28,7 +28,7 @@ from shardwright.planner.planfile import load_plan, save_plan
 SURFACE = {
     "demo": {"--json"},
     "plan": {"MODEL", "--cluster", "--batch", "--seq", "--memory-limit", "--objective", "--phase", "--target-seconds",
-             "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--seed", "--output", "--report",
+             "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--like", "--seed", "--output", "--report",
              "--json"},
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
             "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--save", "--every", "--resume", "--json"},

@@ -185,8 +185,9 @@ def test_hostile_names_stay_words(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "megatron"], "export to megatron is not supported yet; there are script, slurm, kubernetes"),
-        (["--to", "hf"], "export to hf is not supported yet"),
+        (["--to", "megatron", "--steps", "1"], "--steps belongs to --to shell|slurm|kubernetes, not to megatron"),
+        (["--to", "hf", "--", "train.py"], "a script belongs to --to shell|slurm|kubernetes, not to hf"),
+        (["--to", "script", "--name", "x"], "--name belongs to --to shell|slurm|kubernetes, not to script"),
         (["--to", "paper"], "--to"),
         (["--to", "kubernetes"], "needs --image"),
         (["--to", "slurm", "--image", "x"], "--image belongs to --to kubernetes"),

@@ -48,7 +48,7 @@ def _recipe(document: Document) -> str | None:
 
 def _offloaded(what: str) -> Callable[[Facts], Any]:
     """The device of what leaves the GPU."""
-    return lambda f: "cpu" if f.pins.get("offload") == what else None
+    return lambda f: "cpu" if what in f.away else None
 
 
 ROWS = (
@@ -59,10 +59,10 @@ ROWS = (
         lambda v, d: {"optimizer": str(v).lower()} if str(v).lower() in OPTIMIZERS else {}),
     Row("zero_optimization.stage", lambda f: f.count("zero"), 
         lambda v, d: {"zero": str(int(v))} if v in (0, 1, 2, 3) else {}),
-    Row("zero_optimization.offload_optimizer.device", _offloaded("optimizer"),
-        lambda v, d: {"offload": "optimizer"} if v in ("cpu", "nvme") else {}),
     Row("zero_optimization.offload_param.device", _offloaded("params"),
         lambda v, d: {"offload": "params"} if v in ("cpu", "nvme") else {}),
+    Row("zero_optimization.offload_optimizer.device", _offloaded("optimizer"),
+        lambda v, d: {"offload": "optimizer"} if v in ("cpu", "nvme") else {}),
     *(_precision(name) for name in dict.fromkeys(key for settings in PRECISION.values() for key in settings)),
     Row("tensor_parallel.autotp_size", lambda f: f.count("tp") if f.count("tp") > 1 else None,
         lambda v, d: {"tp": str(v), "sequence_parallel": "off"} if whole(v) else {}),
@@ -84,7 +84,8 @@ def read(text: str) -> Reading:
     """What a DeepSpeed configuration says; "auto" says nothing."""
     document = flat(json.loads(text))
     pins = pins_in(ROWS, document)
-    if (recipe := _recipe(document)) is not None:
+    known = {row.name for row in ROWS} & set(document)
+    if known and (recipe := _recipe(document)) is not None:
         pins["precision"] = recipe
     batch: Any = document.get("train_batch_size")
     micro: Any = document.get("train_micro_batch_size_per_gpu")

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 STACK_PINS = ("attention", "kernels", "loss", "tp_overlap", "passes", "lowering")
 """Pins about kernels, not about division: a plan does not repeat them outside `pins`."""
 
-NAMED = {"recompute": ("none", "selective", "full"), "offload": ("none", "optimizer", "params", "activations")}
-"""What these pins can say."""
+OFFLOADS = ("optimizer", "params", "activations")
+"""Values of the `offload` pin; where several lie off the device, the pin names the first and leaves the others free."""
 
 
 @dataclass(frozen=True)
 class Facts:
     """A plan as pins (`K` -> spelling), and sentences on what of it no pin says; `layers` are those that repeat most.
 
-    `cuts` are layers per virtual stage, in order.
+    `cuts` are layers per virtual stage, in order; `away` are the classes that lie off the device somewhere.
     """
 
     plan: Plan
@@ -35,6 +35,7 @@ class Facts:
     beyond: tuple[str, ...]
     layers: int
     cuts: tuple[int, ...]
+    away: frozenset[str] = frozenset()
 
     def count(self, key: str) -> int:
         """A pin that is a number; 1 where it was not said (0 for `zero`)."""
@@ -78,10 +79,11 @@ def facts_of(plan: Plan) -> Facts:
         pins |= {key: next(iter(found))} if len(found) == 1 else {}
         if len(found) > 1 and not (key == "recompute" and "searched" in found):
             beyond.append(f"{key} is not the same everywhere: " + ", ".join(f"{w} in {found[w]}" for w in found))
-    for key in [key for key in ("recompute", "offload") if key in pins and pins[key] not in NAMED[key]]:
-        beyond += [f"offload of {pins[key]} has no pin of its own"] * (key == "offload")
-        del pins[key]
+    if pins.get("recompute") == "searched":
+        del pins["recompute"]
     beyond += _searched(layers)
+    away = frozenset(offload_classes("+".join(word for entry in plan.regions for word in entry.offload)))
+    pins["offload"] = next((word for word in OFFLOADS if word in away), "none")
     if plan.passes:
         names = ", ".join(one.name for one in plan.passes)
         beyond.append(f"predicted seconds count on graph passes ({names}); kernels of another tool are its own")
@@ -90,7 +92,7 @@ def facts_of(plan: Plan) -> Facts:
     asked = parse_pins(plan.pins)
     pins |= {key: spelled(value) for key in STACK_PINS if (value := getattr(asked, key)) is not None}
     cuts = tuple(_cuts(plan, {r.name for r in layers}))
-    return Facts(plan, pins, tuple(beyond), sum(r.repeats for r in layers), cuts)
+    return Facts(plan, pins, tuple(beyond), sum(r.repeats for r in layers), cuts, away)
 
 
 def _layer_regions(plan: Plan) -> list[RegionPlan]:
