@@ -202,6 +202,7 @@ def _notes(facts: Facts) -> tuple[str, ...]:
         (facts.count("pp") > 1 and facts.count("zero") > 1, "with stages gradients are shared out once a step"),
         (coupled and facts.count("dp") * facts.plan.pipeline.microbatches > 1,
          "batch norms take the statistics of a rank's own microbatch"),
+        (facts.plan.precision.compute == "float16", "gradients are not scaled: torch.amp.GradScaler has to be added"),
         (facts.plan.source.kind == "hf", "every rank makes the whole model on its host before it is split"),
     )  # fmt: skip
     return tuple(text for holds, text in said if holds)
