@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...planner.plan import ParameterPlan, Plan
-from .facts import numbered, starred
+from ...planner.plan import Plan
+from .facts import starred
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,10 @@ def split_of(plan: Plan, model: nn.Module) -> Split:
             )
         if found.setdefault(starred(path), STYLES[kind, home]) != STYLES[kind, home]:
             raise UsageError(f"{starred(path)} is not split alike in all layers; plan with --pin tp=1")
-    lone = next((n for n, h in homes if h != "R" and starred(n.rpartition(".")[0]) not in found), None)
+    lone = next(
+        (names[0] for names in _split(plan, axis) if not {starred(n.rpartition(".")[0]) for n in names} & set(found)),
+        None,
+    )
     if lone is not None:
         raise UsageError(f"{lone} is split along tp without a weight of a Linear or Embedding; plan with --pin tp=1")
     whole = {starred(n.removesuffix(".weight")) for n, h in homes if h == "R"} & set(found)
@@ -65,6 +68,12 @@ def _homes(plan: Plan, axis: int | None) -> Iterator[tuple[str, str]]:
             yield from ((name, home) for name in parameter.names)
 
 
+def _split(plan: Plan, axis: int | None) -> Iterator[tuple[str, ...]]:
+    """All names of every parameter that is split along tp."""
+    for entry in plan.regions if axis is not None else ():
+        yield from (p.names for p in entry.parameters if axis is not None and p.home[axis] != "R")
+
+
 def layer_list(plan: Plan) -> str:
     """The list that the layers stand in ("model.layers"), by the names of the parameters that repeat; "" without one."""
     for entry in sorted(plan.regions, key=lambda e: -e.repeats):
@@ -78,11 +87,3 @@ def layer_list(plan: Plan) -> str:
 def tied(plan: Plan) -> list[tuple[str, ...]]:
     """Parameters with several names."""
     return [p.names for entry in plan.regions for p in entry.parameters if len(p.names) > 1]
-
-
-def parameters(plan: Plan) -> Iterator[tuple[str, ParameterPlan]]:
-    """(name in its instance, plan) of every parameter."""
-    for entry in plan.regions:
-        for instance in range(entry.repeats):
-            for parameter in entry.parameters:
-                yield numbered(parameter.names[0], instance), parameter
