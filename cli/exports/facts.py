@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,12 @@ class Facts:
         return self.plan.source.batch
 
 
+LEANEST: Mapping[str, Callable[[Iterable[str]], str]] = {
+    "zero": max, "recompute": lambda words: "full" if "full" in words else "selective",
+}  # fmt: skip
+"""What stands for several values of a pin in a tool that has one: what fits in the memory that the plan fits in."""
+
+
 def facts_of(plan: Plan) -> Facts:
     """The facts of a training plan; raises UsageError for plans that no other tool has words for."""
     for fault, fix in (
@@ -78,7 +84,11 @@ def facts_of(plan: Plan) -> Facts:
     for key, found in _by_region(plan, layers, sizes):
         pins |= {key: next(iter(found))} if len(found) == 1 else {}
         if len(found) > 1 and not (key == "recompute" and "searched" in found):
-            beyond.append(f"{key} is not the same everywhere: " + ", ".join(f"{w} in {found[w]}" for w in found))
+            told = f"{key} is not the same everywhere: " + ", ".join(f"{w} in {found[w]}" for w in found)
+            if key in LEANEST:
+                pins[key] = LEANEST[key](found)
+                told += f"; exported as {pins[key]}, which keeps less and takes more time"
+            beyond.append(told)
     if pins.get("recompute") == "searched":
         del pins["recompute"]
     beyond += _searched(layers)
