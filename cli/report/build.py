@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
@@ -23,29 +23,38 @@ from ..figures import (
 )
 from ..goals import NUMBERS as GOAL_NUMBERS
 from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
-from ..ledger import RUNS
+from ..ledger import RUNS, run_rows
 from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 from ..tables import optimum_text
+from .chartdata import chart_data
+from .headline import headline, how, why
 from .page import page
 
+if TYPE_CHECKING:
+    from ...profiles.ledger import Entry
+
 _COLOURS = 8
+SECTIONS = (
+    ("placements", "Model"), ("mesh", "Mesh"), ("time", "Time"), ("memory", "Memory"), ("traffic", "Links"),
+    ("search", "What else"), ("measured", "Measured"), ("origin", "Origin"),
+)  # fmt: skip
+"""(anchor, name) of what the page can be entered at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One cause: its figure as text, its share of the whole in percent, and which colour of the palette it has."""
+    """One cause: its figure as text, its share of the whole, and which colour of the palette it has."""
 
     name: str
     text: str
     share: str
-    percent: float
     colour: int
 
 
-Runs = Sequence[Sequence[str]]
-"""Rows of the ledger, spelled out (cli/ledger.py)."""
+Runs = Sequence["Entry"]
+"""Runs of the ledger (profiles/ledger.py)."""
 
 
 def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> None:
@@ -55,8 +64,15 @@ def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None
 
 def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
     """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
+    charts = chart_data(plan, runs)
     return page(
         "template.html",
+        charts,
+        heights=_heights(charts),
+        sections=SECTIONS,
+        headline=headline(plan),
+        how=how(plan),
+        why=why(plan),
         plan=plan,
         title=plan.source.model,
         kind="Parallelism plan",
@@ -69,7 +85,6 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) 
         ops=_ops,
         counted=_counted,
         memory=_memory(plan),
-        limit_at=_limit_at(plan),
         time=_time(plan),
         bytes_text=bytes_text,
         behind_texts=behind_texts,
@@ -93,7 +108,7 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) 
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
         losses=_losses(result),
         calibrations=calibration_texts(plan),
-        runs=runs,
+        runs=run_rows(runs),
         run_columns=RUNS,
         text=dump_plan(plan),
     )
@@ -163,30 +178,30 @@ def _counted(things: Sequence[object], name: str) -> str:
     return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
+def _heights(charts: Mapping[str, Any]) -> dict[str, int]:
+    """Pixels of the charts whose height goes with what is in them."""
+    mesh, ops, links = (charts.get(name, {}) for name in ("mesh", "placements", "links"))
+    lines = -(-len(charts["regions"]["nodes"]) // 5)
+    return {
+        "regions": 20 + 90 * max(lines, 1),
+        "placements": 90 + 34 * (len(ops.get("axes", ())) + 1),
+        "mesh": 70 + 30 * (len(mesh.get("axes", ())) + len(mesh.get("levels", ()))),
+        "links": 70 + 46 * max(len(links.get("links", ())), 1),
+    }
+
+
 def _memory(plan: Plan) -> list[Bar]:
-    scale = max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
     return [
-        Bar(
-            memory_text(cause),
-            bytes_text(size),
-            percent_text(size / plan.memory_limit_bytes),
-            100 * size / scale,
-            i % _COLOURS,
-        )
+        Bar(memory_text(cause), bytes_text(size), percent_text(size / plan.memory_limit_bytes), i % _COLOURS)
         for i, (cause, size) in enumerate(_large_first(plan.predicted.memory))
     ]
-
-
-def _limit_at(plan: Plan) -> float:
-    """Where the limit stands on the memory bar, in percent."""
-    return 100 * plan.memory_limit_bytes / max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
 
 
 def _time(plan: Plan) -> list[Bar]:
     causes = _large_first(plan.predicted.seconds)
     whole = max(sum(value for _, value in causes), plan.predicted.step_seconds) or 1.0
     return [
-        Bar(time_text(cause), seconds_text(value), percent_text(value / whole), 100 * value / whole, i % _COLOURS)
+        Bar(time_text(cause), seconds_text(value), percent_text(value / whole), i % _COLOURS)
         for i, (cause, value) in enumerate(causes)
     ]
 

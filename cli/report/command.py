@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ...errors import UsageError
-from ..ledger import run_rows, runs_of
+from ..ledger import runs_of
 from ..options import json_option, output_option
 
 
@@ -33,7 +33,7 @@ def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> N
         with progress() as tell:
             loaded = priced_again(loaded, plan, tell)
     runs = runs_of(loaded)
-    write_report(loaded, output, _measured(measured), run_rows(runs))
+    write_report(loaded, output, _measured(measured), runs)
     if as_json:
         click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size, "runs": len(runs)}))
     else:
