@@ -6,7 +6,9 @@ Texts are made here (figures.py), so that charts, tables and terminal say the sa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ...planner.plan import Plan, RegionPlan, ShapeRecord
@@ -29,12 +31,13 @@ Chart = dict[str, Any]
 
 def chart_data(plan: Plan, runs: Sequence[Entry] = ()) -> dict[str, Chart]:
     """Chart by name, of what the plan file and the ledger hold."""
+    words = _words(plan)
     found = {
         "time": _causes(plan.predicted.seconds, time_text, seconds_text, plan.predicted.step_seconds),
         "memory": _memory(plan),
         "mesh": _mesh(plan),
-        "regions": _regions(plan),
-        "placements": _placements(plan),
+        "regions": _regions(plan, words),
+        "placements": _placements(plan, words),
         "links": _links(plan),
         "shapes": _shapes(plan),
         "frontier": _frontier(plan),
@@ -75,43 +78,51 @@ def _level(level: Mapping[str, Any]) -> Chart:
             "text": f"{rate / 1e9:,.0f} GB/s a device" if rate else ""}  # fmt: skip
 
 
-def _regions(plan: Plan) -> Chart:
-    """Regions in the order in which the stages run them, with what follows what."""
+def _words(plan: Plan) -> list[str]:
+    """The words of placements, "whole" last, the most frequent first: their places are their colours."""
+    counts = Counter(word(op, i, plan.mesh) for r in plan.regions for op in r.ops for i in range(len(plan.mesh)))
+    return sorted(counts, key=lambda name: (name == "whole", -counts[name], name))
+
+
+def _regions(plan: Plan, words: Sequence[str]) -> Chart:
+    """Regions in the order in which the stages run them, and what follows what."""
     order = [run.use for stage in plan.stages for run in stage.runs] or [region.name for region in plan.regions]
     kept = [use for i, use in enumerate(order) if i == 0 or order[i - 1] != use]
     nodes = list(dict.fromkeys(kept))
-    edges = list(dict.fromkeys(zip(kept, kept[1:], strict=False)))
+    edges = list(dict.fromkeys(pairwise(kept)))
     known = {region.name: region for region in plan.regions}
     return {
-        "nodes": [_region(known[name]) for name in nodes if name in known],
+        "axes": [axis.name for axis in plan.mesh],
+        "words": words,
+        "nodes": [_region(known[name], plan, words) for name in nodes],
         "edges": [[nodes.index(a), nodes.index(b)] for a, b in edges],
     }
 
 
-def _region(region: RegionPlan) -> Chart:
-    return {"name": region.name, "repeats": region.repeats, "ops": len(region.ops)}
+def _region(region: RegionPlan, plan: Plan, words: Sequence[str]) -> Chart:
+    """A region with, per axis, the most frequent word of its ops that are not whole."""
+    mostly = []
+    for i in range(len(plan.mesh)):
+        counts = Counter(word(op, i, plan.mesh) for op in region.ops)
+        mostly.append(words.index(max(counts, key=lambda name: (name != "whole", counts[name], name))) if counts else 0)
+    return {"name": region.name, "repeats": region.repeats, "ops": len(region.ops), "words": mostly if region.ops else []}
 
 
-def _placements(plan: Plan) -> Chart:
-    """Every op of every region with the word of its placement on each axis; words index `words`, the most frequent first."""
-    counts: dict[str, int] = {}
+def _placements(plan: Plan, words: Sequence[str]) -> Chart:
+    """Every op of every region with the word (its place in `words`) of its placement on each axis."""
+    at = {name: i for i, name in enumerate(words)}
     ops: list[list[Any]] = []
     for number, region in enumerate(plan.regions):
         again = {name for name in region.recompute if " -> " not in name}
         for op in region.ops:
-            words = [word(op, i, plan.mesh) for i in range(len(plan.mesh))]
-            for one in words:
-                counts[one] = counts.get(one, 0) + 1
-            ops.append([op.op, op.target, number, words, list(op.choice), list(op.result), op.op in again])
+            own = [at[word(op, i, plan.mesh)] for i in range(len(plan.mesh))]
+            ops.append([op.op, op.target, number, own, list(op.choice), list(op.result), op.op in again])
     if not ops or not plan.mesh:
         return {}
-    order = sorted(counts, key=lambda name: (name == "whole", -counts[name], name))
-    for row in ops:
-        row[3] = [order.index(one) for one in row[3]]
     return {
         "axes": [f"{axis.name} = {axis.size}" for axis in plan.mesh],
         "regions": [f"{r.name} × {r.repeats}" if r.repeats > 1 else r.name for r in plan.regions],
-        "words": order,
+        "words": words,
         "ops": ops,
     }
 

@@ -4,7 +4,6 @@
 
 const DATA = JSON.parse(document.getElementById("chart-data").textContent);
 const ROOT = document.documentElement;
-const chartsDrawn = [];
 
 const inkOf = (name) => getComputedStyle(ROOT).getPropertyValue(`--${name}`).trim();
 
@@ -83,11 +82,11 @@ const CHARTS = {};
 function drawCharts() {
   const palette = paletteNow();
   for (const element of document.querySelectorAll("[data-chart]")) {
-    const name = element.dataset.chart, old = echarts.getInstanceByDom(element);
-    const chart = old || echarts.init(element, null, { renderer: "svg" });
-    if (!old) chartsDrawn.push(chart);
+    const name = element.dataset.chart;
+    const chart = echarts.getInstanceByDom(element) || echarts.init(element, null, { renderer: "svg" });
     chart.resize();
     chart.setOption(Object.assign({ animation: false }, CHARTS[name](DATA[name], palette, element)), true);
-    element.dataset.drawn = "yes";
+    chart.getZr().flush();
   }
+  ROOT.dataset.drawnAfter = performance.now().toFixed(1);
 }

@@ -44,7 +44,9 @@ def how(plan: Plan) -> list[str]:
     zero = max((p.zero for r in plan.regions for p in r.parameters), default=0)
     held = {1: "optimizer states", 2: "optimizer states and gradients", 3: "parameters, gradients and optimizer states"}
     if zero:
-        found.append(f"{held[zero]} are divided among the copies (ZeRO-{zero})")
+        levels = sorted({p.zero for r in plan.regions for p in r.parameters})
+        told = f"ZeRO-{zero}" if levels == [zero] else f"ZeRO-{zero} for some, {' and '.join(map(str, levels[:-1]))} for others"
+        found.append(f"{held[zero]} are divided among the copies ({told})")
     again = sum(r.repeats for r in plan.regions if r.recompute)
     if again:
         found.append(f"{again} of {sum(r.repeats for r in plan.regions)} regions run part of themselves again to save memory")

@@ -58,24 +58,42 @@ function zoom(p, more) {
   return [Object.assign({ type: "slider", xAxisIndex: 0, filterMode: "none" }, style, more), { type: "inside", xAxisIndex: 0, filterMode: "none", zoomOnMouseWheel: "ctrl" }];
 }
 
+// Boxes in reading order with a strip for every mesh axis; lines go from a box to what runs after it.
 CHARTS.regions = (data, p, element) => {
-  const columns = Math.max(2, Math.floor(element.clientWidth / 130));
-  const nodes = data.nodes.map((node, i) => ({ name: String(i), x: (i % columns) * 130, y: Math.floor(i / columns) * 90, symbol: "roundRect",
-    symbolSize: [104, 46], itemStyle: { color: p.card, borderColor: p.accent, borderWidth: node.repeats > 1 ? 3 : 1.2 },
-    label: { show: true, color: p.ink, fontSize: 12, fontFamily: FONT, width: 96, overflow: "truncate",
-             formatter: () => `${node.name}${node.repeats > 1 ? ` × ${node.repeats}` : ""}\n${node.ops} ops` } }));
+  const high = 62, strips = data.axes.length, columns = Math.max(1, Math.min(data.nodes.length, Math.floor(element.clientWidth / 150)));
+  const across = element.clientWidth / columns, wide = Math.min(across - 34, 190);
+  const at = (i) => [(i % columns) * across, 6 + Math.floor(i / columns) * 92];
+  const box = (i) => {
+    const node = data.nodes[i], [x, y] = at(i), own = Math.max(3, Math.min(6, 18 / Math.max(strips, 1)));
+    const words = (text, top, fill, size) => ({ type: "text", style: { text, x: x + 10, y: y + top, fill, font: `${size}px ${FONT}`, width: wide - 20, overflow: "truncate" } });
+    return { type: "group", children: [
+      { type: "rect", shape: { x, y, width: wide, height: high, r: 6 }, style: { fill: p.card, stroke: node.repeats > 1 ? p.accent : p.soft, lineWidth: node.repeats > 1 ? 2 : 1 } },
+      words(`${node.name}${node.repeats > 1 ? ` × ${node.repeats}` : ""}`, 8, p.ink, 13), words(`${node.ops} ops`, 25, p.soft, 11),
+      ...node.words.map((word, k) => ({ type: "rect", shape: { x: x + 10, y: y + high - 6 - own * (strips - k), width: wide - 20, height: own - 1 }, style: { fill: wordColour(p, data.words, word) } })),
+    ] };
+  };
+  const line = ([a, b]) => {
+    const from = at(a), to = at(b), next = b === a + 1 && from[1] === to[1], y = from[1] + high / 2;
+    const shape = next ? { x1: from[0] + wide, y1: y, x2: to[0] - 2, y2: y, cpx1: from[0] + wide, cpy1: y, cpx2: to[0] - 2, cpy2: y }
+      : { x1: from[0] + wide / 2, y1: from[1] + high, x2: to[0] + wide / 2, y2: to[1] + (to[1] > from[1] ? 0 : high),
+          cpx1: from[0] + wide / 2, cpy1: from[1] + high + 24, cpx2: to[0] + wide / 2, cpy2: to[1] + (to[1] > from[1] ? -24 : high + 24) };
+    const style = { fill: "none", stroke: p.soft, lineWidth: 1.3 }, head = next ? [[shape.x2 - 6, y - 4], [shape.x2, y], [shape.x2 - 6, y + 4]]
+      : [[shape.x2 - 4, shape.y2 + (to[1] > from[1] ? -6 : 6)], [shape.x2, shape.y2], [shape.x2 + 4, shape.y2 + (to[1] > from[1] ? -6 : 6)]];
+    return { type: "group", children: [{ type: "bezierCurve", shape, style }, { type: "polyline", shape: { points: head }, style }] };
+  };
+  const series = (rows, draw, more) => Object.assign({ type: "custom", coordinateSystem: "none", data: rows, renderItem: (params) => draw(params.dataIndex) }, more);
   return {
-    tooltip: tooltip(p, (it) => it.dataType === "node"
-      ? [data.nodes[it.dataIndex].name, `runs ${data.nodes[it.dataIndex].repeats} times, ${data.nodes[it.dataIndex].ops} ops each`, ...(data.nodes[it.dataIndex].more || [])]
-      : ["runs before"]),
-    series: [{ type: "graph", layout: "none", left: 60, right: 60, top: 30, bottom: 30, roam: false, data: nodes, edgeSymbol: ["none", "arrow"], edgeSymbolSize: 7,
-      links: data.edges.map(([a, b]) => ({ source: a, target: b, lineStyle: { curveness: b === a + 1 ? 0 : 0.35 } })), lineStyle: { color: p.soft, width: 1.4, opacity: 1 } }],
+    tooltip: tooltip(p, (it) => { const node = data.nodes[it.dataIndex];
+      return [node.name, node.repeats > 1 ? `runs ${node.repeats} times, ${node.ops} ops each` : `runs once, ${node.ops} ops`, ...data.axes.map((axis, k) => `${axis}: mostly ${data.words[node.words[k]]}`)]; }),
+    series: [series(data.edges.map(() => 0), (i) => line(data.edges[i]), { silent: true }), series(data.nodes.map(() => 0), box)],
   };
 };
 
+const wordColour = (p, words, index) => (words[index] === "whole" ? p.line : p.colours[index % 7]);
+
 CHARTS.placements = (data, p) => {
   const rows = [], fills = [], names = [...data.axes, "region"].reverse(), count = data.ops.length;
-  const colour = (index) => (data.words[index] === "whole" ? p.line : p.colours[index % 7]);
+  const colour = (index) => wordColour(p, data.words, index);
   const described = (op) => [`${op[0]} (${op[1]})`, data.regions[op[2]], ...data.axes.map((axis, k) => `${axis}: ${data.words[op[3][k]]} (${op[4][k]}${op[5][k] ? ` makes ${op[5][k]}` : ""})`),
     op[6] ? "runs again in the backward pass" : "", ...(op[7] || [])];
   let from = 0;
