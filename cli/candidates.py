@@ -96,6 +96,7 @@ def _rows(plan: Plan, records: Sequence[ShapeRecord], columns: tuple[str, ...]) 
 
 
 def is_own(plan: Plan, record: ShapeRecord) -> bool:
+    """Whether a shape of the search is the one the plan was made of."""
     pipeline = plan.pipeline
     sizes = {"pp": pipeline.ranks, "ep": pipeline.experts} | {axis.name: axis.size for axis in plan.mesh}
     same = {k: v for k, v in sizes.items() if v > 1} == {k: v for k, v in record.mesh.items() if v > 1}

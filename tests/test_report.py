@@ -73,8 +73,15 @@ def page() -> Page:
 
 
 def test_everything_asked_for_stands_there(page: Page) -> None:
-    for heading in ("Memory at the peak", "Time of a step", "Mesh on the links", "Model and placements",
-                    "Bytes by link", "What else was possible", "Predicted and measured"):
+    for heading in (
+        "Memory at the peak",
+        "Time of a step",
+        "Mesh on the links",
+        "Model and placements",
+        "Bytes by link",
+        "What else was possible",
+        "Predicted and measured",
+    ):
         assert heading in page.text
     for fact in ("hf:tiny", "125 ms", "6.24 GiB", "13.7 GiB", "column, row", "zero-1 over dp, S(0) on tp", "saved activations",
                  "cut: bound above the incumbent", "h.0.up.weight", "0.40 %", "150 ms", "+20.0 %", "DIFFERS"):  # fmt: skip

@@ -48,6 +48,7 @@ class Bar:
     """One cause: its figure as text, its share of the whole, and which colour of the palette it has."""
 
     name: str
+    value: float
     text: str
     share: str
     colour: int
@@ -65,6 +66,7 @@ def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None
 def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
     """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
     charts = chart_data(plan, runs)
+    time, memory = cause_bars(plan)
     return page(
         "template.html",
         charts,
@@ -78,14 +80,14 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) 
         kind="Parallelism plan",
         what="shardwright plan",
         facts=_facts(plan),
-        figures=_figures(plan),
+        figures=key_figures(plan),
         regions=list(zip(plan.regions, summaries(plan), strict=True)),
         alike=alike(plan),
         parameters=_parameters,
         ops=_ops,
         counted=_counted,
-        memory=_memory(plan),
-        time=_time(plan),
+        memory=memory,
+        time=time,
         bytes_text=bytes_text,
         behind_texts=behind_texts,
         seconds_text=seconds_text,
@@ -129,7 +131,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     return found + [("pinned", pin) for pin in plan.pins]
 
 
-def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+def key_figures(plan: Plan) -> list[tuple[str, str, str]]:
     """(name, figure, remark): what everybody asks first."""
     predicted, limit = plan.predicted, plan.memory_limit_bytes
     tokens = f"{predicted.tokens_per_second_per_device:,.0f}"
@@ -190,20 +192,17 @@ def _heights(charts: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _memory(plan: Plan) -> list[Bar]:
-    return [
-        Bar(memory_text(cause), bytes_text(size), percent_text(size / plan.memory_limit_bytes), i % _COLOURS)
-        for i, (cause, size) in enumerate(_large_first(plan.predicted.memory))
-    ]
-
-
-def _time(plan: Plan) -> list[Bar]:
-    causes = _large_first(plan.predicted.seconds)
-    whole = max(sum(value for _, value in causes), plan.predicted.step_seconds) or 1.0
-    return [
-        Bar(time_text(cause), seconds_text(value), percent_text(value / whole), i % _COLOURS)
-        for i, (cause, value) in enumerate(causes)
-    ]
+def cause_bars(plan: Plan) -> tuple[list[Bar], list[Bar]]:
+    """Seconds of a step and bytes at the peak by cause, large first; shares are of the whole step and of the limit."""
+    time, memory = _large_first(plan.predicted.seconds), _large_first(plan.predicted.memory)
+    whole = max(sum(value for _, value in time), plan.predicted.step_seconds) or 1.0
+    return (
+        [Bar(time_text(k), v, seconds_text(v), percent_text(v / whole), i % _COLOURS) for i, (k, v) in enumerate(time)],
+        [
+            Bar(memory_text(k), v, bytes_text(v), percent_text(v / plan.memory_limit_bytes), i % _COLOURS)
+            for i, (k, v) in enumerate(memory)
+        ],
+    )
 
 
 def _large_first(causes: Mapping[str, float]) -> list[tuple[str, float]]:

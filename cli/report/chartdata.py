@@ -105,7 +105,12 @@ def _region(region: RegionPlan, plan: Plan, words: Sequence[str]) -> Chart:
     for i in range(len(plan.mesh)):
         counts = Counter(word(op, i, plan.mesh) for op in region.ops)
         mostly.append(words.index(max(counts, key=lambda name: (name != "whole", counts[name], name))) if counts else 0)
-    return {"name": region.name, "repeats": region.repeats, "ops": len(region.ops), "words": mostly if region.ops else []}
+    return {
+        "name": region.name,
+        "repeats": region.repeats,
+        "ops": len(region.ops),
+        "words": mostly if region.ops else [],
+    }
 
 
 def _placements(plan: Plan, words: Sequence[str]) -> Chart:
@@ -142,7 +147,9 @@ def _links(plan: Plan) -> Chart:
 def _shapes(plan: Plan) -> Chart:
     """Shapes of the search by bound, with what each came to."""
     found = [r for r in plan.search.shapes if r.bound_seconds is not None or r.step_seconds is not None]
-    ordered = sorted(found, key=lambda r: (r.step_seconds is None, r.step_seconds or r.bound_seconds or 0.0))[:MOST_SHAPES]
+    ordered = sorted(found, key=lambda r: (r.step_seconds is None, r.step_seconds or r.bound_seconds or 0.0))[
+        :MOST_SHAPES
+    ]
     rows = [
         [r.bound_seconds, r.step_seconds, "chosen" if is_own(plan, r) else r.status, _shape_text(r), r.reason]
         for r in ordered

@@ -45,11 +45,17 @@ def how(plan: Plan) -> list[str]:
     held = {1: "optimizer states", 2: "optimizer states and gradients", 3: "parameters, gradients and optimizer states"}
     if zero:
         levels = sorted({p.zero for r in plan.regions for p in r.parameters})
-        told = f"ZeRO-{zero}" if levels == [zero] else f"ZeRO-{zero} for some, {' and '.join(map(str, levels[:-1]))} for others"
+        told = (
+            f"ZeRO-{zero}"
+            if levels == [zero]
+            else f"ZeRO-{zero} for some, {' and '.join(map(str, levels[:-1]))} for others"
+        )
         found.append(f"{held[zero]} are divided among the copies ({told})")
     again = sum(r.repeats for r in plan.regions if r.recompute)
     if again:
-        found.append(f"{again} of {sum(r.repeats for r in plan.regions)} regions run part of themselves again to save memory")
+        found.append(
+            f"{again} of {sum(r.repeats for r in plan.regions)} regions run part of themselves again to save memory"
+        )
     if any(r.offload for r in plan.regions):
         found.append("part of the state lies in host memory or on disk")
     return found or ["everything runs on one device, whole"]

@@ -1,6 +1,6 @@
-"""Pages of one file: a template filled in, with report.css and scripts inlined; charts.js draws what `charts` holds by ECharts (vendor/).
+"""Pages of one file: a template filled in, with report.css and scripts inlined.
 
-A page loads nothing: its content security policy forbids every request, and scripts other than its own. Everything that
+Charts are drawn by ECharts (vendor/) from data that stands in the page as JSON. A page loads nothing: its content security policy forbids every request, and scripts other than its own. Everything that
 comes from a plan, a model or a result passes the templates' autoescape.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 import markupsafe
 
-
 CHARTING = ("vendor/echarts.min.js", "charts.js", "views.js", "drawn.js")
 """The scripts that a page with charts has, in order."""
 
@@ -27,14 +26,8 @@ def page(template: str, charts: Mapping[str, Any] | None = None, **values: Any) 
     """The page that `template` makes of `values`: `title`, the `kind` of page that stands above it, `what` it is to a browser,
     the `facts` below it (name, value), and what the template itself asks for. `charts` is data by name of chart."""
     style, scripts = _asset("report.css"), [_asset(name) for name in ("report.js", *(CHARTING if charts else ()))]
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(
+    return fragment(
+        template,
         policy=_policy(style, scripts),
         style=markupsafe.Markup(style),
         scripts=[markupsafe.Markup(script) for script in scripts],
@@ -42,6 +35,18 @@ def page(template: str, charts: Mapping[str, Any] | None = None, **values: Any) 
         chart_data=markupsafe.Markup(script_json(charts or {})),
         **values,
     )
+
+
+def fragment(template: str, **values: Any) -> str:
+    """What `template` makes of `values`, every string of them escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def script_json(value: Any) -> str:
