@@ -1,7 +1,8 @@
 """Pages of one file: a template filled in, with report.css and scripts inlined.
 
-Charts are drawn by ECharts (vendor/) from data that stands in the page as JSON. A page loads nothing: its content security policy forbids every request, and scripts other than its own. Everything that
-comes from a plan, a model or a result passes the templates' autoescape.
+Charts are drawn by ECharts (vendor/) from data that stands in the page as JSON. A page loads nothing: its content security
+policy forbids every request, and scripts other than its own. Everything that comes from a plan, a model or a result passes
+the templates' autoescape, or `script_json`.
 """
 
 from __future__ import annotations
