@@ -31,6 +31,7 @@ from ..tables import optimum_text
 from .chartdata import chart_data
 from .headline import headline, how, why
 from .page import page
+from .replayed import Replayed
 
 if TYPE_CHECKING:
     from ...profiles.ledger import Entry
@@ -58,19 +59,26 @@ Runs = Sequence["Entry"]
 """Runs of the ledger (profiles/ledger.py)."""
 
 
-def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> None:
+def write_report(
+    plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None
+) -> None:
     """Write the page of `plan` to `path`, whole or not at all."""
-    write_whole(path, build(plan, result, runs))
+    write_whole(path, build(plan, result, runs, seen))
 
 
-def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
-    """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
-    charts = chart_data(plan, runs)
+def build(
+    plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None
+) -> str:
+    """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it, `seen` its model looked at again."""
+    seen = seen or Replayed()
+    charts = {**chart_data(plan, runs, seen.ops), **seen.charts}
     time, memory = cause_bars(plan)
     return page(
         "template.html",
         charts,
         heights=_heights(charts),
+        missing=seen.missing,
+        facts_of=seen.ops,
         sections=SECTIONS,
         headline=headline(plan),
         how=how(plan),

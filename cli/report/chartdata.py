@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...planner.plan import Plan, RegionPlan, ShapeRecord
@@ -27,17 +28,18 @@ MOST_SHAPES = 400
 """Shapes of the search that are drawn, best first."""
 
 Chart = dict[str, Any]
+_NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
-def chart_data(plan: Plan, runs: Sequence[Entry] = ()) -> dict[str, Chart]:
-    """Chart by name, of what the plan file and the ledger hold."""
+def chart_data(plan: Plan, runs: Sequence[Entry] = (), facts: Mapping[str, Sequence[str]] = _NONE) -> dict[str, Chart]:
+    """Chart by name, of what the plan file and the ledger hold; `facts` are lines of text by op (opfacts.py)."""
     words = _words(plan)
     found = {
         "time": _causes(plan.predicted.seconds, time_text, seconds_text, plan.predicted.step_seconds),
         "memory": _memory(plan),
         "mesh": _mesh(plan),
         "regions": _regions(plan, words),
-        "placements": _placements(plan, words),
+        "placements": _placements(plan, words, facts),
         "links": _links(plan),
         "shapes": _shapes(plan),
         "frontier": _frontier(plan),
@@ -113,7 +115,7 @@ def _region(region: RegionPlan, plan: Plan, words: Sequence[str]) -> Chart:
     }
 
 
-def _placements(plan: Plan, words: Sequence[str]) -> Chart:
+def _placements(plan: Plan, words: Sequence[str], facts: Mapping[str, Sequence[str]]) -> Chart:
     """Every op of every region with the word (its place in `words`) of its placement on each axis."""
     at = {name: i for i, name in enumerate(words)}
     ops: list[list[Any]] = []
@@ -121,7 +123,7 @@ def _placements(plan: Plan, words: Sequence[str]) -> Chart:
         again = {name for name in region.recompute if " -> " not in name}
         for op in region.ops:
             own = [at[word(op, i, plan.mesh)] for i in range(len(plan.mesh))]
-            ops.append([op.op, op.target, number, own, list(op.choice), list(op.result), op.op in again])
+            ops.append([op.op, op.target, number, own, list(op.choice), list(op.result), op.op in again, list(facts.get(op.op, ()))])
     if not ops or not plan.mesh:
         return {}
     return {

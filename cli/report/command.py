@@ -24,16 +24,17 @@ def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> N
     """Write a plan as one HTML page that needs no network. Runs of it that the ledger knows are shown beside the prediction."""
     from ...planner.planfile import load_plan
     from ..edited import is_stale, priced_again
+    from ..tables import progress
     from .build import write_report
+    from .replayed import replayed
 
-    loaded = load_plan(plan)
-    if is_stale(loaded):
-        from ..tables import progress
-
-        with progress() as tell:
+    loaded, result = load_plan(plan), _measured(measured)
+    with progress() as tell:
+        if is_stale(loaded):
             loaded = priced_again(loaded, plan, tell)
+        seen = replayed(loaded, tell)
     runs = runs_of(loaded)
-    write_report(loaded, output, _measured(measured), runs)
+    write_report(loaded, output, result, runs, seen)
     if as_json:
         click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size, "runs": len(runs)}))
     else:

@@ -166,3 +166,67 @@ CHARTS.measured = (data, p) => ({
     { type: "scatter", name: "measured", symbolSize: 11, itemStyle: { color: p.colours[3] }, data: data.rows.map((row) => row[2]) },
   ],
 });
+
+CHARTS.timeline = (data, p) => {
+  const rows = data.tasks.map((task) => [task[0], task[1], data.rows.length - 1 - task[2], task[3], task[4]]);
+  const order = ["forward", "end of the step", "backward", "handing on", "copy to the host", "copy from the host", "backward of inputs", "backward of weights"];
+  const colour = (kind) => { const at = order.indexOf(data.kinds[kind]); return at < 0 ? p.colours[(3 + kind) % 8] : p.colours[[0, 6, 1, 5, 4, 7, 2, 3][at]]; };
+  return {
+    grid: { left: 118, right: 10, top: 34, bottom: 62 }, legend: legendOf(p, data.kinds, { selectedMode: false }),
+    xAxis: axisOf(p, "value", { axis: { min: 0, max: data.seconds, name: "time in the step", nameLocation: "middle", nameGap: 20 }, label: { formatter: secondsText } }),
+    yAxis: axisOf(p, "category", { axis: { data: [...data.rows].reverse(), axisLine: { show: false } }, label: { color: p.ink, width: 108, overflow: "truncate", interval: 0 } }),
+    dataZoom: zoom(p), tooltip: tooltip(p, (it) => [`${data.kinds[it.value[3]]}${it.value[4] > 1 ? ` × ${it.value[4]}` : ""}`, data.rows[data.rows.length - 1 - it.value[2]],
+      `${secondsText(it.value[1] - it.value[0])}, from ${secondsText(it.value[0])}`]),
+    series: [boxes(rows, (i) => colour(rows[i][3])), ...data.kinds.map((name, i) => ({ type: "bar", name, data: [], itemStyle: { color: colour(i) } }))],
+  };
+};
+
+CHARTS.memory_time = (data, p, element) => {
+  const columns = element.clientWidth >= 720 && data.curves.length > 1 ? 2 : 1, lines = Math.ceil(data.curves.length / columns);
+  const names = [...new Set(data.curves.flatMap((curve) => curve.causes.map((cause) => cause[0])))];
+  const high = (element.clientHeight - 40) / lines, grid = [], xAxis = [], yAxis = [], series = [], title = [];
+  data.curves.forEach((curve, i) => {
+    const left = `${(i % columns) * 100 / columns}%`, top = 34 + Math.floor(i / columns) * high;
+    const x = (i % columns) * element.clientWidth / columns;
+    grid.push({ left: x + 62, width: element.clientWidth / columns - 86, top: top + 26, height: high - 62 });
+    title.push({ text: `${curve.name}: ${curve.peakText}`, left: x + 62, top: top + 2, textStyle: { fontSize: 12, fontWeight: 600, color: p.ink, fontFamily: FONT } });
+    const last = curve.seconds[curve.seconds.length - 1] || 1, most = Math.max(data.limit, ...curve.seconds.map((_, k) => curve.causes.reduce((sum, cause) => sum + cause[1][k], 0)));
+    xAxis.push(axisOf(p, "value", { axis: { gridIndex: i, min: 0, max: last, splitNumber: 4 }, label: { formatter: secondsText } }));
+    yAxis.push(axisOf(p, "value", { axis: { gridIndex: i, max: most * 1.04, splitNumber: 3 }, label: { formatter: bytesText, showMaxLabel: false } }));
+    curve.causes.forEach((cause, k) => series.push({ type: "line", name: cause[0], xAxisIndex: i, yAxisIndex: i, stack: `all ${i}`, step: "end", symbol: "none", lineStyle: { width: 0 },
+      areaStyle: { opacity: 1 }, itemStyle: { color: p.colours[names.indexOf(cause[0]) % 8] }, data: curve.seconds.map((at, m) => [at, cause[1][m]]),
+      markLine: k ? undefined : { silent: true, symbol: "none", lineStyle: { color: p.bad, width: 1.5, type: "solid" }, data: [{ yAxis: data.limit }], label: { formatter: "limit", color: p.bad, fontSize: 11, position: "insideEndTop" } } }));
+  });
+  return { grid, xAxis, yAxis, series, title, legend: legendOf(p, names),
+    tooltip: Object.assign(tooltip(p, () => []), { trigger: "axis", formatter: (items) => tip([items.length ? secondsText(items[0].value[0]) : "", ...items.filter((it) => it.value[1]).map((it) => `${it.seriesName}: ${bytesText(it.value[1])}`)]) }) };
+};
+
+// Bars as wide as an op's seconds: from the bottom the share of them that each part takes.
+CHARTS.waterline = (data, p) => {
+  const colours = [p.colours[0], p.colours[1], p.colours[7], p.pale], rows = [], fills = [];
+  let from = 0;
+  data.moments.forEach((moment, i) => {
+    let low = 0;
+    moment[2].forEach((part, k) => { const share = 100 * part / moment[1]; if (share > 0.05) { rows.push([from, from + moment[1], low, low + share, i]); fills.push(colours[k]); } low += share; });
+    from += moment[1];
+  });
+  return {
+    grid: { left: 48, right: 10, top: 34, bottom: 62 }, legend: legendOf(p, data.parts, { selectedMode: false }),
+    xAxis: axisOf(p, "value", { axis: { min: 0, max: from, name: "seconds of the ops of one device, unsplit", nameLocation: "middle", nameGap: 20, splitLine: { show: false } }, label: { formatter: secondsText } }),
+    yAxis: axisOf(p, "value", { axis: { min: 0, max: 100 }, label: { formatter: "{value} %" } }), dataZoom: zoom(p),
+    tooltip: tooltip(p, (it) => { const moment = data.moments[it.value[4]]; return [moment[0], ...moment[3]]; }),
+    series: [{ type: "custom", animation: false, clip: true, data: rows, encode: { x: [0, 1], y: [2, 3] }, renderItem: (params, api) => {
+      const a = api.coord([api.value(0), api.value(3)]), b = api.coord([api.value(1), api.value(2)]), area = params.coordSys;
+      const left = Math.max(a[0], area.x), right = Math.min(b[0], area.x + area.width);
+      return right <= left ? null : { type: "rect", shape: { x: left, y: a[1], width: Math.max(right - left - 0.3, 0.3), height: b[1] - a[1] }, style: { fill: fills[params.dataIndex] } };
+    } }, ...data.parts.map((name, i) => ({ type: "bar", name, data: [], itemStyle: { color: colours[i] } }))],
+  };
+};
+
+CHARTS.worth = (data, p) => ({
+  grid: { left: 150, right: 60, top: 8, bottom: 24 },
+  xAxis: axisOf(p, "value", { axis: { splitNumber: 4 }, label: { formatter: (v) => `${v} %` } }),
+  yAxis: axisOf(p, "category", { axis: { data: data.rows.map((row) => row[0]).reverse() }, label: { color: p.ink, width: 140, overflow: "truncate" } }),
+  tooltip: tooltip(p, (it) => { const row = data.rows[data.rows.length - 1 - it.dataIndex]; return [row[0], row[2]]; }),
+  series: [{ type: "bar", barMaxWidth: 22, data: data.rows.map((row) => ({ value: row[1], itemStyle: { color: row[1] < 0 ? p.colours[2] : p.colours[3] } })).reverse() }],
+});
