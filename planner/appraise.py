@@ -54,16 +54,8 @@ class Appraisal:
 def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> Appraisal:
     """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
     ready, count = bench.ready(shape), shape.pp * shape.chunks
-    changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
-    times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
-    handed = [
-        (0.0, 0.0),
-        *(bench.hand(shape, s, cuts, options[cuts[s] - 1].exit) for s in range(1, count)),
-        (0.0, 0.0),
-    ]
-    sends = [handed[s + 1][0] for s in range(count)]
-    backs = [bench.hand(shape, s, cuts, options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
-    forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
+    forward, backward, weight, finish, sends, backs = durations(bench, shape, cuts, options)
+    times = list(zip(forward, backward, weight, finish, strict=True))
     step, _ = makespan(ready.compiled, ready.placement, forward, backward, weight, sends, backs, finish)
     memory = [_memory(bench.on(shape, r), shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
     peaks, limits = [sum(m.values()) for m in memory], [bench.on(shape, r).task.limit_bytes for r in range(shape.pp)]
@@ -83,6 +75,24 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
         ),
         limits[fullest], *(math.ceil(max(found)) for found in zip(*behind(bench, shape, cuts, options), strict=True)),
     )  # fmt: skip
+
+
+def durations(
+    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]
+) -> tuple[list[float], list[float], list[float], list[float], list[float], list[float]]:
+    """Seconds of a microbatch by stage: forward, backward, the weights' part of it, the end of the step, sends on, sends back."""
+    ready, count = bench.ready(shape), shape.pp * shape.chunks
+    changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
+    times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
+    handed = [
+        (0.0, 0.0),
+        *(bench.hand(shape, s, cuts, options[cuts[s] - 1].exit) for s in range(1, count)),
+        (0.0, 0.0),
+    ]
+    sends = [handed[s + 1][0] for s in range(count)]
+    backs = [bench.hand(shape, s, cuts, options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
+    forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
+    return forward, backward, weight, finish, sends, backs
 
 
 def behind(

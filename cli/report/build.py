@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _COLOURS = 8
 SECTIONS = (
-    ("placements", "Model"), ("mesh", "Mesh"), ("time", "Time"), ("memory", "Memory"), ("traffic", "Links"),
-    ("search", "What else"), ("measured", "Measured"), ("origin", "Origin"),
+    ("placements", "Model"), ("mesh", "Mesh"), ("timeline", "Timeline"), ("time", "Time"), ("memory", "Memory"),
+    ("traffic", "Links"), ("offload", "Offload"), ("waterline", "Waterline"), ("search", "What else"), ("measured", "Measured"), ("origin", "Origin"),
 )  # fmt: skip
 """(anchor, name) of what the page can be entered at."""
 
@@ -114,6 +114,7 @@ def build(
         points=point_rows(plan),
         point_columns=POINTS,
         optimum=optimum_text(plan),
+        behind=behind_texts(plan),
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
         losses=_losses(result),
@@ -192,10 +193,13 @@ def _heights(charts: Mapping[str, Any]) -> dict[str, int]:
     """Pixels of the charts whose height goes with what is in them."""
     mesh, ops, links = (charts.get(name, {}) for name in ("mesh", "placements", "links"))
     lines = -(-len(charts["regions"]["nodes"]) // 5)
+    curves = len(charts.get("memory_time", {}).get("curves", ()))
     return {
         "regions": 20 + 90 * max(lines, 1),
         "placements": 90 + 34 * (len(ops.get("axes", ())) + 1),
         "mesh": 70 + 30 * (len(mesh.get("axes", ())) + len(mesh.get("levels", ()))),
+        "timeline": 110 + 22 * len(charts.get("timeline", {}).get("rows", ())),
+        "memory_time": 40 + 230 * -(-curves // 2) if curves > 1 else 280,
         "links": 70 + 46 * max(len(links.get("links", ())), 1),
     }
 

@@ -222,11 +222,3 @@ CHARTS.waterline = (data, p) => {
     } }, ...data.parts.map((name, i) => ({ type: "bar", name, data: [], itemStyle: { color: colours[i] } }))],
   };
 };
-
-CHARTS.worth = (data, p) => ({
-  grid: { left: 150, right: 60, top: 8, bottom: 24 },
-  xAxis: axisOf(p, "value", { axis: { splitNumber: 4 }, label: { formatter: (v) => `${v} %` } }),
-  yAxis: axisOf(p, "category", { axis: { data: data.rows.map((row) => row[0]).reverse() }, label: { color: p.ink, width: 140, overflow: "truncate" } }),
-  tooltip: tooltip(p, (it) => { const row = data.rows[data.rows.length - 1 - it.dataIndex]; return [row[0], row[2]]; }),
-  series: [{ type: "bar", barMaxWidth: 22, data: data.rows.map((row) => ({ value: row[1], itemStyle: { color: row[1] < 0 ? p.colours[2] : p.colours[3] } })).reverse() }],
-});
