@@ -1,7 +1,7 @@
 """What the charts of a replayed step draw (planner/simulate.py): lanes over time and bytes over time, small enough for a page.
 
 Ranks that do the same share rows. Where there are more tasks than a page should hold, neighbours on a lane that do the same
-become one block with their count, then blocks shorter than a bin of the step become the bin's largest.
+become one block with their count, then the middle of every lane does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_POINTS = 400
 
 KINDS: Mapping[str, str] = {
     "F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "finish": "end of the step",
-    "send": "handing on", "copy-out": "copy to the host", "copy-in": "copy from the host", "waiting": "waiting",
+    "send": "handing on", "copy-out": "copy to the host", "copy-in": "copy from the host", "many": "many, in turn",
 }  # fmt: skip
 """What tasks are called in the legend; collectives by their lane."""
 
@@ -39,17 +39,16 @@ def timeline_chart(tasks: Sequence[Sequence[Task]], seconds: float, alike: int =
     waits: list[list[str]] = []
     for members in _same([tasks[rank] for rank in shown]):
         own = tasks[shown[members[0]]]
-        label = _label([shown[i] for i in members])
-        for lane, name in _lanes(own):
-            lanes.append((f"{label} {name}", [_block(t) for t in own if _lane(t) == lane]))
+        label = _label([shown[i] for i in members]) if len(tasks) > 1 else "every device"
+        for lane in _lanes(own):
+            lanes.append((f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane]))
         busy = sum(t.seconds for t in own if t.lane == "compute")
         waits.append([label, str(alike * len(members)), seconds_text(busy), percent_text(max(0.0, 1 - busy / seconds))])
-    merged = any(len(blocks) > 0 for _, blocks in lanes) and sum(len(blocks) for _, blocks in lanes) > MOST_TASKS
+    merged = sum(len(blocks) for _, blocks in lanes) > MOST_TASKS
     if merged:
         lanes = [(name, joined(blocks)) for name, blocks in lanes]
     if sum(len(blocks) for _, blocks in lanes) > MOST_TASKS:
-        bins = MOST_TASKS // len(lanes)
-        lanes = [(name, _binned(blocks, seconds / bins)) for name, blocks in lanes]
+        lanes = [(name, folded(blocks, MOST_TASKS // len(lanes))) for name, blocks in lanes]
     kinds = list(dict.fromkeys(block[2] for _, blocks in lanes for block in blocks))
     return {
         "seconds": seconds,
@@ -92,20 +91,14 @@ def joined(blocks: Sequence[Block]) -> list[Block]:
     return found
 
 
-def _binned(blocks: Sequence[Block], width: float) -> list[Block]:
-    """Per bin of `width` seconds the kind that has most of it; bins of which less than half is busy stay empty."""
-    shares: dict[int, dict[str, float]] = {}
-    for start, end, kind, _ in blocks:
-        at = int(start / width)
-        while at * width < end:
-            part = min(end, (at + 1) * width) - max(start, at * width)
-            shares.setdefault(at, {})[kind] = shares.get(at, {}).get(kind, 0.0) + part
-            at += 1
-    found = []
-    for at, kinds in sorted(shares.items()):
-        if sum(kinds.values()) * 2 >= width:
-            found.append((at * width, (at + 1) * width, max(kinds, key=lambda kind: (kinds[kind], kind)), 1))
-    return joined(found)
+def folded(blocks: Sequence[Block], most: int) -> list[Block]:
+    """At most `most` blocks: the first and the last ones as they are, and one in their middle that counts the others."""
+    half = max((most - 1) // 2, 1)
+    if len(blocks) <= 2 * half + 1:
+        return list(blocks)
+    middle = blocks[half : len(blocks) - half]
+    count = sum(block[3] for block in middle)
+    return [*blocks[:half], (middle[0][0], middle[-1][1], "many", count), *blocks[-half:]]
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -126,9 +119,8 @@ def _label(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _lanes(tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    found = sorted({_lane(t) for t in tasks}, key=lambda lane: (lane != "compute", lane))
-    return [(lane, lane) for lane in found]
+def _lanes(tasks: Sequence[Task]) -> list[str]:
+    return sorted({_lane(t) for t in tasks}, key=lambda lane: (lane != "compute", lane))
 
 
 def _lane(task: Task) -> str:

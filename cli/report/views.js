@@ -170,7 +170,7 @@ CHARTS.measured = (data, p) => ({
 CHARTS.timeline = (data, p) => {
   const rows = data.tasks.map((task) => [task[0], task[1], data.rows.length - 1 - task[2], task[3], task[4]]);
   const order = ["forward", "end of the step", "backward", "handing on", "copy to the host", "copy from the host", "backward of inputs", "backward of weights"];
-  const colour = (kind) => { const at = order.indexOf(data.kinds[kind]); return at < 0 ? p.colours[(3 + kind) % 8] : p.colours[[0, 6, 1, 5, 4, 7, 2, 3][at]]; };
+  const colour = (kind) => { if (data.kinds[kind] === "many, in turn") return p.pale; const at = order.indexOf(data.kinds[kind]); return at < 0 ? p.colours[(3 + kind) % 8] : p.colours[[0, 6, 1, 5, 4, 7, 2, 3][at]]; };
   return {
     grid: { left: 118, right: 10, top: 34, bottom: 62 }, legend: legendOf(p, data.kinds, { selectedMode: false }),
     xAxis: axisOf(p, "value", { axis: { min: 0, max: data.seconds, name: "time in the step", nameLocation: "middle", nameGap: 20 }, label: { formatter: secondsText } }),
