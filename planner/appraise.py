@@ -51,20 +51,59 @@ class Appraisal:
         return sum(self.memory.values())
 
 
+@dataclass(frozen=True)
+class StageSeconds:
+    """Seconds of every virtual stage: of a microbatch forward, backward, of the weight half of it, at the step's end; of sends."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    weight: tuple[float, ...]
+    finish: tuple[float, ...]
+    send_forward: tuple[float, ...]
+    send_backward: tuple[float, ...]
+
+
+def stage_seconds(
+    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]
+) -> StageSeconds:  # fmt: skip
+    """What the stages of a shape take, each unit under its option."""
+    ready, count = bench.ready(shape), shape.pp * shape.chunks
+    changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
+    times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
+    handed = [
+        (0.0, 0.0),
+        *(bench.hand(shape, s, cuts, options[cuts[s] - 1].exit) for s in range(1, count)),
+        (0.0, 0.0),
+    ]
+    sends = tuple(handed[s + 1][0] for s in range(count))
+    backs = tuple(bench.hand(shape, s, cuts, options[cuts[s]].entry)[1] if s else 0.0 for s in range(count))
+    forward, backward, weight, finish = (tuple(t[k] for t in times) for k in range(4))
+    return StageSeconds(forward, backward, weight, finish, sends, backs)
+
+
 def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> Appraisal:
     """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
-    ready, count = bench.ready(shape), shape.pp * shape.chunks
-    forward, backward, weight, finish, sends, backs = durations(bench, shape, cuts, options)
-    times = list(zip(forward, backward, weight, finish, strict=True))
-    step, _ = makespan(ready.compiled, ready.placement, forward, backward, weight, sends, backs, finish)
+    ready, count, t = bench.ready(shape), shape.pp * shape.chunks, stage_seconds(bench, shape, cuts, options)
+    step, _ = makespan(
+        ready.compiled, ready.placement, t.forward, t.backward, t.weight, t.send_forward, t.send_backward, t.finish
+    )
     memory = [_memory(bench.on(shape, r), shape, ready.live[r], ready.local[r], cuts, options) for r in range(shape.pp)]
     peaks, limits = [sum(m.values()) for m in memory], [bench.on(shape, r).task.limit_bytes for r in range(shape.pp)]
     fullest = max(range(shape.pp), key=lambda r: (peaks[r] / limits[r], peaks[r], -r))
     stages = tuple(
-        StageFigures(cuts[s], cuts[s + 1], ready.placement[s], *times[s], math.ceil(peaks[ready.placement[s]]))
+        StageFigures(
+            cuts[s],
+            cuts[s + 1],
+            ready.placement[s],
+            t.forward[s],
+            t.backward[s],
+            t.weight[s],
+            t.finish[s],
+            math.ceil(peaks[ready.placement[s]]),
+        )
         for s in range(count)
     )
-    busiest = max(range(shape.pp), key=lambda r: (sum(times[s][0] + times[s][1] for s in ready.local[r]), -r))
+    busiest = max(range(shape.pp), key=lambda r: (sum(t.forward[s] + t.backward[s] for s in ready.local[r]), -r))
     return Appraisal(
         step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
         (
@@ -75,24 +114,6 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
         ),
         limits[fullest], *(math.ceil(max(found)) for found in zip(*behind(bench, shape, cuts, options), strict=True)),
     )  # fmt: skip
-
-
-def durations(
-    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]
-) -> tuple[list[float], list[float], list[float], list[float], list[float], list[float]]:
-    """Seconds of a microbatch by stage: forward, backward, the weights' part of it, the end of the step, sends on, sends back."""
-    ready, count = bench.ready(shape), shape.pp * shape.chunks
-    changes = [bench.on(shape, rank).change(shape) for rank in ready.placement]
-    times = [end_to_end(options[cuts[s] : cuts[s + 1]], changes[s]) for s in range(count)]
-    handed = [
-        (0.0, 0.0),
-        *(bench.hand(shape, s, cuts, options[cuts[s] - 1].exit) for s in range(1, count)),
-        (0.0, 0.0),
-    ]
-    sends = [handed[s + 1][0] for s in range(count)]
-    backs = [bench.hand(shape, s, cuts, options[cuts[s]].entry)[1] if s else 0.0 for s in range(count)]
-    forward, backward, weight, finish = ([t[k] for t in times] for k in range(4))
-    return forward, backward, weight, finish, sends, backs
 
 
 def behind(
@@ -123,6 +144,19 @@ def _causes(shape: Arrangement, options: Sequence[Option], step: float) -> dict[
     return found
 
 
+def standing_bytes(
+    bench: Workbench, shape: Arrangement, stages: Sequence[int], cuts: Sequence[int], options: Sequence[Option]
+) -> dict[str, float]:
+    """Bytes by cause that a rank with these stages has all the time; "gradients" are those that add up over microbatches."""
+    mine = [options[u] for s in stages for u in range(cuts[s], cuts[s + 1])]
+    total = {c: math.fsum(o.memory[c] for o in mine) for c in ("parameters", "optimizer", "copies")}
+    return {
+        "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
+        "buffers": bench.given_bytes, "reserve": bench.reserve(shape),
+        "gradients": math.fsum(o.gradient for o in mine),
+    }  # fmt: skip
+
+
 def _memory(
     bench: Workbench, shape: Arrangement, live: Sequence[tuple[int, ...]], stages: Sequence[int], cuts: Sequence[int],
     options: Sequence[Option],
@@ -130,18 +164,14 @@ def _memory(
     """Bytes by cause at the fullest moment of one rank: a live vector with its working memory, or the optimizer step."""
     mine = [options[u] for s in stages for u in range(cuts[s], cuts[s + 1])]
     per_chunk = [[options[u] for u in range(cuts[s], cuts[s + 1])] for s in stages]
-    total = {c: math.fsum(o.memory[c] for o in mine) for c in ("parameters", "optimizer", "copies")}
-    gradients, work = math.fsum(o.gradient for o in mine), max(o.work for o in mine)
+    held = standing_bytes(bench, shape, stages, cuts, options)
+    gradients, work = held.pop("gradients"), max(o.work for o in mine)
     training = bench.task.outline.training
     vectors = live if training else [(1,) * len(stages)]
     saved = max(
         (math.fsum(k * o.saved for k, chunk in zip(v, per_chunk, strict=True) for o in chunk) for v in vectors), default=0.0
     )  # fmt: skip
     once = bench.data(shape).once
-    held = {
-        "parameters": total["parameters"], "optimizer": total["optimizer"], "gathered": total["copies"],
-        "buffers": bench.given_bytes, "reserve": bench.reserve(shape),
-    }  # fmt: skip
     kept = "saved" if training else "cache"
     running = {**held, "gradients": 0.0 if once else gradients, kept: saved, "temporaries": work}
     stepping = {**held, "gradients": gradients, kept: 0.0, "temporaries": math.fsum(o.step for o in mine)}
