@@ -1,7 +1,7 @@
 """shardwright: a compiler for parallelism. Names are resolved on first use, so that importing costs nothing.
 
-make_plan, apply_plan, auto_parallelize, plan_model (api.py); Plan (planner/plan.py); load_plan, save_plan; Report
-(cli/report/notebook.py); keep_pages (profiles/heap.py); the errors.
+make_plan, apply_plan, auto_parallelize, plan_model, choose_update (api.py); Plan (planner/plan.py); load_plan, save_plan;
+Report (cli/report/notebook.py); keep_pages (profiles/heap.py); the errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "make_plan": "api", "apply_plan": "api", "auto_parallelize": "api", "plan_model": "api", "PlanResult": "api",
+    "choose_update": "api",
     "Plan": "planner.plan", "load_plan": "planner.planfile", "save_plan": "planner.planfile",
     "Cluster": "planner.cluster", "parse_cluster": "profiles.devices", "ParallelModule": "runtime.module",
     "ShardwrightError": "errors", "CaptureError": "errors", "ClusterError": "errors", "PinError": "errors",

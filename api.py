@@ -13,9 +13,10 @@ from .planner.capability import check_pins
 from .planner.cluster import Cluster
 from .planner.goal import Aim
 from .planner.pins import Pins, parse_pins
-from .planner.plan import Plan, Source
+from .planner.plan import Plan, Precision, Source
 from .planner.precision import choose_precision, inference_precision, model_precision
 from .planner.pursue import settled
+from .planner.sparse import UpdateSet
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +54,7 @@ def make_plan(
     aim = settled(objective, aim or Aim(), runnable=runnable)
     args, kwargs = split_inputs(example_inputs)
     parsed, where = parse_pins(pins), cluster_of(cluster, memory_limit, store)
-    dtype = str(next((p.dtype for p in model.parameters()), "torch.float32")).removeprefix("torch.")
-    if parsed.dtype is None and parsed.precision is None:
-        precision = model_precision(dtype)
-    else:
-        precision = choose_precision(where.device, recipe=parsed.precision, dtype=parsed.dtype)
+    precision = _precision(model, parsed, where)
     source = Source("module", type(model).__name__, _leading(args, kwargs), seed=seed)
     job = Job.create(
         model, args, kwargs, where, parsed, precision, source, optimizer=optimizer, objective=objective, loss_fn=loss_fn,
@@ -111,6 +108,34 @@ def plan_model(
         show(estimate)
     plan = job.solve()
     return PlanResult(plan, clock.seconds, estimate)
+
+
+def choose_update(
+    model: nn.Module, example_inputs: Any, budget_bytes: int | str, *, contribution: Mapping[str, float] | None = None,
+    optimizer: str = "adamw", loss_fn: Callable[..., Any] | None = None, cluster: Cluster | str = "local-cpu:1",
+    pins: Sequence[str] = ("recompute=none",), store: Path | None = None, say: Say | None = None,
+) -> UpdateSet:  # fmt: skip
+    """Which parameters to fine-tune where memory does not allow for all: those worth most whose step fits `budget_bytes`.
+
+    `contribution` says what updating each parameter is worth, by name; what is not named stays frozen. Without it, that is how
+    much a small step along its gradient lowers the loss of `example_inputs`, which takes a whole backward pass here.
+    `chosen.apply(model)` freezes the others; plan the model after that. Peaks are those of plans for `cluster` under `pins`. The
+    source is Lin et al. 2022 (planner/sparse.py). Raises Infeasible where no update fits, and what `make_plan` raises.
+    """
+    from .passes.sparse_update import choose_parameters, squared_gradients
+    from .profiles.devices import parse_bytes
+    from .runtime.losses import loss_of
+
+    args, kwargs = split_inputs(example_inputs)
+    where = cluster_of(cluster, store=store)
+
+    def plan() -> Plan:
+        return make_plan(
+            model, example_inputs, where, optimizer=optimizer, pins=pins, loss_fn=loss_fn, store=store, say=say
+        )
+
+    worth = squared_gradients(model, args, kwargs, loss_fn or loss_of) if contribution is None else contribution
+    return choose_parameters(model, args, kwargs, parse_bytes(budget_bytes), plan, worth, loss_fn)
 
 
 def data_ranks(pins: Pins, cluster: Cluster) -> int:
@@ -192,6 +217,14 @@ def cluster_of(cluster: Cluster | str, memory_limit: int | str | None = None, st
     if isinstance(cluster, Cluster):
         return cluster if memory_limit is None else replace(cluster, limit_bytes=parse_bytes(memory_limit))
     return parse_cluster(cluster, memory_limit, cache=store)
+
+
+def _precision(model: nn.Module, pins: Pins, cluster: Cluster) -> Precision:
+    """What is pinned, or that of the model's parameters."""
+    if pins.dtype is None and pins.precision is None:
+        dtype = next((p.dtype for p in model.parameters()), "torch.float32")
+        return model_precision(str(dtype).removeprefix("torch."))
+    return choose_precision(cluster.device, recipe=pins.precision, dtype=pins.dtype)
 
 
 def _leading(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

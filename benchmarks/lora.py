@@ -9,7 +9,8 @@ threads; one runs at a time. Steps come in the order A B B A of eager and the va
 on, parameters, gradients and states aside.
 
 Variants: `eager`; `ours`, the plan's passes, not compiled; `compiled`, the same compiled; `again`, not compiled, with
-`recompute=selective`. Exit status 1 where a loss differs.
+`recompute=selective`; `third`, not compiled, with what the planner has run again under the greatest memory limit at which it
+keeps at most a third of what eager keeps. Exit status 1 where a loss differs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from shardwright.errors import Infeasible
 
 from passes import RATE, THREADS, WARMUP, Variant
 from runtime import interval
@@ -103,18 +106,37 @@ def _runner(name: str, model: Any, inputs: dict[str, Any]) -> tuple[Any, str]:
         return model, ""
     from shardwright.api import apply_plan, make_plan
 
-    size = len(
-        next(iter(inputs.values()))
-    )  # one microbatch: what waits for the backward pass waits outside of the call
-    pins = (
-        "passes=auto",
-        "offload=none",
-        f"micro_batch={size}",
-        *(("recompute=selective",) if name == "again" else ()),
-    )
-    plan = make_plan(model, inputs, "cpu:1", pins=pins)
+    # One microbatch: what waits for the backward pass waits outside of the call.
+    pins = ["passes=auto", "offload=none", f"micro_batch={len(next(iter(inputs.values())))}"]
+    if name == "third":
+        plan = _third(model, inputs, pins)
+    else:
+        plan = make_plan(model, inputs, "cpu:1", pins=[*pins, *(("recompute=selective",) if name == "again" else ())])
     text = ",".join(one.name for one in plan.passes)
     return apply_plan(model, inputs, plan, compile=name == "compiled"), text
+
+
+def _third(model: Any, inputs: dict[str, Any], pins: Sequence[str]) -> Any:
+    """The plan under the greatest limit, to a hundredth, at which it is to keep at most a third of what eager keeps."""
+    from shardwright.api import make_plan
+
+    allowed = _kept(lambda: model(**inputs)) / 3
+    whole = make_plan(model, inputs, "cpu:1", pins=pins).predicted
+    most, least, found = whole.peak_bytes_per_device, whole.peak_bytes_per_device - whole.memory["saved"], None
+    while most - least > whole.memory["saved"] / 100:
+        limit = (most + least) // 2
+        try:
+            plan = make_plan(model, inputs, "cpu:1", pins=pins, memory_limit=limit)
+        except Infeasible:
+            least = limit
+            continue
+        if plan.predicted.memory["saved"] <= allowed:
+            least, found = limit, plan
+        else:
+            most = limit
+    if found is None:
+        raise Infeasible("no plan keeps so little")
+    return found
 
 
 # -- from outside

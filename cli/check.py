@@ -43,6 +43,7 @@ def command(
         _review(model, batch, seq, print_after, cluster, passes, report, as_json)
         return
     from ..passes.capture import capture
+    from ..passes.discover import discover_node
     from ..passes.models import load_model
     from ..passes.summarize import summarize
     from .listings import check_tables
@@ -54,7 +55,7 @@ def command(
         tell("capture")
         captured = capture(loaded.model, loaded.args, loaded.kwargs)
         tell("summarize")
-        summary = summarize(captured)
+        summary = summarize(captured, discover=lambda node: discover_node(node).instance)
     found = document(captured, summary)
     if as_json:
         print_json(found)

@@ -34,7 +34,7 @@ def cluster_list(found: Sequence[Mapping[str, Any]]) -> Table:
 
 def cluster_details(described: Mapping[str, Any]) -> Group:
     """Every figure assumed of one device, with its source."""
-    head = Text(f"{described['name']}: {described['title']}, usually {described['usual_node']} to a node", style="bold")
+    head = Text(f"{described['name']}: {described['title']}, {described['usual_node']} to a node", style="bold")
     rows = table("figure", "value", "source", right=(1,))
     for name, (value, source) in described["figures"].items():
         rows.add_row(name.replace("_", " "), _figure(name, value), Text(source))

@@ -34,10 +34,10 @@ def differentiable(node: fx.Node) -> Flags:
         source, index = node.args
         flags = source.meta["differentiable"]  # type: ignore[union-attr]
         return bool(flags[index]) if isinstance(flags, tuple) else bool(flags)  # type: ignore[index]
-    flows = node.target not in NEVER and any(_flows(n) for n in node.all_input_nodes)
+    through = node.target not in NEVER and any(flows(n) for n in node.all_input_nodes)
     if isinstance(value, tuple | list):
-        return tuple(flows and _floating(v) and (i == 0 or node.target not in FIRST) for i, v in enumerate(value))
-    return flows and _floating(value)
+        return tuple(through and _floating(v) and (i == 0 or node.target not in FIRST) for i, v in enumerate(value))
+    return through and _floating(value)
 
 
 def mark(graph: fx.Graph) -> None:
@@ -47,7 +47,8 @@ def mark(graph: fx.Graph) -> None:
             node.meta["differentiable"] = differentiable(node)
 
 
-def _flows(node: fx.Node) -> bool:
+def flows(node: fx.Node) -> bool:
+    """Whether a gradient flows through a result of a node."""
     flags = node.meta.get("differentiable", False)
     return any(flags) if isinstance(flags, tuple) else bool(flags)
 

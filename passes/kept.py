@@ -22,12 +22,12 @@ def kept_bytes(graph: fx.Graph, observer: Observer) -> int:
     total, saved = 0, set[str]()
     for node in graph.nodes:
         if node.op == "placeholder":
-            _own(node, root, sizes)
+            own(node, root, sizes)
             if node.meta["role"] in HELD:
                 sizes[node.name] = 0
         elif node.op == "call_function" and tensor_name(node) == node.name:
             operands, seen = operands_of(node)[0], observer.observe(node)
-            results = _own(node, root, sizes)
+            results = own(node, root, sizes)
             if seen.alias is not None:
                 root |= dict.fromkeys(results, root[operands[seen.alias]])
             saved |= {root[operands[i]] for i in seen.operands} | {root[results[i]] for i in seen.results}
@@ -35,8 +35,8 @@ def kept_bytes(graph: fx.Graph, observer: Observer) -> int:
     return total + sum(sizes[name] for name in saved if sizes[name] > SMALL)
 
 
-def _own(node: fx.Node, root: dict[str, str], sizes: dict[str, int]) -> list[str]:
-    """Enter the tensors of a node as memory of their own; their names."""
+def own(node: fx.Node, root: dict[str, str], sizes: dict[str, int]) -> list[str]:
+    """Enter the tensors of a node as memory of their own (`root` and bytes by name); their names."""
     value = node.meta["val"]
     named = {node.name: value} if is_tensor(value) else {f"{node.name}:{i}": v for i, v in enumerate(value)}
     tensors = {name: v for name, v in named.items() if is_tensor(v)}

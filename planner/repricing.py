@@ -22,6 +22,7 @@ from .plancheck import first_problem
 from .progress import silent
 from .solve import Request, evaluated, make_task, predict, workbench
 from .spell import grounds, shape_in, stages_of, units_in
+from .workbench import Workbench
 
 
 def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
@@ -49,10 +50,7 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     if problem is not None:
         raise PlanError(problem)
     assignment = assign(plan, outline)
-    request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
-    limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
-    bench = workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster), limits=limits)
-    shape = shape_in(plan)
+    bench, shape = bench_of(plan, outline, cluster, prices), shape_in(plan)
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
@@ -68,6 +66,13 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     if op_by_op:
         return recounted(priced, outline, cluster, prices)
     return within_limit(with_counts(priced, bench.task.outline, cluster, grounds(bench, shape), edited=True))
+
+
+def bench_of(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Workbench:
+    """The prices that the joint search had when it made a plan."""
+    request = Request(plan.source, plan.optimizer, plan.precision, plan.memory_limit_bytes, parse_pins(plan.pins))
+    limits = {pool.name: pool.memory_limit_bytes for pool in plan.pools}
+    return workbench(make_task(outline, cluster, prices, request), silent, tiers=has_host(cluster), limits=limits)
 
 
 def _check_roles(outline: Outline, assignment: Assignment, shape: Shape) -> None:

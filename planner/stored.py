@@ -109,8 +109,8 @@ class Stored:
 
     @cached_property
     def largest(self) -> float:
-        """Elements of the largest parameter."""
-        return max((w.rows for w in self.weights), default=0.0)
+        """Elements of the largest parameter that an optimizer updates."""
+        return max((w.rows for w in self.weights if w.trainable), default=0.0) if self.training else 0.0
 
     def share(self, level: int) -> int:
         """Ranks that the optimizer's elements are shared by."""

@@ -33,7 +33,15 @@ from .presets import (
     usual_levels,
 )
 
-__all__ = ["describe", "list_clusters", "load_device", "parse_bytes", "parse_cluster", "read_cluster"]
+__all__ = [
+    "describe",
+    "describe_cluster",
+    "list_clusters",
+    "load_device",
+    "parse_bytes",
+    "parse_cluster",
+    "read_cluster",
+]
 
 _SPEC = re.compile(
     r"(?P<device>[a-z0-9-]+)(?::(?P<per_node>\d+)(?:x(?P<nodes>\d+))?)?(?:@(?P<rate>[\d.]+)(?P<unit>[A-Za-z/]+))?"
@@ -74,23 +82,36 @@ def describe(name: str) -> dict[str, Any]:
     Figures of the host are those of a usual node; "host_figures" lists their names.
     """
     data = device_file(name)
-    device = load_device(name)
     node = data["node"]
     usual = int(node["devices"])
-    levels = [level("rank", node["link"], usual), level("node", node["network"], usual)]
+    levels = (level("rank", node["link"], usual), level("node", node["network"], usual))
+    host = usual_host(data, usual, f"device {name}")
+    return _described(name, data["title"], Pool(load_device(name), usual, usual, levels, host, name))
+
+
+def describe_cluster(cluster: Cluster) -> list[dict[str, Any]]:
+    """The same of every pool of a cluster, as it is there."""
+    found = []
+    for pool in cluster.pool_list():
+        title = f"{pool.devices} x {pool.device.name}"
+        found.append(_described(pool.name, title, pool))
+    return found
+
+
+def _described(name: str, title: str, pool: Pool) -> dict[str, Any]:
+    device, host = pool.device, pool.host
     rows: dict[str, Any] = {
         key: (getattr(device, key), device.source(key))
         for key in (*FIGURES, "overlap_fraction", "overlap_slowdown", "accuracy_low", "accuracy_high")
     }
-    host = usual_host(data, usual, f"device {name}")
     told = [key for key in HOST_FIGURES if host is not None and key in host.sources]
     rows |= {key: (getattr(host, key), host.source(key)) for key in told if host is not None}
     peaks = {k: (v, device.source(f"peak_flops.{k}")) for k, v in device.peak_flops.items()}
     factors = {k: (v, device.source(f"efficiencies.{k}")) for k, v in device.efficiencies.items()}
     return {
-        "name": name, "title": data["title"], "usual_node": node["devices"], "figures": rows, "host_figures": told,
+        "name": name, "title": title, "usual_node": pool.per_node, "figures": rows, "host_figures": told,
         "peak_flops": peaks, "efficiencies": factors,
-        "levels": [{f: getattr(v, f) for f in v.__slots__} for v in levels],
+        "levels": [{f: getattr(v, f) for f in v.__slots__} for v in pool.levels],
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("errors", "garbage", "planner", "profiles", "passes", "job", "runtime", "api", "cli")
+LAYERS = ("errors", "garbage", "planner", "profiles", "passes", "job", "again", "runtime", "api", "cli")
 """Each may import itself and those before it."""
 SHOWN = {("planner/plan.py", "cli.report.notebook")}
 """(file, what it imports when called): a plan shows itself in notebooks, which only the layer above can draw."""

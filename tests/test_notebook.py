@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import plans
+import pytest
 import shardwright
 from shardwright.cli.report.build import build
 
@@ -43,3 +44,13 @@ def test_a_report_is_its_page_in_a_frame(tmp_path: Path) -> None:
     assert unescape(frame[1]) == build(plans.plan())
     report.write(tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text() == report.html
+
+
+def test_the_documented_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shardwright.save_plan(plans.plan(), tmp_path / "plan.json")
+    found: dict[str, object] = {}
+    exec(code.replace("\nshardwright.Report", "\nshown = shardwright.Report"), found)
+    assert isinstance(found["shown"], shardwright.Report)

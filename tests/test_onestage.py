@@ -94,6 +94,28 @@ def test_a_limit_below_the_one_stage_search_is_met_by_recompute() -> None:
         plan_of(1, (*tight, "recompute=none"), limit)
 
 
+def frozen_products() -> Outline:
+    """With weights that are most of the memory, and frozen but for the norms'."""
+    made = transformer(layers=4, batch=2, seq=4, hidden=64)
+    frozen = {p.tensor for p in made.parameters if len(made.tensors[p.tensor].dims) > 1}
+    parameters = tuple(replace(p, trainable=p.tensor not in frozen) for p in made.parameters)
+    tensors = {n: replace(t, differentiable=t.differentiable and n not in frozen) for n, t in made.tensors.items()}
+    return replace(made, parameters=parameters, tensors=tensors)
+
+
+def test_frozen_parameters_take_no_room_in_the_optimizers_step() -> None:
+    outline = frozen_products()
+
+    def peak(*pins: str, limit: int = PLENTY) -> int:
+        request = Request(SOURCE, "adamw", FP32, limit, parse_pins(("micro_batch=2", *pins)), runnable=True)
+        return solve(outline, cluster(1), FakePrices(), request).predicted.peak_bytes_per_device
+
+    most, least = peak(), peak("recompute=full")
+    assert least < most
+    limit = (least + most) // 2
+    assert peak(limit=limit) <= limit
+
+
 def test_what_no_recompute_helps_is_infeasible() -> None:
     with pytest.raises(Infeasible, match="nothing fits") as caught:
         plan_of(1, ("recompute=full",), 10_000)

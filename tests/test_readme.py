@@ -24,7 +24,8 @@ def _commands() -> list[str]:
     """Commands shown in the README and in docs/."""
     pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
     blocks = [b for page in pages for b in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
-    return list(dict.fromkeys(line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")))
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ shardwright ")]
+    return list(dict.fromkeys(line.partition("  # exit status")[0] for line in lines))
 
 
 def test_python_runs() -> None:

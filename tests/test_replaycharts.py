@@ -54,7 +54,8 @@ def test_curves_keep_their_peak() -> None:
     values = [1.0] * count
     values[1234] = 9.0
     chart = r.memory_chart(
-        [{"name": "every device", "seconds": list(range(count)), "causes": {"saved": values, "none": [0.0] * count}}], 10
+        [{"name": "every device", "seconds": list(range(count)), "causes": {"saved": values, "none": [0.0] * count}}],
+        10,
     )
     (curve,) = chart["curves"]
     assert len(curve["seconds"]) == r.MOST_POINTS

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _COLOURS = 8
 SECTIONS = (
     ("placements", "Model"), ("mesh", "Mesh"), ("timeline", "Timeline"), ("time", "Time"), ("memory", "Memory"),
-    ("traffic", "Links"), ("offload", "Offload"), ("waterline", "Waterline"), ("search", "What else"), ("measured", "Measured"), ("origin", "Origin"),
+    ("traffic", "Links"), ("offload", "Offload"), ("waterline", "Waterline"), ("search", "What else"),
+    ("measured", "Measured"), ("origin", "Origin"),
 )  # fmt: skip
 """(anchor, name) of what the page can be entered at."""
 
@@ -66,10 +67,8 @@ def write_report(
     write_whole(path, build(plan, result, runs, seen))
 
 
-def build(
-    plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None
-) -> str:
-    """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it, `seen` its model looked at again."""
+def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None) -> str:
+    """The page of a plan; `result` is what a run measured, `runs` what the ledger has, `seen` its model captured anew."""
     seen = seen or Replayed()
     charts = {**chart_data(plan, runs, seen.ops), **seen.charts}
     time, memory = cause_bars(plan)

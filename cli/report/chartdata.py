@@ -123,7 +123,18 @@ def _placements(plan: Plan, words: Sequence[str], facts: Mapping[str, Sequence[s
         again = {name for name in region.recompute if " -> " not in name}
         for op in region.ops:
             own = [at[word(op, i, plan.mesh)] for i in range(len(plan.mesh))]
-            ops.append([op.op, op.target, number, own, list(op.choice), list(op.result), op.op in again, list(facts.get(op.op, ()))])
+            ops.append(
+                [
+                    op.op,
+                    op.target,
+                    number,
+                    own,
+                    list(op.choice),
+                    list(op.result),
+                    op.op in again,
+                    list(facts.get(op.op, ())),
+                ]
+            )
     if not ops or not plan.mesh:
         return {}
     return {

@@ -7,6 +7,7 @@ become one block with their count, then the middle of every lane does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ...planner.simulate import Task
@@ -149,5 +150,6 @@ def _thinned(
         return list(seconds), {name: list(values) for name, values in causes.items()}
     total = [sum(values) for values in zip(*causes.values(), strict=True)]
     edges = [round(i * count / MOST_POINTS) for i in range(MOST_POINTS + 1)]
-    kept = [max(range(a, b), key=total.__getitem__) for a, b in zip(edges, edges[1:], strict=False)]
+    kept = [max(range(a, b), key=total.__getitem__) for a, b in pairwise(edges)]
+    kept[-1] = kept[-1] if total[kept[-1]] == max(total) else count - 1
     return [seconds[i] for i in kept], {name: [values[i] for i in kept] for name, values in causes.items()}

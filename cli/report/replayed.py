@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ShardwrightError
 from ...planner.plan import Plan
-from ...planner.playback import Curve, Playback, playback
+from ...planner.replay import Replay, replay
+from ...planner.template import retyped
 from ..figures import bytes_text, memory_text
 from .replaycharts import memory_chart, timeline_chart
 
 MOST_CURVES = 4
 """Pipeline ranks whose bytes are drawn over time."""
-
-MOST_ALIVE = 12
-"""Rows of what is there at the peak."""
 
 if TYPE_CHECKING:
     from ...job import Say
@@ -41,31 +40,37 @@ def replayed(plan: Plan, say: Say) -> Replayed:
         outline, cluster, prices = captured(plan, say)
         charts = {"waterline": waterline_chart(outline, prices)}
         if plan.stages and outline.training:
-            charts |= _played(plan, playback(plan, outline, cluster, prices))
+            charts |= _played(plan, replay(plan, retyped(outline, plan.precision.compute), cluster, prices))
         return Replayed(op_lines(plan, outline, prices), {name: c for name, c in charts.items() if c}, "")
     except ShardwrightError as error:
         return Replayed(missing=str(error))
 
 
-def _played(plan: Plan, step: Playback) -> dict[str, dict[str, Any]]:
+def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:
     """The charts of a step played again; of more pipeline ranks than `MOST_CURVES` those with most bytes and the ends."""
-    peaks = [max(map(sum, zip(*curve.bytes.values(), strict=True))) for curve in step.curves]
+    peaks = [curve.peak_bytes for curve in step.memory]
     fullest = sorted(range(len(peaks)), key=lambda rank: (-peaks[rank], rank))
     shown = sorted(list(dict.fromkeys([fullest[0], 0, len(peaks) - 1, *fullest]))[:MOST_CURVES])
+    names = [f"pipeline rank {rank}" if len(peaks) > 1 else "every device" for rank in range(len(peaks))]
     curves = [
         {
-            "name": f"pipeline rank {rank}" if len(peaks) > 1 else "every device", "seconds": step.curves[rank].seconds,
-            "causes": {memory_text(cause): values for cause, values in step.curves[rank].bytes.items()},
+            "name": names[rank], "seconds": step.memory[rank].seconds,
+            "causes": {memory_text(cause): values for cause, values in step.memory[rank].causes.items()},
         }
         for rank in shown
     ]  # fmt: skip
-    memory = memory_chart(curves, plan.memory_limit_bytes)
-    memory["alive"] = [[name, bytes_text(size)] for name, size in _named(step.curves[fullest[0]])][:MOST_ALIVE]
-    memory["fullest"] = f"pipeline rank {fullest[0]}" if len(peaks) > 1 else "every device"
-    memory["left"] = len(peaks) - len(shown)
-    alike = plan.ranks // plan.pipeline.ranks
-    return {"timeline": timeline_chart(step.tasks, step.seconds, alike), "memory_time": memory}
+    memory = memory_chart(curves, plan.memory_limit_bytes) | {
+        "alive": [[name, bytes_text(size)] for name, size in _alive(step.memory[fullest[0]].causes)],
+        "fullest": names[fullest[0]],
+        "left": len(peaks) - len(shown),
+    }
+    line = step.timeline
+    return {"timeline": timeline_chart(line.tasks, line.step_seconds, step.alike), "memory_time": memory}
 
 
-def _named(curve: Curve) -> list[tuple[str, float]]:
-    return [(memory_text(name), size) for name, size in curve.alive]
+def _alive(causes: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
+    """What is there at the fullest moment, the most first."""
+    moments = list(zip(*causes.values(), strict=True))
+    most = max(moments, key=sum)
+    rows = [(memory_text(cause), size) for cause, size in zip(causes, most, strict=True) if size > 0]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
