@@ -222,3 +222,11 @@ CHARTS.waterline = (data, p) => {
     } }, ...data.parts.map((name, i) => ({ type: "bar", name, data: [], itemStyle: { color: colours[i] } }))],
   };
 };
+
+CHARTS.worth = (data, p) => ({
+  grid: { left: 160, right: 40, top: 8, bottom: 24 },
+  xAxis: axisOf(p, "value", { axis: { splitNumber: 4 }, label: { formatter: (v) => `${v > 0 ? "+" : ""}${v} %` } }),
+  yAxis: axisOf(p, "category", { axis: { data: data.rows.map((row) => row[0]).reverse() }, label: { color: p.ink, width: 150, overflow: "truncate" } }),
+  tooltip: tooltip(p, (it) => data.rows[data.rows.length - 1 - it.dataIndex].filter((part, i) => i !== 1)),
+  series: [{ type: "bar", barMaxWidth: 20, data: data.rows.map((row) => ({ value: row[1], itemStyle: { color: row[1] < 0 ? p.colours[3] : p.colours[2] } })).reverse() }],
+});
