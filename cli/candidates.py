@@ -85,7 +85,7 @@ def _rows(plan: Plan, records: Sequence[ShapeRecord], columns: tuple[str, ...]) 
     for record in records:
         cells = _cells(record)
         if any(cells[name] for name in ("bound", "step", "peak")):
-            rows.append(cells | {"outcome": "chosen"} if _is_own(plan, record) else cells)
+            rows.append(cells | {"outcome": "chosen"} if is_own(plan, record) else cells)
             continue
         key = tuple(cells[name] for name in ("mesh", "schedule", "outcome"))
         if key in bare:
@@ -95,7 +95,8 @@ def _rows(plan: Plan, records: Sequence[ShapeRecord], columns: tuple[str, ...]) 
     return tuple(tuple(cells[name] for name in columns) for cells in [*rows, *bare.values()])
 
 
-def _is_own(plan: Plan, record: ShapeRecord) -> bool:
+def is_own(plan: Plan, record: ShapeRecord) -> bool:
+    """Whether a shape of the search is the one the plan was made of."""
     pipeline = plan.pipeline
     sizes = {"pp": pipeline.ranks, "ep": pipeline.experts} | {axis.name: axis.size for axis in plan.mesh}
     same = {k: v for k, v in sizes.items() if v > 1} == {k: v for k, v in record.mesh.items() if v > 1}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .ledger import note_run, run_rows, runs_of
+from .ledger import note_run, runs_of
 from .options import json_option
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def command(as_json: bool) -> None:
     if result is None:
         raise SystemExit(status or 2)
     note_run(made.plan, result)
-    write_report(made.plan, REPORT, result, run_rows(runs_of(made.plan)))
+    write_report(made.plan, REPORT, result, runs_of(made.plan))
     if as_json:
         tables.print_json(
             {"plan": str(plan_file), "report": str(REPORT), "memory_limit_bytes": limit, "result": result}

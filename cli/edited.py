@@ -10,6 +10,10 @@ from ..planner.plan import Plan
 from ..planner.planfile import digest
 
 if TYPE_CHECKING:
+    from ..job import Say
+    from ..planner.cluster import Cluster
+    from ..planner.outline import Outline
+    from ..planner.prices import Prices
     from .tables import Teller
 
 
@@ -26,29 +30,37 @@ def priced_again(plan: Plan, path: Path, tell: Teller) -> Plan:
     """
     if not is_stale(plan) or plan.source.kind == "module":
         return plan
+    from ..planner.planmatch import check_results
+    from ..planner.repricing import reprice
+
+    tell.note(f"{path} was edited: pricing it again")
+    outline, cluster, prices = captured(plan, tell)
+    try:
+        fresh = reprice(plan, outline, cluster, prices)
+        check_results(plan, outline)
+        return fresh
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def captured(plan: Plan, say: Say) -> tuple[Outline, Cluster, Prices]:
+    """The model of a plan captured anew from its source, the plan's cluster, and the prices of the one on the other.
+
+    Raises PlanMismatch or UsageError where the source is not there as it was."""
     from ..passes.choose import listed
     from ..passes.measure import measured_prices
     from ..passes.models import rebuild
     from ..passes.prepare import prepare, prepare_phase
     from ..planner.cluster import Cluster
     from ..planner.lowerings import under
-    from ..planner.planmatch import check_results
-    from ..planner.repricing import reprice
     from ..profiles.store import default_path
 
-    tell.note(f"{path} was edited: pricing it again")
-    tell("capture")
+    say("capture")
     loaded = rebuild(plan.source, device="meta")
     given = (loaded.model, loaded.args, loaded.kwargs, plan.precision.compute)
     choice = listed(plan)
     summary = prepare_phase(*given, plan.phase, choice=choice) if plan.phase else prepare(*given, choice=choice)
-    tell("prices")
+    say("prices")
     cluster = Cluster.from_dict(plan.cluster)
     prices = measured_prices(summary, cluster, plan.precision.compute, store=default_path())
-    prices = under(prices, plan.lowerings)
-    try:
-        fresh = reprice(plan, summary.outline, cluster, prices)
-        check_results(plan, summary.outline)
-        return fresh
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from None
+    return summary.outline, cluster, under(prices, plan.lowerings)

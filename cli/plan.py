@@ -80,8 +80,11 @@ def command(
         save_plan(result.plan, output)
     if report is not None:
         from .report.build import write_report
+        from .report.replayed import replayed
 
-        write_report(result.plan, report)
+        with tables.progress() as tell:
+            seen = replayed(result.plan, tell)
+        write_report(result.plan, report, seen=seen)
     if as_json:
         tables.print_json(document(result.plan, result.seconds, result.estimate))
     else:

@@ -268,3 +268,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def ranks(self) -> int:
         """Ranks that it runs on: pipeline ranks times those of the mesh."""
         return self.pipeline.ranks * math.prod(axis.size for axis in self.mesh)
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it: the first sentence of its report, key figures, and what takes time and memory."""
+        from ..cli.report.notebook import plan_html
+
+        return plan_html(self)

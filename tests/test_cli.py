@@ -35,7 +35,7 @@ SURFACE = {
     "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},
     "check": {"MODEL", "--batch", "--seq", "--passes", "--print-after", "--cluster", "--report", "--json"},
     "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},
-    "report": {"PLAN", "--output", "--measured", "--json"},
+    "report": {"PLAN", "--output", "--measured", "--sensitivity", "--json"},
     "clusters": {"NAME", "--json"},
     "diff": {"A", "B", "--json"},
     "explain": {"PLAN", "--why-not", "--json"},
@@ -305,7 +305,7 @@ def test_an_axis_more_does_not_change_every_op() -> None:
 def test_report_with_and_without_measurement(plan_file: Path, tmp_path: Path) -> None:
     page, measured = tmp_path / "r.html", tmp_path / "m.json"
     assert shardwright("report", str(plan_file), "-o", str(page)).exit_code == 0
-    assert "Predicted and measured" not in page.read_text()
+    assert "No run of this plan is in the ledger" in page.read_text()
     measured.write_text(json.dumps({"step_seconds": 0.2, "peak_bytes": [1, 2], "losses": [1.0]}))
     done = shardwright("report", str(plan_file), "-o", str(page), "--measured", str(measured), "--json")
     assert json.loads(done.stdout)["report"] == str(page)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...planner.plan import OpPlan, Plan, RegionPlan
 from ...planner.planfile import dump_plan, write_whole
@@ -23,54 +23,78 @@ from ..figures import (
 )
 from ..goals import NUMBERS as GOAL_NUMBERS
 from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
-from ..ledger import RUNS
+from ..ledger import RUNS, run_rows
 from ..placements import RegionSummary, alike, summaries, word
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 from ..tables import optimum_text
+from .chartdata import chart_data
+from .headline import headline, how, why
 from .page import page
+from .replayed import Replayed
+
+if TYPE_CHECKING:
+    from ...profiles.ledger import Entry
 
 _COLOURS = 8
+SECTIONS = (
+    ("placements", "Model"), ("mesh", "Mesh"), ("timeline", "Timeline"), ("time", "Time"), ("memory", "Memory"),
+    ("traffic", "Links"), ("offload", "Offload"), ("waterline", "Waterline"), ("search", "What else"),
+    ("measured", "Measured"), ("origin", "Origin"),
+)  # fmt: skip
+"""(anchor, name) of what the page can be entered at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One cause: its figure as text, its share of the whole in percent, and which colour of the palette it has."""
+    """One cause: its figure as text, its share of the whole, and which colour of the palette it has."""
 
     name: str
+    value: float
     text: str
     share: str
-    percent: float
     colour: int
 
 
-Runs = Sequence[Sequence[str]]
-"""Rows of the ledger, spelled out (cli/ledger.py)."""
+Runs = Sequence["Entry"]
+"""Runs of the ledger (profiles/ledger.py)."""
 
 
-def write_report(plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> None:
+def write_report(
+    plan: Plan, path: Path, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None
+) -> None:
     """Write the page of `plan` to `path`, whole or not at all."""
-    write_whole(path, build(plan, result, runs))
+    write_whole(path, build(plan, result, runs, seen))
 
 
-def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) -> str:
-    """The page of a plan; `result` is what a run of it measured, `runs` what the ledger has of it."""
+def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = (), seen: Replayed | None = None) -> str:
+    """The page of a plan; `result` is what a run measured, `runs` what the ledger has, `seen` its model captured anew."""
+    seen = seen or Replayed()
+    charts = {**chart_data(plan, runs, seen.ops), **seen.charts}
+    time, memory = cause_bars(plan)
     return page(
         "template.html",
+        charts,
+        heights=_heights(charts),
+        missing=seen.missing,
+        facts_of=seen.ops,
+        sections=SECTIONS,
+        headline=headline(plan),
+        how=how(plan),
+        why=why(plan),
         plan=plan,
         title=plan.source.model,
         kind="Parallelism plan",
         what="shardwright plan",
         facts=_facts(plan),
-        figures=_figures(plan),
+        figures=key_figures(plan),
         regions=list(zip(plan.regions, summaries(plan), strict=True)),
         alike=alike(plan),
         parameters=_parameters,
         ops=_ops,
         counted=_counted,
-        memory=_memory(plan),
-        limit_at=_limit_at(plan),
-        time=_time(plan),
+        memory=memory,
+        time=time,
         bytes_text=bytes_text,
         behind_texts=behind_texts,
         seconds_text=seconds_text,
@@ -89,11 +113,12 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = ()) 
         points=point_rows(plan),
         point_columns=POINTS,
         optimum=optimum_text(plan),
+        behind=behind_texts(plan),
         comparison=comparison(plan, result) if result and "step_seconds" in result else [],
         verified=verify_rows(result["verify"]) if result and result.get("verify") else [],
         losses=_losses(result),
         calibrations=calibration_texts(plan),
-        runs=runs,
+        runs=run_rows(runs),
         run_columns=RUNS,
         text=dump_plan(plan),
     )
@@ -114,7 +139,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     return found + [("pinned", pin) for pin in plan.pins]
 
 
-def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+def key_figures(plan: Plan) -> list[tuple[str, str, str]]:
     """(name, figure, remark): what everybody asks first."""
     predicted, limit = plan.predicted, plan.memory_limit_bytes
     tokens = f"{predicted.tokens_per_second_per_device:,.0f}"
@@ -163,32 +188,32 @@ def _counted(things: Sequence[object], name: str) -> str:
     return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
-def _memory(plan: Plan) -> list[Bar]:
-    scale = max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
-    return [
-        Bar(
-            memory_text(cause),
-            bytes_text(size),
-            percent_text(size / plan.memory_limit_bytes),
-            100 * size / scale,
-            i % _COLOURS,
-        )
-        for i, (cause, size) in enumerate(_large_first(plan.predicted.memory))
-    ]
+def _heights(charts: Mapping[str, Any]) -> dict[str, int]:
+    """Pixels of the charts whose height goes with what is in them."""
+    mesh, ops, links = (charts.get(name, {}) for name in ("mesh", "placements", "links"))
+    lines = -(-len(charts["regions"]["nodes"]) // 5)
+    curves = len(charts.get("memory_time", {}).get("curves", ()))
+    return {
+        "regions": 20 + 90 * max(lines, 1),
+        "placements": 90 + 34 * (len(ops.get("axes", ())) + 1),
+        "mesh": 70 + 30 * (len(mesh.get("axes", ())) + len(mesh.get("levels", ()))),
+        "timeline": 110 + 22 * len(charts.get("timeline", {}).get("rows", ())),
+        "memory_time": 40 + 230 * -(-curves // 2) if curves > 1 else 280,
+        "links": 70 + 46 * max(len(links.get("links", ())), 1),
+    }
 
 
-def _limit_at(plan: Plan) -> float:
-    """Where the limit stands on the memory bar, in percent."""
-    return 100 * plan.memory_limit_bytes / max(plan.memory_limit_bytes, plan.predicted.peak_bytes_per_device, 1)
-
-
-def _time(plan: Plan) -> list[Bar]:
-    causes = _large_first(plan.predicted.seconds)
-    whole = max(sum(value for _, value in causes), plan.predicted.step_seconds) or 1.0
-    return [
-        Bar(time_text(cause), seconds_text(value), percent_text(value / whole), 100 * value / whole, i % _COLOURS)
-        for i, (cause, value) in enumerate(causes)
-    ]
+def cause_bars(plan: Plan) -> tuple[list[Bar], list[Bar]]:
+    """Seconds of a step and bytes at the peak by cause, large first; shares are of the whole step and of the limit."""
+    time, memory = _large_first(plan.predicted.seconds), _large_first(plan.predicted.memory)
+    whole = max(sum(value for _, value in time), plan.predicted.step_seconds) or 1.0
+    return (
+        [Bar(time_text(k), v, seconds_text(v), percent_text(v / whole), i % _COLOURS) for i, (k, v) in enumerate(time)],
+        [
+            Bar(memory_text(k), v, bytes_text(v), percent_text(v / plan.memory_limit_bytes), i % _COLOURS)
+            for i, (k, v) in enumerate(memory)
+        ],
+    )
 
 
 def _large_first(causes: Mapping[str, float]) -> list[tuple[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ...errors import UsageError
-from ..ledger import run_rows, runs_of
+from ..ledger import runs_of
 from ..options import json_option, output_option
 
 
@@ -19,21 +19,31 @@ from ..options import json_option, output_option
 @click.option(
     "--measured", type=click.Path(path_type=Path), metavar="FILE", help="What `run --json` printed, to compare."
 )
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also plan again with more memory, another link, one more node (takes five searches).",
+)
 @json_option
-def command(plan: Path, output: Path, measured: Path | None, as_json: bool) -> None:
+def command(plan: Path, output: Path, measured: Path | None, sensitivity: bool, as_json: bool) -> None:
     """Write a plan as one HTML page that needs no network. Runs of it that the ledger knows are shown beside the prediction."""
     from ...planner.planfile import load_plan
+    from ...profiles.store import default_path
     from ..edited import is_stale, priced_again
+    from ..tables import progress
     from .build import write_report
+    from .replayed import replayed
+    from .worth import worth
 
-    loaded = load_plan(plan)
-    if is_stale(loaded):
-        from ..tables import progress
-
-        with progress() as tell:
+    loaded, result = load_plan(plan), _measured(measured)
+    with progress() as tell:
+        if is_stale(loaded):
             loaded = priced_again(loaded, plan, tell)
+        seen = replayed(loaded, tell)
+        if sensitivity:
+            seen.charts["worth"] = worth(loaded, tell, default_path())
     runs = runs_of(loaded)
-    write_report(loaded, output, _measured(measured), run_rows(runs))
+    write_report(loaded, output, result, runs, seen)
     if as_json:
         click.echo(json.dumps({"report": str(output), "bytes": output.stat().st_size, "runs": len(runs)}))
     else:

@@ -1,0 +1,155 @@
+"""What the charts of a replayed step draw (planner/simulate.py): lanes over time and bytes over time, small enough for a page.
+
+Ranks that do the same share rows. Where there are more tasks than a page should hold, neighbours on a lane that do the same
+become one block with their count, then the middle of every lane does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ...planner.simulate import Task
+from ..figures import bytes_text, percent_text, seconds_text
+
+MOST_TASKS = 2500
+"""Blocks of the timeline."""
+
+MOST_RANKS = 16
+"""Pipeline ranks of the timeline; of more, evenly spaced ones are shown with the first and the last."""
+
+MOST_POINTS = 400
+"""Moments of a curve of bytes; of more, each keeps the most of its neighbours."""
+
+KINDS: Mapping[str, str] = {
+    "F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "finish": "end of the step",
+    "send": "handing on", "copy-out": "copy to the host", "copy-in": "copy from the host", "many": "many, in turn",
+}  # fmt: skip
+"""What tasks are called in the legend; collectives by their lane."""
+
+Chart = dict[str, Any]
+Block = tuple[float, float, str, int]
+"""(start, end, kind, how many tasks)."""
+
+
+def timeline_chart(tasks: Sequence[Sequence[Task]], seconds: float, alike: int = 1) -> Chart:
+    """Lanes of the ranks of a pipeline over a step of `seconds`; each rank stands for `alike` devices that do the same."""
+    shown = _spread(len(tasks), MOST_RANKS)
+    lanes: list[tuple[str, list[Block]]] = []
+    waits: list[list[str]] = []
+    for members in _same([tasks[rank] for rank in shown]):
+        own = tasks[shown[members[0]]]
+        label = _label([shown[i] for i in members]) if len(tasks) > 1 else "every device"
+        for lane in _lanes(own):
+            lanes.append((f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane]))
+        busy = sum(t.seconds for t in own if t.lane == "compute")
+        waits.append([label, str(alike * len(members)), seconds_text(busy), percent_text(max(0.0, 1 - busy / seconds))])
+    merged = sum(len(blocks) for _, blocks in lanes) > MOST_TASKS
+    if merged:
+        lanes = [(name, joined(blocks)) for name, blocks in lanes]
+    if sum(len(blocks) for _, blocks in lanes) > MOST_TASKS:
+        lanes = [(name, folded(blocks, MOST_TASKS // len(lanes))) for name, blocks in lanes]
+    kinds = list(dict.fromkeys(block[2] for _, blocks in lanes for block in blocks))
+    return {
+        "seconds": seconds,
+        "rows": [name for name, _ in lanes],
+        "kinds": [KINDS.get(kind, kind) for kind in kinds],
+        "tasks": [
+            [round(start, 7), round(end, 7), row, kinds.index(kind), count]
+            for row, (_, blocks) in enumerate(lanes)
+            for start, end, kind, count in blocks
+        ],
+        "waits": waits,
+        "merged": merged,
+        "left": len(tasks) - len(shown),
+    }
+
+
+def memory_chart(curves: Sequence[Chart], limit: int) -> Chart:
+    """Bytes over time: each curve has a `name`, its `seconds`, and `causes` (name, bytes at each of them)."""
+    found = []
+    for curve in curves:
+        at, causes = _thinned(curve["seconds"], curve["causes"])
+        total = [sum(values) for values in zip(*causes.values(), strict=True)]
+        peak = max(range(len(total)), key=total.__getitem__) if total else 0
+        found.append({
+            "name": curve["name"], "seconds": [round(x, 7) for x in at], "peak": at[peak] if at else 0.0,
+            "causes": [[name, [round(v) for v in values]] for name, values in causes.items() if any(values)],
+            "peakText": f"peak {bytes_text(total[peak])}" if total else "",
+        })  # fmt: skip
+    return {"curves": found, "limit": limit} if found else {}
+
+
+def joined(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks in order of start, those of one kind that follow each other without a gap as one."""
+    found: list[Block] = []
+    for start, end, kind, count in sorted(blocks):
+        if found and found[-1][2] == kind and start - found[-1][1] <= 1e-9 + 1e-3 * (end - start):
+            found[-1] = (found[-1][0], max(end, found[-1][1]), kind, found[-1][3] + count)
+        else:
+            found.append((start, end, kind, count))
+    return found
+
+
+def folded(blocks: Sequence[Block], most: int) -> list[Block]:
+    """At most `most` blocks: the first and the last ones as they are, and one in their middle that counts the others."""
+    half = max((most - 1) // 2, 1)
+    if len(blocks) <= 2 * half + 1:
+        return list(blocks)
+    middle = blocks[half : len(blocks) - half]
+    count = sum(block[3] for block in middle)
+    return [*blocks[:half], (middle[0][0], middle[-1][1], "many", count), *blocks[-half:]]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """All of `count`, or `most` of them from first to last."""
+    return list(range(count)) if count <= most else sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def _same(tasks: Sequence[Sequence[Task]]) -> list[list[int]]:
+    """Ranks by what their lanes do when."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for rank, own in enumerate(tasks):
+        key = tuple((_lane(t), _kind(t), round(t.start, 9), round(t.end, 9)) for t in own)
+        groups.setdefault(key, []).append(rank)
+    return list(groups.values())
+
+
+def _label(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _lanes(tasks: Sequence[Task]) -> list[str]:
+    return sorted({_lane(t) for t in tasks}, key=lambda lane: (lane != "compute", lane))
+
+
+def _lane(task: Task) -> str:
+    return "send" if task.lane.startswith("send ") else task.lane
+
+
+def _kind(task: Task) -> str:
+    lane = _lane(task)
+    if lane != "compute":
+        return lane
+    if task.name.startswith("finish"):
+        return "finish"
+    return next((letter for letter in task.name if letter in "FBIW"), "compute")
+
+
+def _block(task: Task) -> Block:
+    return task.start, task.end, _kind(task), 1
+
+
+def _thinned(
+    seconds: Sequence[float], causes: Mapping[str, Sequence[float]]
+) -> tuple[list[float], dict[str, list[float]]]:  # fmt: skip
+    """At most `MOST_POINTS` moments: of every group of neighbours the one with most bytes."""
+    count = len(seconds)
+    if count <= MOST_POINTS:
+        return list(seconds), {name: list(values) for name, values in causes.items()}
+    total = [sum(values) for values in zip(*causes.values(), strict=True)]
+    edges = [round(i * count / MOST_POINTS) for i in range(MOST_POINTS + 1)]
+    kept = [max(range(a, b), key=total.__getitem__) for a, b in pairwise(edges)]
+    kept[-1] = kept[-1] if total[kept[-1]] == max(total) else count - 1
+    return [seconds[i] for i in kept], {name: [values[i] for i in kept] for name, values in causes.items()}

@@ -1,0 +1,76 @@
+"""What a report shows beyond the plan file, from the model captured anew: facts of every op, lanes and bytes over a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ShardwrightError
+from ...planner.plan import Plan
+from ...planner.replay import Replay, replay
+from ...planner.template import retyped
+from ..figures import bytes_text, memory_text
+from .replaycharts import memory_chart, timeline_chart
+
+MOST_CURVES = 4
+"""Pipeline ranks whose bytes are drawn over time."""
+
+if TYPE_CHECKING:
+    from ...job import Say
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """`ops` has lines of text by op, `charts` the data of charts by name; `missing` says why there are none, "" where there are."""
+
+    ops: dict[str, list[str]] = field(default_factory=dict)
+    charts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: str = "this page was made from the plan file alone"
+
+
+def replayed(plan: Plan, say: Say) -> Replayed:
+    """Capture the model of a plan and look at it again; where its source is not there as it was, `missing` says so."""
+    if plan.source.kind == "module":
+        return Replayed(missing="the plan was made from a live module, which its file does not hold")
+    from ..edited import captured
+    from .opfacts import op_lines, waterline_chart
+
+    try:
+        outline, cluster, prices = captured(plan, say)
+        charts = {"waterline": waterline_chart(outline, prices)}
+        if plan.stages and outline.training:
+            charts |= _played(plan, replay(plan, retyped(outline, plan.precision.compute), cluster, prices))
+        return Replayed(op_lines(plan, outline, prices), {name: c for name, c in charts.items() if c}, "")
+    except ShardwrightError as error:
+        return Replayed(missing=str(error))
+
+
+def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:
+    """The charts of a step played again; of more pipeline ranks than `MOST_CURVES` those with most bytes and the ends."""
+    peaks = [curve.peak_bytes for curve in step.memory]
+    fullest = sorted(range(len(peaks)), key=lambda rank: (-peaks[rank], rank))
+    shown = sorted(list(dict.fromkeys([fullest[0], 0, len(peaks) - 1, *fullest]))[:MOST_CURVES])
+    names = [f"pipeline rank {rank}" if len(peaks) > 1 else "every device" for rank in range(len(peaks))]
+    curves = [
+        {
+            "name": names[rank], "seconds": step.memory[rank].seconds,
+            "causes": {memory_text(cause): values for cause, values in step.memory[rank].causes.items()},
+        }
+        for rank in shown
+    ]  # fmt: skip
+    memory = memory_chart(curves, plan.memory_limit_bytes) | {
+        "alive": [[name, bytes_text(size)] for name, size in _alive(step.memory[fullest[0]].causes)],
+        "fullest": names[fullest[0]],
+        "left": len(peaks) - len(shown),
+    }
+    line = step.timeline
+    return {"timeline": timeline_chart(line.tasks, line.step_seconds, step.alike), "memory_time": memory}
+
+
+def _alive(causes: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
+    """What is there at the fullest moment, the most first."""
+    moments = list(zip(*causes.values(), strict=True))
+    most = max(moments, key=sum)
+    rows = [(memory_text(cause), size) for cause, size in zip(causes, most, strict=True) if size > 0]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
