@@ -1,4 +1,4 @@
-"""`shardwright simulate PLAN --sweep K=V,V`: what the same model would take with other devices, batches, memory or links."""
+"""`shardwright simulate PLAN`: the step of a plan rank by rank and as a trace; with `--sweep K=V,V` plans over a grid."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Infeasible, PinError, UsageError
-from .options import json_option
+from .options import json_option, output_option
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
+    from ..planner.replay import Replay
 
 MOST = 64
 """Points of a sweep."""
@@ -22,18 +23,26 @@ MOST = 64
 @click.command("simulate")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option(
-    "--sweep", "sweeps", multiple=True, required=True, metavar="K=V,V,..",
+    "--sweep", "sweeps", multiple=True, metavar="K=V,V,..",
     help="devices, batch, seq, memory, link (a factor on the outermost link), or any pin; several make a grid.",
 )  # fmt: skip
+@output_option("--trace", help="Trace of the predicted step to write (Chrome, Perfetto).")
 @json_option
-def command(plan: Path, sweeps: tuple[str, ...], as_json: bool) -> None:
-    """Plan PLAN's model again at every point of a grid, with its pins, precision and objective.
+def command(plan: Path, sweeps: tuple[str, ...], trace: Path | None, as_json: bool) -> None:
+    """Play the step of PLAN: what every pipeline rank does, how long it waits, and its most bytes.
 
-    Every point is a search of its own; one where nothing fits says what the least is that any plan needs.
+    With --sweep, plan PLAN's model again at every point of a grid instead, with its pins, precision and objective; a point
+    where nothing fits says what the least is that any plan needs.
     """
+    from ..planner.planfile import load_plan
+
+    if sweeps and trace is not None:
+        raise UsageError("--trace is of the plan itself; leave out --sweep")
+    if not sweeps:
+        _play(load_plan(plan), plan, trace, as_json)
+        return
     from ..again import check_change
     from ..garbage import held_back, leave_unswept
-    from ..planner.planfile import load_plan
     from .tables import print_json, progress, show
 
     points = grid(sweeps)
@@ -51,6 +60,64 @@ def command(plan: Path, sweeps: tuple[str, ...], as_json: bool) -> None:
         print_json({"plan": str(plan), "points": rows})
     else:
         show(sweep_table(rows))
+
+
+def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:
+    """Show the step of a plan, and write its trace."""
+    import json
+
+    from ..planner.planfile import write_whole
+    from ..planner.replay import replay
+    from ..planner.trace import trace_events
+    from .edited import captured, priced_again
+    from .tables import console, print_json, progress, show
+
+    with progress() as tell:
+        plan = priced_again(plan, path, tell)
+        found = replay(plan, *captured(plan, tell))
+    rows = rank_rows(found)
+    if trace is not None:
+        write_whole(trace, json.dumps(trace_events(found.timeline)))
+    if as_json:
+        print_json({"plan": str(path), "step_seconds": found.timeline.step_seconds, "ranks": rows})
+        return
+    show(rank_table(rows, found.timeline.step_seconds))
+    if trace is not None:
+        console(error=True).print(f"wrote {trace}")
+
+
+def rank_rows(found: Replay) -> list[dict[str, Any]]:
+    """By pipeline rank: seconds it computes, sends and waits, the share of waiting, and its most bytes."""
+    rows = []
+    for rank, (tasks, memory) in enumerate(zip(found.timeline.tasks, found.memory, strict=True)):
+        sends = sum(t.seconds for t in tasks if t.lane.startswith("send"))
+        busy = found.timeline.busy_seconds[rank]
+        rows.append({
+            "rank": rank, "devices": found.alike, "busy_seconds": busy, "send_seconds": sends,
+            "waiting_seconds": found.timeline.step_seconds - busy, "bubble": found.timeline.bubble[rank],
+            "peak_bytes": round(memory.peak_bytes),
+        })  # fmt: skip
+    return rows
+
+
+def rank_table(rows: Sequence[Mapping[str, Any]], step_seconds: float) -> Any:
+    """A row per pipeline rank."""
+    from rich.text import Text
+
+    from .figures import bytes_text, percent_text, seconds_text
+    from .tables import table
+
+    made = table(
+        "rank", "devices", "works", "waits", "of step", "sends", "peak", title=f"A step of {seconds_text(step_seconds)}",
+        right=(0, 1, 2, 3, 4, 5, 6),
+    )  # fmt: skip
+    for row in rows:
+        cells = (
+            str(row["rank"]), str(row["devices"]), seconds_text(row["busy_seconds"]), seconds_text(row["waiting_seconds"]),
+            percent_text(row["bubble"]), seconds_text(row["send_seconds"]), bytes_text(row["peak_bytes"]),
+        )  # fmt: skip
+        made.add_row(*map(Text, cells))
+    return made
 
 
 def grid(sweeps: Sequence[str]) -> list[dict[str, str]]:

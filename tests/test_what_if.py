@@ -111,3 +111,18 @@ def test_devices_are_divisors_of_a_node_or_whole_nodes() -> None:
         with_devices(cluster, 20)
     with pytest.raises(UsageError, match="describe one with more"):
         with_devices(parse_cluster("h100-sxm:8x2+a100-sxm-80gb:8x2"), 64)
+
+
+def test_the_step_is_played_rank_by_rank_and_as_a_trace(plan_file: Path, tmp_path: Path) -> None:
+    plan, trace = load_plan(plan_file), tmp_path / "trace.json"
+    told = found("simulate", str(plan_file), "--trace", str(trace))
+    assert told["step_seconds"] == pytest.approx(plan.predicted.step_seconds, rel=1e-12)
+    assert [row["peak_bytes"] for row in told["ranks"]] == [
+        max(s.peak_bytes for s in plan.stages if s.rank == row["rank"]) for row in told["ranks"]
+    ]  # fmt: skip
+    events = json.loads(trace.read_text())["traceEvents"]
+    for row in told["ranks"]:
+        lane = [e["dur"] for e in events if e["ph"] == "X" and e["pid"] == row["rank"] and e["cat"] == "compute"]
+        assert sum(lane) * 1e-6 == pytest.approx(row["busy_seconds"])
+    done = ask("simulate", str(plan_file), "--trace", str(trace), "--sweep", "tp=1")
+    assert (done.exit_code, "leave out --sweep" in done.output) == (2, True)
