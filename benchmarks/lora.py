@@ -120,7 +120,7 @@ def _third(model: Any, inputs: dict[str, Any], pins: Sequence[str]) -> Any:
     """The plan under the greatest limit, to a hundredth, at which it is to keep at most a third of what eager keeps."""
     from shardwright.api import make_plan
 
-    allowed = _kept(lambda: model(**inputs)) / 3
+    allowed = _kept(lambda: model(**inputs).loss) / 3
     whole = make_plan(model, inputs, "cpu:1", pins=pins).predicted
     most, least, found = whole.peak_bytes_per_device, whole.peak_bytes_per_device - whole.memory["saved"], None
     while most - least > whole.memory["saved"] / 100:

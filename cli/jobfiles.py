@@ -71,7 +71,7 @@ def job_name(text: str) -> str:
     return text
 
 
-def script_file(shape: JobShape, plan: str, rest: Sequence[str]) -> str:
+def shell_file(shape: JobShape, plan: str, rest: Sequence[str]) -> str:
     """A POSIX shell script that is started on every machine; `rest` is what `shardwright run` gets after its own options.
 
     It starts `shardwright run`, not torchrun, as only that finds the address and the interface by which the others see a machine.
@@ -125,7 +125,7 @@ def kubernetes_file(shape: JobShape, plan: Plan, target: Sequence[str], name: st
     if len(text.encode()) > CONFIG_MAP_BYTES:
         raise UsageError(
             f"the plan has {len(text.encode()):,} bytes, a ConfigMap holds 1 MiB; "
-            "put it into the image and use --to script in the container"
+            "put it into the image and use --to shell in the container"
         )
     job_name(name)
     command = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 @click.option("--price-per-device-hour", type=ABOVE_ZERO, metavar="USD", help="For cost [default: the list price].")
 @click.option("--frontier", is_flag=True, help="Also find the plans that none beats in time, memory and devices.")
 @click.option("--pin", "pins", multiple=True, metavar="K=V", help="Fix (K=V) or forbid (K!=V) part of the plan.")
+@click.option(
+    "--like", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Pin what a configuration of another tool says (see export).",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @output_option("-o", "--output", help="Plan file to write.")
 @output_option("--report", help="HTML page to write.")
@@ -41,12 +46,15 @@ if TYPE_CHECKING:
 def command(
     model: str, cluster: str, batch: int | str | None, seq: int | None, memory_limit: int | None, objective: str,
     phase: str | None, target_seconds: float | None, target_tokens_per_second: float | None,
-    price_per_device_hour: float | None, frontier: bool, pins: tuple[str, ...], seed: int, output: Path | None,
-    report: Path | None, as_json: bool,
+    price_per_device_hour: float | None, frontier: bool, pins: tuple[str, ...], like: Path | None, seed: int,
+    output: Path | None, report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Find the fastest plan for MODEL that fits the memory of cluster C, or the best by another objective.
 
     MODEL is hf:NAME (gpt2, llama3-8b, ...), hf:config.json, or file.py:function. No GPU and no weights are needed.
+
+    With --like FILE, a configuration of Transformers, torchtitan, Megatron-LM or DeepSpeed, or a program of `export --to script`,
+    is priced: it gives pins, batch and sequence length; --pin, --batch and --seq go before what it says.
     """
     from ..api import plan_model
     from ..garbage import held_back, leave_unswept
@@ -55,6 +63,8 @@ def command(
     from ..profiles.store import default_path
     from . import tables
 
+    if like is not None:
+        pins, batch, seq = pinned_like(like, pins, batch, seq)
     aim = Aim(phase or "", target_seconds, target_tokens_per_second, price_per_device_hour, frontier)
     leave_unswept()
     with held_back(), tables.progress() as tell:
@@ -82,6 +92,23 @@ def command(
         written = [str(path) for path in (output, report) if path is not None]
         if written:
             tables.console(error=True).print(f"wrote {' and '.join(written)}")
+
+
+def pinned_like(
+    path: Path, pins: tuple[str, ...], batch: int | str | None, seq: int | None
+) -> tuple[tuple[str, ...], int | str | None, int | None]:
+    """Pins, batch and sequence length: those given, and for the rest what the configuration at `path` says."""
+    from .exports.read import read_like
+    from .tables import console
+
+    said = read_like(path)
+    given = {re.split("!?=", pin)[0].strip() for pin in pins}
+    added = tuple(f"{key}={word}" for key, word in said.pins.items() if key not in given)
+    batch, seq = said.batch if batch is None else batch, said.seq if seq is None else seq
+    console(error=True).print(
+        f"{path} says {' '.join(added) or 'nothing that can be pinned'}, batch {batch}, sequence {seq}"
+    )
+    return (*pins, *added), batch, seq
 
 
 def document(plan: Plan, seconds: Mapping[str, float], estimate: Mapping[str, float]) -> dict[str, Any]:

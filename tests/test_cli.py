@@ -28,8 +28,8 @@ from shardwright.planner.planfile import load_plan, save_plan
 SURFACE = {
     "demo": {"--json"},
     "plan": {"MODEL", "--cluster", "--batch", "--seq", "--memory-limit", "--objective", "--phase", "--target-seconds",
-             "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--seed", "--output", "--report",
-             "--json"},
+             "--target-tokens-per-second", "--price-per-device-hour", "--frontier", "--pin", "--like", "--seed", "--output",
+             "--report", "--json"},
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
             "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--save", "--every", "--resume", "--json"},
     "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},

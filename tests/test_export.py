@@ -86,7 +86,7 @@ def called(script: Path, folder: Path, *arguments: str, shell: str = "sh", **env
 
 def test_script_of_several_machines_and_of_one(file: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
-    assert export(str(file), "--to", "script", "-o", str(script), "--", "train.py", HOSTILE).exit_code == 0
+    assert export(str(file), "--to", "shell", "-o", str(script), "--", "train.py", HOSTILE).exit_code == 0
     shell_reads(script, "sh")
     assert called(script, tmp_path, "3", "node0:29500") == [
         "run", str(file), "--nnodes=4", "--nproc-per-node=8", "--node-rank=3", "--rdzv-endpoint=node0:29500", "--", "train.py",
@@ -95,7 +95,7 @@ def test_script_of_several_machines_and_of_one(file: Path, tmp_path: Path) -> No
     refused = subprocess.run(["sh", str(script), "0"], capture_output=True, text=True, timeout=20)
     assert (refused.returncode, refused.stderr) == (2, f"usage: {script} NODE_RANK HOST:PORT\n")
     save_plan(on("cpu:4"), file)
-    assert export(str(file), "--to", "script", "-o", str(script)).exit_code == 0
+    assert export(str(file), "--to", "shell", "-o", str(script)).exit_code == 0
     assert called(script, tmp_path) == ["run", str(file), "--steps=5"]
     assert not (tmp_path / "broken").exists()
 
@@ -171,7 +171,7 @@ def test_hostile_names_stay_words(file: Path, tmp_path: Path) -> None:
     folder.mkdir()
     moved = shutil.move(file, folder / "plan.json")
     out = tmp_path / "job.sh"
-    for form, shell in (("slurm", "bash"), ("script", "sh")):
+    for form, shell in (("slurm", "bash"), ("shell", "sh")):
         assert export(str(moved), "--to", form, "-o", str(out), "--", HOSTILE).exit_code == 0
         shell_reads(out, shell)
     assert str(moved) in called(out, tmp_path, "0", "h:1")
@@ -185,8 +185,9 @@ def test_hostile_names_stay_words(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "megatron"], "export to megatron is not supported yet; there are script, slurm, kubernetes"),
-        (["--to", "hf"], "export to hf is not supported yet"),
+        (["--to", "megatron", "--steps", "1"], "--steps belongs to --to shell|slurm|kubernetes, not to megatron"),
+        (["--to", "hf", "--", "train.py"], "a script belongs to --to shell|slurm|kubernetes, not to hf"),
+        (["--to", "script", "--name", "x"], "--name belongs to --to shell|slurm|kubernetes, not to script"),
         (["--to", "paper"], "--to"),
         (["--to", "kubernetes"], "needs --image"),
         (["--to", "slurm", "--image", "x"], "--image belongs to --to kubernetes"),
@@ -208,7 +209,7 @@ def test_memory_of_a_machine(file: Path) -> None:
     ranks = job_shape(on("cpu:4"))
     assert (ranks.gpus, ranks.memory_bytes) == (0, 4 * plans.plan().memory_limit_bytes)
     assert job_shape(on("mi300x:4")).gpu_resource == "amd.com/gpu"
-    found = json.loads(export(str(file), "--to", "script", "--json").stdout)
+    found = json.loads(export(str(file), "--to", "shell", "--json").stdout)
     assert (found["nodes"], found["ranks_per_node"], found["memory_bytes_per_node"]) == (4, 8, gpus.memory_bytes)
 
 

@@ -124,9 +124,9 @@ def test_two_hosts_run_one_plan(hosts: tuple[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_two_hosts_run_an_exported_script(hosts: tuple[str, str], tmp_path: Path) -> None:
-    """What `export --to script` writes, started with `sh` on each host."""
+    """What `export --to shell` writes, started with `sh` on each host."""
     file, script = plan_file(tmp_path, "cpu:1x2"), tmp_path / "run.sh"
-    done = CliRunner().invoke(main, ["export", str(file), "--to", "script", "-o", str(script), "--steps", "1"])
+    done = CliRunner().invoke(main, ["export", str(file), "--to", "shell", "-o", str(script), "--steps", "1"])
     assert done.exit_code == 0, done.stderr
     ended = on_each(hosts, lambda node: ["sh", str(script), str(node), f"{ADDRESSES[0]}:29500"], tmp_path)
     assert [status for status, _, _ in ended] == [0, 0], ended
