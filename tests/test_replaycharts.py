@@ -19,7 +19,7 @@ def test_short_schedules_are_drawn_task_by_task() -> None:
     chart = r.timeline_chart(line.tasks, line.step_seconds, 16)
     assert not chart["merged"]
     assert len(chart["tasks"]) == sum(map(len, line.tasks))
-    assert max(task[1] for task in chart["tasks"]) == pytest.approx(line.step_seconds)
+    assert max(task[1] for task in chart["tasks"]) == pytest.approx(line.step_seconds, rel=1e-5)
     assert {"forward", "backward", "handing on", "end of the step"} == set(chart["kinds"])
     assert [row[1] for row in chart["waits"]] == ["16"] * 4
     assert chart["waits"][0][3] == r.percent_text(line.bubble[0])
@@ -31,7 +31,7 @@ def test_long_schedules_stay_small_and_keep_their_ends() -> None:
     assert chart["merged"]
     assert 100 < len(chart["tasks"]) <= r.MOST_TASKS
     assert chart["left"] == 24 - r.MOST_RANKS
-    assert max(task[1] for task in chart["tasks"]) == pytest.approx(line.step_seconds)
+    assert max(task[1] for task in chart["tasks"]) == pytest.approx(line.step_seconds, rel=1e-5)
     assert "many, in turn" in chart["kinds"]
     shown = sum(task[4] for task in chart["tasks"] if task[2] == 0)
     assert shown == sum(task.lane == "compute" for task in line.tasks[0])

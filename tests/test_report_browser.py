@@ -10,7 +10,10 @@ import msgspec
 import plans
 import pytest
 import stagedplans
+from jointplans import SPEC, cluster, model, plan_with
 from shardwright.cli.report.build import build, write_report
+from shardwright.cli.report.replayed import looked_at
+from shardwright.planner.prices import Prices
 
 HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
@@ -26,6 +29,30 @@ def test_all_charts_are_drawn_at_load(plan: plans.p.Plan, tmp_path: Path) -> Non
     assert len(charts) >= 6
     assert all(count > 3 for count in charts.values()), charts
     assert browser.timing(document) < 3000
+
+
+SEEN = {"placements", "regions", "timeline", "memory_time", "waterline", "time", "memory", "shapes"}
+
+
+@pytest.mark.parametrize(
+    ("pins", "spec"), [(("pp=2", "tp=2"), SPEC), (("offload=optimizer",), SPEC), ((), "h100-sxm:1")],
+    ids=["pipeline and tensor", "offload", "one device"],
+)  # fmt: skip
+def test_plans_looked_at_again_have_every_view(pins: tuple[str, ...], spec: str, tmp_path: Path) -> None:
+    plan = plan_with(model(), *pins, spec=spec)
+    seen = looked_at(plan, model(), cluster(spec), Prices(cluster(spec), "bfloat16"))
+    assert max(task[1] for task in seen.charts["timeline"]["tasks"]) == pytest.approx(
+        plan.predicted.step_seconds, rel=1e-5
+    )
+    page = tmp_path / "r.html"
+    write_report(plan, page, seen=seen)
+    text = page.read_text()
+    assert ("Nothing lies off the device." in text) == (not plan.predicted.host_bytes_per_device)
+    assert set(seen.ops) == {op.op for region in plan.regions for op in region.ops}
+    document, console = browser.loaded(page, tmp_path)
+    assert console == ""
+    assert set(browser.drawn(document)) >= (SEEN if spec != SPEC else SEEN | {"mesh", "links"})
+    assert all(count > 3 for count in browser.drawn(document).values())
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def timeline_chart(tasks: Sequence[Sequence[Task]], seconds: float, alike: int =
         "rows": [name for name, _ in lanes],
         "kinds": [KINDS.get(kind, kind) for kind in kinds],
         "tasks": [
-            [round(start, 7), round(end, 7), row, kinds.index(kind), count]
+            [_short(start), _short(end), row, kinds.index(kind), count]
             for row, (_, blocks) in enumerate(lanes)
             for start, end, kind, count in blocks
         ],
@@ -74,7 +74,7 @@ def memory_chart(curves: Sequence[Chart], limit: int) -> Chart:
         total = [sum(values) for values in zip(*causes.values(), strict=True)]
         peak = max(range(len(total)), key=total.__getitem__) if total else 0
         found.append({
-            "name": curve["name"], "seconds": [round(x, 7) for x in at], "peak": at[peak] if at else 0.0,
+            "name": curve["name"], "seconds": [_short(x) for x in at], "peak": at[peak] if at else 0.0,
             "causes": [[name, [round(v) for v in values]] for name, values in causes.items() if any(values)],
             "peakText": f"peak {bytes_text(total[peak])}" if total else "",
         })  # fmt: skip
@@ -100,6 +100,11 @@ def folded(blocks: Sequence[Block], most: int) -> list[Block]:
     middle = blocks[half : len(blocks) - half]
     count = sum(block[3] for block in middle)
     return [*blocks[:half], (middle[0][0], middle[-1][1], "many", count), *blocks[-half:]]
+
+
+def _short(seconds: float) -> float:
+    """Six digits, so that a page stays small."""
+    return float(f"{seconds:.6g}")
 
 
 def _spread(count: int, most: int) -> list[int]:

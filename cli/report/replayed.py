@@ -18,6 +18,9 @@ MOST_CURVES = 4
 
 if TYPE_CHECKING:
     from ...job import Say
+    from ...planner.cluster import Cluster
+    from ...planner.outline import Outline
+    from ...planner.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,21 @@ def replayed(plan: Plan, say: Say) -> Replayed:
     if plan.source.kind == "module":
         return Replayed(missing="the plan was made from a live module, which its file does not hold")
     from ..edited import captured
-    from .opfacts import op_lines, waterline_chart
 
     try:
-        outline, cluster, prices = captured(plan, say)
-        charts = {"waterline": waterline_chart(outline, prices)}
-        if plan.stages and outline.training:
-            charts |= _played(plan, replay(plan, retyped(outline, plan.precision.compute), cluster, prices))
-        return Replayed(op_lines(plan, outline, prices), {name: c for name, c in charts.items() if c}, "")
+        return looked_at(plan, *captured(plan, say))
     except ShardwrightError as error:
         return Replayed(missing=str(error))
+
+
+def looked_at(plan: Plan, outline: Outline, cluster: Cluster, prices: Prices) -> Replayed:
+    """What is seen of a plan by the outline of its model; raises PlanError where it is not of this model."""
+    from .opfacts import op_lines, waterline_chart
+
+    charts = {"waterline": waterline_chart(outline, prices)}
+    if plan.stages and outline.training:
+        charts |= _played(plan, replay(plan, retyped(outline, plan.precision.compute), cluster, prices))
+    return Replayed(op_lines(plan, outline, prices), {name: c for name, c in charts.items() if c}, "")
 
 
 def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:

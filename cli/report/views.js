@@ -61,8 +61,10 @@ function zoom(p, more) {
 // Boxes in reading order with a strip for every mesh axis; lines go from a box to what runs after it.
 CHARTS.regions = (data, p, element) => {
   const high = 62, strips = data.axes.length, columns = Math.max(1, Math.min(data.nodes.length, Math.floor(element.clientWidth / 150)));
+  element.style.height = `${8 + 92 * Math.ceil(data.nodes.length / columns)}px`;
+  echarts.getInstanceByDom(element).resize();
   const across = element.clientWidth / columns, wide = Math.min(across - 34, 190);
-  const at = (i) => [(i % columns) * across, 6 + Math.floor(i / columns) * 92];
+  const at = (i) => [1 + (i % columns) * across, 6 + Math.floor(i / columns) * 92];
   const box = (i) => {
     const node = data.nodes[i], [x, y] = at(i), own = Math.max(3, Math.min(6, 18 / Math.max(strips, 1)));
     const words = (text, top, fill, size) => ({ type: "text", style: { text, x: x + 10, y: y + top, fill, font: `${size}px ${FONT}`, width: wide - 20, overflow: "truncate" } });
