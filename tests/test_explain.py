@@ -20,8 +20,8 @@ from shardwright.planner.plainways import PlainWays
 from shardwright.planner.plan import Plan
 from shardwright.planner.planfile import dump_plan, parse_plan, save_plan
 from shardwright.planner.repricing import reprice
-from solver_outlines import FakePrices, cluster, transformer
-from test_region import solved
+from solver_outlines import FakePrices, transformer
+from test_region import cluster, plan_of
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 1024,
@@ -129,7 +129,10 @@ def test_sentences_of_one_region_are_of_that_region(folder: Path) -> None:
 
 def test_an_unknown_region_is_refused_with_those_there_are(folder: Path) -> None:
     plan = planned(folder, "gpt2")
-    for words, message in ((("r9",), "its regions are r0, r1, r2"), (("r1", "--why-not", "tp=1"), "leave out the region")):
+    for words, message in (
+        (("r9",), "its regions are r0, r1, r2"),
+        (("r1", "--why-not", "tp=1"), "leave out the region"),
+    ):
         done = told(plan, folder, *words)
         assert done.exit_code == 2
         assert message in done.output
@@ -147,7 +150,7 @@ def test_without_its_model_a_plan_says_what_it_knows(folder: Path) -> None:
 def test_one_plain_stage_has_its_levels_and_layouts_priced() -> None:
     outline = transformer(layers=3, batch=8)
     given = (outline, cluster(4), FakePrices())
-    plan = solved(outline, "dp=2", "tp=2", "zero=0")
+    plan = plan_of(4, ("dp=2", "tp=2", "zero=0"), outline=outline)
     made, seen = PlainWays(plan, *given), set()
     for entry in plan.regions:
         found = made.of(entry)
