@@ -77,7 +77,7 @@ def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:
         found = replay(plan, *captured(plan, tell))
     rows = rank_rows(found)
     if trace is not None:
-        write_whole(trace, json.dumps(trace_events(found.timeline)))
+        write_whole(trace, json.dumps(trace_events(found)))
     if as_json:
         print_json({"plan": str(path), "step_seconds": found.timeline.step_seconds, "ranks": rows})
         return

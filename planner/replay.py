@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from ..errors import PlanError
-from .appraise import stage_seconds, standing_bytes
+from .appraise import causes_of, stage_seconds, standing_bytes
 from .cluster import Cluster
 from .costs import PriceBook
 from .footprint import MemoryCurve, memory_curves
@@ -21,6 +22,7 @@ from .outline import Outline
 from .plan import Plan
 from .repricing import bench_of
 from .simulate import Timeline, simulate
+from .spans import Span, spans_of
 from .spell import shape_in, units_in
 from .stagecosts import Links, RankCost, StageCost
 
@@ -40,11 +42,36 @@ class BytesOverTime:
 
 @dataclass(frozen=True)
 class Replay:
-    """A simulated step and the bytes of every pipeline rank; each rank stands for `alike` devices that do the same."""
+    """A simulated step and the bytes of every pipeline rank; each rank stands for `alike` devices that do the same.
+
+    `spans` are what the lanes of each rank do, by cause (planner/spans.py).
+    """
 
     timeline: Timeline
     memory: tuple[BytesOverTime, ...]
     alike: int
+    spans: tuple[tuple[Span, ...], ...]
+
+
+def as_data(step: Replay) -> dict[str, Any]:
+    """A replayed step in plain values: spans and bytes by cause of every pipeline rank, in seconds from its start."""
+    ranks = [
+        {
+            "rank": rank,
+            "spans": [
+                {
+                    "lane": s.lane, "name": s.name, "cause": s.cause, "start_seconds": s.start, "end_seconds": s.end,
+                    "stage": s.stage, "microbatch": s.microbatch,
+                }
+                for s in spans
+            ],
+            "memory": {
+                "seconds": list(memory.seconds), "bytes": {cause: list(amounts) for cause, amounts in memory.causes.items()}
+            },
+        }
+        for rank, (spans, memory) in enumerate(zip(step.spans, step.memory, strict=True))
+    ]  # fmt: skip
+    return {"step_seconds": step.timeline.step_seconds, "devices_per_rank": step.alike, "ranks": ranks}
 
 
 def replay(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Replay:
@@ -77,7 +104,8 @@ def replay(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) ->
     quiet = [replace(c, work_forward_bytes=0.0, work_backward_bytes=0.0) for c in costs]
     kept = memory_curves(timeline.solved, quiet, (RankCost(),) * shape.pp)
     memory = tuple(map(partial(_over_time, training=outline.training), held, timeline.memory, kept))
-    return Replay(timeline, memory, math.prod(axis.size for axis in plan.mesh) * plan.pipeline.ranks // shape.pp)
+    alike = math.prod(axis.size for axis in plan.mesh) * plan.pipeline.ranks // shape.pp
+    return Replay(timeline, memory, alike, spans_of(plan, timeline, causes_of(bench, shape, cuts, options)))
 
 
 def _over_time(held: Mapping[str, float], both: MemoryCurve, saved: MemoryCurve, training: bool) -> BytesOverTime:

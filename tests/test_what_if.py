@@ -122,7 +122,11 @@ def test_the_step_is_played_rank_by_rank_and_as_a_trace(plan_file: Path, tmp_pat
     ]  # fmt: skip
     events = json.loads(trace.read_text())["traceEvents"]
     for row in told["ranks"]:
-        lane = [e["dur"] for e in events if e["ph"] == "X" and e["pid"] == row["rank"] and e["cat"] == "compute"]
+        mine = [e for e in events if e["ph"] == "X" and e["pid"] == row["rank"]]
+        lane = [e["dur"] for e in mine if e["cat"] not in ("bubble", "send")]
         assert sum(lane) * 1e-6 == pytest.approx(row["busy_seconds"])
+    data = plan.timeline()
+    assert data["step_seconds"] == told["step_seconds"]
+    assert sum(len(rank["spans"]) for rank in data["ranks"]) == sum(e["ph"] == "X" for e in events)
     done = ask("simulate", str(plan_file), "--trace", str(trace), "--sweep", "tp=1")
     assert (done.exit_code, "leave out --sweep" in done.output) == (2, True)

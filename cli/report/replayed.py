@@ -73,7 +73,7 @@ def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:
         "left": len(peaks) - len(shown),
     }
     line = step.timeline
-    return {"timeline": timeline_chart(line.tasks, line.step_seconds, step.alike), "memory_time": memory}
+    return {"timeline": timeline_chart(line.tasks, line.step_seconds, step.alike, step.spans), "memory_time": memory}
 
 
 def _alive(causes: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
