@@ -46,8 +46,8 @@ def timeline_chart(
     groups = _same(own)
     labels = [_label([shown[i] for i in members]) if len(tasks) > 1 else "every device" for members in groups]
     lanes = _drawn([spans[shown[g[0]]] for g in groups], labels) if spans else []
-    merged = False
-    if not spans or _count(lanes) > MOST_TASKS:
+    divided, merged = 0 < _count(lanes) <= MOST_TASKS, False
+    if not divided:
         lanes = _drawn([own[g[0]] for g in groups], labels)
         merged = _count(lanes) > MOST_TASKS
     if merged:
@@ -69,6 +69,7 @@ def timeline_chart(
             for start, end, kind, count in blocks
         ],
         "waits": waits,
+        "divided": divided,
         "merged": merged,
         "left": len(tasks) - len(shown),
     }
