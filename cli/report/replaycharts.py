@@ -29,6 +29,8 @@ KINDS: Mapping[str, str] = {
 }  # fmt: skip
 """What is drawn of an action is called in the legend; the rest by its cause."""
 
+EVERY = "every device"
+
 Chart = dict[str, Any]
 Block = tuple[float, float, str, int]
 """(start, end, kind, how many tasks)."""
@@ -44,7 +46,7 @@ def timeline_chart(
     shown = _spread(len(tasks), MOST_RANKS)
     own = [tasks[rank] for rank in shown]
     groups = _same(own)
-    labels = [_label([shown[i] for i in members]) if len(tasks) > 1 else "every device" for members in groups]
+    labels = [_label([shown[i] for i in members]) if len(tasks) > 1 else EVERY for members in groups]
     lanes = _drawn([spans[shown[g[0]]] for g in groups], labels) if spans else []
     divided, merged = 0 < _count(lanes) <= MOST_TASKS, False
     if not divided:
@@ -78,7 +80,7 @@ def timeline_chart(
 def _drawn(ranks: Sequence[Sequence[Task | Span]], labels: Sequence[str]) -> list[tuple[str, list[Block]]]:
     """The lanes of ranks, one after the other; waiting is what is left empty."""
     return [
-        (f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane])
+        (lane if label == EVERY else f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane])
         for own, label in zip(ranks, labels, strict=True)
         for lane in _lanes(own) if lane != WAITING
     ]  # fmt: skip
