@@ -232,3 +232,33 @@ CHARTS.worth = (data, p) => ({
   tooltip: tooltip(p, (it) => data.rows[data.rows.length - 1 - it.dataIndex].filter((part, i) => i !== 1)),
   series: [{ type: "bar", barMaxWidth: 20, data: data.rows.map((row) => ({ value: row[1], itemStyle: { color: row[1] < 0 ? p.colours[3] : p.colours[2] } })).reverse() }],
 });
+
+// A line for each setting over the values of the last key; `marks` says how a point's low and high are drawn.
+function sweep(data, p, text, marks) {
+  const names = data.lines.map((line) => line[0]), many = names.length > 1;
+  const value = (i, k) => (data.lines[i][1][k] ? data.lines[i][1][k][0] : null);
+  const series = data.lines.map(([name, points], i) => ({ type: "line", name, symbol: "circle", symbolSize: 9, connectNulls: false,
+    itemStyle: { color: p.colours[i % 8] }, lineStyle: { color: p.colours[i % 8], width: 2 }, data: points.map((_, k) => value(i, k)) }));
+  data.lines.forEach(([, points], i) => series.push({ type: "custom", animation: false, silent: true, encode: { x: 0, y: [1, 2] },
+    data: points.flatMap((point, k) => (point && point[2] != null ? [[k, point[1] != null ? point[1] : point[2], point[2]]] : [])),
+    renderItem: (params, api) => marks(api.coord([api.value(0), api.value(1)]), api.coord([api.value(0), api.value(2)]), p.colours[i % 8], p) }));
+  return {
+    grid: { left: 70, right: 20, top: many ? 34 : 12, bottom: 40 }, legend: many ? legendOf(p, names) : { show: false },
+    xAxis: axisOf(p, "category", { axis: { data: data.along, name: data.key, nameLocation: "middle", nameGap: 22 } }),
+    yAxis: axisOf(p, "value", { axis: { min: 0, splitNumber: 4 }, label: { formatter: text } }),
+    tooltip: tooltip(p, (it) => { const point = data.lines[it.seriesIndex][1][it.dataIndex]; return [many ? it.seriesName : "", `${data.key} = ${data.along[it.dataIndex]}: ${text(point[0])}`, point[3]]; }),
+    series,
+  };
+}
+
+const stroke = (colour, width, dash) => ({ stroke: colour, lineWidth: width, lineDash: dash });
+const lineFrom = (a, b, style) => ({ type: "line", shape: { x1: a[0], y1: a[1], x2: b[0], y2: b[1] }, style });
+
+const whisker = (low, high, colour) => ({ type: "group", children: [lineFrom(low, high, stroke(colour, 1.5)),
+  ...[low, high].map(([x, y]) => lineFrom([x - 5, y], [x + 5, y], stroke(colour, 1.5)))] });
+
+const limitDash = (low, high, colour, p) => lineFrom([high[0] - 26, high[1]], [high[0] + 26, high[1]], stroke(p.bad, 1.5, [5, 4]));
+
+CHARTS.sweep_step = (data, p) => sweep(data, p, secondsText, whisker);
+CHARTS.sweep_rate = (data, p) => sweep(data, p, (v) => String(+v.toPrecision(3)), whisker);
+CHARTS.sweep_peak = (data, p) => sweep(data, p, bytesText, limitDash);
