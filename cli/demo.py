@@ -40,6 +40,7 @@ def command(as_json: bool) -> None:
     from ..planner.planfile import save_plan
     from . import tables
     from .report.build import write_report
+    from .report.replayed import replayed
     from .results import result_tables
 
     FOLDER.mkdir(exist_ok=True)
@@ -55,7 +56,9 @@ def command(as_json: bool) -> None:
     if result is None:
         raise SystemExit(status or 2)
     note_run(made.plan, result)
-    write_report(made.plan, REPORT, result, runs_of(made.plan))
+    with tables.progress() as tell:
+        seen = replayed(made.plan, tell)
+    write_report(made.plan, REPORT, result, runs_of(made.plan), seen)
     if as_json:
         tables.print_json(
             {"plan": str(plan_file), "report": str(REPORT), "memory_limit_bytes": limit, "result": result}

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from .causes import StageCauses, added, stage_causes
 from .cluster import MEASURED
 from .interval import step_interval
 from .options import Option, end_to_end
@@ -81,6 +83,16 @@ def stage_seconds(
     return StageSeconds(forward, backward, weight, finish, sends, backs)
 
 
+def causes_of(
+    bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]
+) -> list[StageCauses]:  # fmt: skip
+    """Of every virtual stage, what `stage_seconds` has, by cause."""
+    return [
+        stage_causes(options[a:b], bench.on(shape, rank).change(shape))
+        for (a, b), rank in zip(pairwise(cuts), bench.ready(shape).placement, strict=True)
+    ]
+
+
 def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options: Sequence[Option]) -> Appraisal:
     """Figures of a shape whose stage s holds units [cuts[s], cuts[s+1]) and whose unit u runs under options[u]."""
     ready, count, t = bench.ready(shape), shape.pp * shape.chunks, stage_seconds(bench, shape, cuts, options)
@@ -104,8 +116,9 @@ def appraise(bench: Workbench, shape: Arrangement, cuts: Sequence[int], options:
         for s in range(count)
     )
     busiest = max(range(shape.pp), key=lambda r: (sum(t.forward[s] + t.backward[s] for s in ready.local[r]), -r))
+    parts = causes_of(bench, shape, cuts, options)
     return Appraisal(
-        step, _causes(shape, options, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
+        step, _causes(parts, shape, step), {c: math.ceil(b) for c, b in memory[fullest].items()}, stages,
         (
             *_traffic(
                 bench.on(shape, busiest), shape, [options[u] for s in ready.local[busiest] for u in range(cuts[s], cuts[s + 1])]
@@ -132,16 +145,10 @@ def behind(
     return found
 
 
-def _causes(shape: Arrangement, options: Sequence[Option], step: float) -> dict[str, float]:
+def _causes(parts: Sequence[StageCauses], shape: Arrangement, step: float) -> dict[str, float]:
     """Seconds of the mean rank by cause; what is left of the step is waiting."""
-    found = dict.fromkeys(
-        ("compute", "activation_communication", "parameter_communication", "recompute", "offload", "optimizer"), 0.0
-    )
-    for option in options:
-        for cause, seconds in option.parts.items():
-            found[cause] = found.get(cause, 0.0) + seconds / shape.pp
-    found["bubble"] = max(0.0, step - math.fsum(found.values()))
-    return found
+    found = added([part.of_step(shape.microbatches) for part in parts]).times(1 / shape.pp)
+    return {**found._asdict(), "bubble": max(0.0, step - found.seconds)}
 
 
 def standing_bytes(

@@ -187,14 +187,11 @@ class _Walk:
             calls[call] = calls.get(call, 0) + 1
         for call in (*(c for chain in chains for c in chain.calls), *self._called_again()):
             calls[call] = calls.get(call, 0) + 1
-        parts = {
-            "compute": ahead.busy + back.busy, "activation_communication": ahead.talk + back.talk, "recompute": again,
-        }  # fmt: skip
         weight = self._late()
         if back.compute:
             weight *= back.busy / back.compute
         return Numbers(
-            ahead.seconds, back.seconds, weight, again, ahead.busy, back.busy, kept, peak, work, self.weights(), parts,
+            ahead.seconds, back.seconds, weight, again, ahead.busy, back.busy, kept, peak, work, self.weights(),
             tuple(calls.items()), self._experts(),
         )  # fmt: skip
 

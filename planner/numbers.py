@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .costs import Call
 from .experts import ExpertFacts
@@ -56,7 +55,7 @@ class Numbers:
     gradients, `again` what is run again in the backward pass (not in `backward`). `compute_forward` and `compute_backward`
     are what other collectives may hide under. `saved` are bytes kept per microbatch, `peak` the most that is alive in the
     backward pass of the unit with all it saves made again, `work` the most alive in its forward pass beyond what is kept.
-    `parts` are seconds by cause; `calls` are the collectives of one microbatch. `experts` are its mixtures of experts, with all
+    `calls` are the collectives of one microbatch. `experts` are its mixtures of experts, with all
     of their experts within the inner mesh.
     """
 
@@ -70,7 +69,6 @@ class Numbers:
     peak: float
     work: float
     weights: tuple[Weights, ...]
-    parts: Mapping[str, float] = field(default_factory=dict)
     calls: tuple[tuple[Call, int], ...] = ()
     experts: tuple[UnitExperts, ...] = ()
 

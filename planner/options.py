@@ -15,6 +15,7 @@ from itertools import pairwise
 from ..errors import PinError
 from .away import HERE, Away, Case, Copies, Moves, offers
 from .capability import Kept, why_kept_here
+from .causes import Causes, Change
 from .cluster import Device, Host
 from .costs import Call, PriceBook
 from .front import Design
@@ -27,6 +28,8 @@ from .schedules import SCHEDULES
 from .stored import Data, Keeping, Shared, Stored, Talk, stored_of
 from .unitexperts import spread
 
+NOTHING = Causes()
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -34,7 +37,7 @@ class Option:
 
     `static` lives all the time, `gradient` from the first backward pass to the step, `saved` per microbatch in flight, `work`
     only while the unit runs, `step` while the optimizer does. `host` bytes live in host memory, `host_saved` per microbatch;
-    `offload` says what lies there (planner/away.py). `parts` are seconds of one step by cause, for a table.
+    `offload` says what lies there (planner/away.py). `ahead`, `back` and `ends` are `forward`, `backward` and `finish` by cause.
     """
 
     region: int
@@ -57,7 +60,9 @@ class Option:
     host_saved: float = 0.0
     disk: float = 0.0
     offload: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    ahead: Causes = NOTHING
+    back: Causes = NOTHING
+    ends: Causes = NOTHING
     memory: Mapping[str, float] = field(default_factory=dict)
     calls: tuple[tuple[Call, int], ...] = ()
     shared: tuple[Shared, ...] = ()
@@ -88,9 +93,7 @@ class _Lying:
     moves: Moves | None
 
 
-def end_to_end(
-    options: Sequence[Option], change: Mapping[tuple[str, str], tuple[float, float]]
-) -> tuple[float, float, float, float]:
+def end_to_end(options: Sequence[Option], change: Change) -> tuple[float, float, float, float]:
     """Seconds of units one after the other: forward, backward, weight and finish, changes of layout between them included."""
     turns = [change[one.exit, two.entry] for one, two in pairwise(options) if one.exit != two.entry]
     forward = math.fsum([*(o.forward for o in options), *(f for f, _ in turns)])
@@ -189,27 +192,24 @@ class Storing:
         transient = max(n.peak - n.saved, 0.0) if self.training else 0.0
         talked, talked_back = hidden(n.compute_forward, talk.forward), hidden(compute_back, talk.backward)
         ends = hidden(n.compute_forward, talk.first) + hidden(compute_back, talk.last)
-        runs = data.microbatches
-        parts = {
-            "compute": runs * n.parts["compute"],
-            "activation_communication": runs * n.parts["activation_communication"], "recompute": runs * n.again,
-            "parameter_communication": runs * (talked + talked_back) + ends, "optimizer": talk.update,
-        }  # fmt: skip
         forward = backward = finish = left = slots = 0.0
+        update = talk.update
         if moves is not None:
             # Of inference what is saved are the keys and values.
             left, slots = n.saved if away.activations else 0.0, moves.slots
             forward, backward, finish = self.copies.exposed(moves, left, n.compute_forward, compute_back)
-            parts["offload"] = runs * (forward + backward) + finish
-            if moves.update is not None:
-                parts["optimizer"] = moves.update
+            update = talk.update if moves.update is None else moves.update
+        talk_forward, talk_backward = n.forward - n.compute_forward, n.backward - n.compute_backward
         work = max(transient + memory["work"], n.work + memory["gathered"])
         return Option(
             region, named.design, named.style, named.policy, lying.level, named.design.entry, named.design.exit,
             n.forward + talked + forward, n.backward + n.again + talked_back + backward, n.weight,
-            ends + parts["optimizer"] + finish, memory["static"], memory["gradient"], n.saved - left,
+            ends + update + finish, memory["static"], memory["gradient"], n.saved - left,
             max(work + PASSING * left, slots), memory["step"], memory["host"], left, memory["disk"],
-            away.told(moves.stride if moves is not None else math.inf), parts=parts,
+            away.told(moves.stride if moves is not None else math.inf),
+            ahead=Causes(n.compute_forward, talk_forward, talked, 0.0, forward),
+            back=Causes(n.compute_backward, talk_backward, talked_back, n.again, backward),
+            ends=Causes(0.0, 0.0, ends, 0.0, finish, update),
             memory={**memory, "temporaries": max(transient, n.work)}, calls=n.calls, shared=talk.shared,
         )  # fmt: skip
 

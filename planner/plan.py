@@ -269,6 +269,31 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Ranks that it runs on: pipeline ranks times those of the mesh."""
         return self.pipeline.ranks * math.prod(axis.size for axis in self.mesh)
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes of a device in plain values: its limit, the peak and what makes it up by cause, the peak of every stage's rank,
+        and what lies in host memory and on disk."""
+        found = self.predicted
+        return {
+            "limit_bytes": self.memory_limit_bytes, "peak_bytes": found.peak_bytes_per_device, "bytes": dict(found.memory),
+            "stages": [{"stage": s, "rank": one.rank, "peak_bytes": one.peak_bytes} for s, one in enumerate(self.stages)],
+            "host_bytes": found.host_bytes_per_device, "disk_bytes": found.disk_bytes_per_device,
+        }  # fmt: skip
+
+    def timeline(self) -> dict[str, Any]:
+        """What every lane of every pipeline rank does when in a step, and bytes over time, in plain values.
+
+        `{"step_seconds", "devices_per_rank", "ranks": [{"rank", "spans": [{"lane", "name", "cause", "start_seconds",
+        "end_seconds", "stage", "microbatch"}], "memory": {"seconds": [..], "bytes": {cause: [..]}}, "alive_at_peak": [{"region",
+        "bytes": {cause: ..}}]}]}`; region "" is of none. The model is captured
+        anew from its source, for which torch is needed. Raises PlanError for a plan without stages, PlanMismatch or UsageError
+        where the source is not there as it was.
+        """
+        from ..cli.edited import captured
+        from .replay import as_data, replay
+
+        return as_data(replay(self, *captured(self, lambda _: None)))
+
     def _repr_html_(self) -> str:
         """How notebooks show it: the first sentence of its report, key figures, and what takes time and memory."""
         from ..cli.report.notebook import plan_html

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from ..errors import PlanError
-from .appraise import stage_seconds, standing_bytes
+from .alive import Alive, alive_at_peak
+from .appraise import causes_of, stage_seconds, standing_bytes
 from .cluster import Cluster
 from .costs import PriceBook
 from .footprint import MemoryCurve, memory_curves
@@ -21,6 +23,7 @@ from .outline import Outline
 from .plan import Plan
 from .repricing import bench_of
 from .simulate import Timeline, simulate
+from .spans import Span, spans_of
 from .spell import shape_in, units_in
 from .stagecosts import Links, RankCost, StageCost
 
@@ -40,11 +43,38 @@ class BytesOverTime:
 
 @dataclass(frozen=True)
 class Replay:
-    """A simulated step and the bytes of every pipeline rank; each rank stands for `alike` devices that do the same."""
+    """A simulated step and the bytes of every pipeline rank; each rank stands for `alike` devices that do the same.
+
+    `spans` are what the lanes of each rank do, by cause (planner/spans.py); `alive` is what each has at its fullest moment.
+    """
 
     timeline: Timeline
     memory: tuple[BytesOverTime, ...]
     alike: int
+    spans: tuple[tuple[Span, ...], ...]
+    alive: tuple[Alive, ...]
+
+
+def as_data(step: Replay) -> dict[str, Any]:
+    """A replayed step in plain values: spans and bytes by cause of every pipeline rank, in seconds from its start."""
+    ranks = [
+        {
+            "rank": rank,
+            "spans": [
+                {
+                    "lane": s.lane, "name": s.name, "cause": s.cause, "start_seconds": s.start, "end_seconds": s.end,
+                    "stage": s.stage, "microbatch": s.microbatch,
+                }
+                for s in spans
+            ],
+            "memory": {
+                "seconds": list(memory.seconds), "bytes": {cause: list(amounts) for cause, amounts in memory.causes.items()}
+            },
+            "alive_at_peak": [{"region": name, "bytes": dict(own)} for name, own in alive.items()],
+        }
+        for rank, (spans, memory, alive) in enumerate(zip(step.spans, step.memory, step.alive, strict=True))
+    ]  # fmt: skip
+    return {"step_seconds": step.timeline.step_seconds, "devices_per_rank": step.alike, "ranks": ranks}
 
 
 def replay(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Replay:
@@ -77,7 +107,11 @@ def replay(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) ->
     quiet = [replace(c, work_forward_bytes=0.0, work_backward_bytes=0.0) for c in costs]
     kept = memory_curves(timeline.solved, quiet, (RankCost(),) * shape.pp)
     memory = tuple(map(partial(_over_time, training=outline.training), held, timeline.memory, kept))
-    return Replay(timeline, memory, math.prod(axis.size for axis in plan.mesh) * plan.pipeline.ranks // shape.pp)
+    alike = math.prod(axis.size for axis in plan.mesh) * plan.pipeline.ranks // shape.pp
+    alive = tuple(
+        alive_at_peak(plan, r, cuts, options, timeline.tasks[r], memory[r]) for r in range(shape.pp)
+    )  # fmt: skip
+    return Replay(timeline, memory, alike, spans_of(plan, timeline, causes_of(bench, shape, cuts, options)), alive)
 
 
 def _over_time(held: Mapping[str, float], both: MemoryCurve, saved: MemoryCurve, training: bool) -> BytesOverTime:

@@ -172,6 +172,7 @@ LOSSES: Mapping[str, Rule] = {
 
 FUSED: Mapping[str, Rule] = {
     "shardwright.gated": Rule("*b, *b -> *b", ((1,),)),
+    "shardwright.by_result": Rule("*b -> *b"),
     "shardwright.rotary": Rule("*b d!, *b c!, *b e! -> *b d", EACH),
     "shardwright.rms_norm": Rule("*b n!, n -> *b n", kind="norm", flops="norm", slots=((0, "x"), (1, "weight"))),
     rule_made.CONV: Rule(

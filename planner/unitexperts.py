@@ -8,7 +8,7 @@ copies a rank receives are kept for the backward pass with the op, or made again
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from . import rule_experts
@@ -54,7 +54,6 @@ def _spread(
     )  # fmt: skip
     forward, backward, weight = slower * unit.forward, slower * unit.backward, slower * unit.weight
     again = unit.forward * slower + found.forward_seconds if unit.again else 0.0
-    talk = found.forward_seconds + found.backward_seconds
     held = _held(unit, found)
     kept = held["saved"] if training and not unit.again else 0.0
     return replace(
@@ -68,7 +67,6 @@ def _spread(
         saved=n.saved + kept,
         peak=n.peak + (held["saved"] + held["backward"] if training else 0.0),
         work=max(0.0, n.work + held["forward"] - (held["copies"] if kept else 0.0)),
-        parts=_added(n.parts, compute=forward + backward, activation_communication=talk, recompute=again),
     )  # fmt: skip
 
 
@@ -81,7 +79,3 @@ def _held(unit: UnitExperts, found: ExpertParallel) -> dict[str, float]:
         "copies": copies, "saved": max(copies + more * unit.gates, -unit.gates),
         "forward": RECEIVED * copies + forward, "backward": RECEIVED * copies + backward,
     }  # fmt: skip
-
-
-def _added(parts: Mapping[str, float], **more: float) -> dict[str, float]:
-    return {name: parts.get(name, 0.0) + more.get(name, 0.0) for name in {**parts, **more}}

@@ -1,4 +1,4 @@
-"""Chrome trace of one step, with lanes that show what runs beside what: compute, each communication axis, waiting, copies.
+"""Chrome trace of one step, in the lanes of a predicted one (planner/trace.py): compute, one per axis that talks, waiting, copies.
 
 The profiler writes what ran on every thread and queue. Lanes put the same spans where they can be compared: a collective from its
 launch to its completion on the lane of its axis, the ops of the model on one lane, the time in which the rank waited for a
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from ..planner.spans import COMPUTE, COPIES, WAITING
+from ..planner.trace import Event, lane_names, lane_order
 from .collectives import Pending, observed, phase
 from .torch_compat import profile_of_threads
 
-LANES = "lanes"
-"""The name of the process that lanes stand under, and its id in the file."""
+LANES = 1_000_000
+"""The process that lanes stand under; no process of the system, nor a rank of a predicted trace, has this number."""
 LAUNCH, WAIT = "shardwright launch", "shardwright wait"
-COMPUTE, WAITING, COPIES = "compute", "waiting", "copies"
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,8 @@ def _completions(
 def lanes(events: Sequence[Event], noted: Sequence[Noted]) -> list[Event]:
     """The events of the lanes."""
     found = collectives(events, noted)
-    axes = list(dict.fromkeys(c.noted.axis for c in found))
-    order = [COMPUTE, *axes, WAITING, COPIES]
-    made: list[Event] = [{"ph": "M", "name": "process_name", "pid": LANES, "tid": 0, "args": {"name": LANES}}]
-    made += [
-        {"ph": "M", "name": "thread_name", "pid": LANES, "tid": i, "args": {"name": x}} for i, x in enumerate(order)
-    ]
+    order = lane_order(c.noted.axis for c in found)
+    made = lane_names(LANES, "rank 0 (measured)", order)
 
     def add(lane: str, name: str, span: Span, **args: Any) -> None:
         made.append({

@@ -119,9 +119,8 @@ def test_activations_hide_under_their_unit(seconds: float) -> None:
     assert away.backward - plain.backward == pytest.approx(max(0.0, copy - 2 * seconds))
     assert (away.saved, away.host_saved, plain.saved, plain.host_saved) == (0.0, SAVED, SAVED, 0.0)
     assert away.work == plain.work + PASSING * SAVED
-    assert away.parts.get("offload", 0.0) == pytest.approx(
-        4 * max(0.0, copy - seconds) + 4 * max(0.0, copy - 2 * seconds)
-    )
+    assert away.ahead.offload == pytest.approx(max(0.0, copy - seconds))
+    assert away.back.offload == pytest.approx(max(0.0, copy - 2 * seconds))
     assert (away.static, away.finish) == (plain.static, plain.finish)
 
 
@@ -186,9 +185,9 @@ def test_the_update_takes_the_best_stride(per_element: float) -> None:
     stride, rate = _stride(host)
     found = by_label(storing(host=host).options(0, [(NAMED, numbers(0.0))], data(), (1,)))
     away, plain = found[1, _label(host, False, "")], found[1, ""]
-    assert away.parts["optimizer"] == pytest.approx(rate * ELEMENTS / 8)
+    assert away.ends.optimizer == pytest.approx(rate * ELEMENTS / 8)
     assert away.finish - plain.finish == pytest.approx(
-        away.parts["optimizer"] - plain.parts["optimizer"] + 2 * ELEMENTS / 8 / 20e9 + 1e-5
+        away.ends.optimizer - plain.ends.optimizer + 2 * ELEMENTS / 8 / 20e9 + 1e-5
     )
     assert away.step == 0.0
     slots = 0.0 if math.isinf(stride) else SLOTS * 12 * min(SUBGROUP, ELEMENTS / 8)
@@ -215,7 +214,7 @@ def test_disk_is_slower_and_leaves_the_host_free() -> None:
     assert near.disk == 0.0
     assert near.host - disk.host == disk.disk
     assert disk.finish > near.finish
-    assert disk.parts["optimizer"] == pytest.approx(_stride(HOST, tier="disk")[1] * ELEMENTS / 8)
+    assert disk.ends.optimizer == pytest.approx(_stride(HOST, tier="disk")[1] * ELEMENTS / 8)
     without = storing(host=replace(HOST, disk_bytes=0)).options(0, [(NAMED, numbers())], data(), (0, 1, 2, 3))
     assert not any("@disk" in o.offload for o in without)
 

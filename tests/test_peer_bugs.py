@@ -50,10 +50,9 @@ def storing(prices: FakePrices | Prices | None = None) -> Storing:
 
 def unit(seconds: float, elements: float, saved: float = 1e8) -> Numbers:
     """A unit that computes for `seconds` forward and twice as long backward."""
-    parts = {"compute": 3 * seconds, "activation_communication": 0.0, "recompute": 0.0}
     weights = (Weights(elements, elements / 4, True, False, False, True),)
     return Numbers(
-        seconds, 2 * seconds, seconds, 0.0, seconds, 2 * seconds, saved, saved, 0.0, weights, parts
+        seconds, 2 * seconds, seconds, 0.0, seconds, 2 * seconds, saved, saved, 0.0, weights
     )  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def test_context_parallelism_divides_cost() -> None:
     found = fronts()
     whole = storing().options(1, [found.numbers(1, 1, 1)[0]], Data(1, 1, 1, 4, 1), (0,))[0]
     shared = storing().options(1, [found.numbers(1, 1, 1, 4)[0]], Data(1, 1, 1, 4, 1), (0,))[0]
-    assert shared.parts["compute"] < 0.35 * whole.parts["compute"]
+    assert shared.back.compute < 0.35 * whole.back.compute
     assert shared.saved == pytest.approx(whole.saved / 4)
     assert shared.static == whole.static
 

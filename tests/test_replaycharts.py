@@ -6,6 +6,7 @@ import pytest
 from shardwright.cli.report import replaycharts as r
 from shardwright.planner.schedules import actions, stage_rank
 from shardwright.planner.simulate import Links, StageCost, Task, Timeline, simulate
+from shardwright.planner.spans import COMPUTE, Span
 
 
 def step(ranks: int, microbatches: int) -> Timeline:
@@ -23,6 +24,26 @@ def test_short_schedules_are_drawn_task_by_task() -> None:
     assert {"forward", "backward", "handing on", "end of the step"} == set(chart["kinds"])
     assert [row[1] for row in chart["waits"]] == ["16"] * 4
     assert chart["waits"][0][3] == r.percent_text(line.bubble[0])
+
+
+def test_tasks_are_drawn_by_what_they_consist_of() -> None:
+    line = step(2, 4)
+    spans = [
+        [
+            Span(t.rank, lane, t.name, cause, t.start + a * t.seconds, t.start + b * t.seconds, t.stage, t.microbatch)
+            for t in own if t.lane == COMPUTE
+            for lane, cause, a, b in ((COMPUTE, "compute", 0.0, 0.6), ("tp", "activation_communication", 0.6, 1.0))
+        ]
+        for own in line.tasks
+    ]  # fmt: skip
+    chart = r.timeline_chart(line.tasks, line.step_seconds, 1, spans)
+    assert chart["divided"]
+    assert chart["rows"] == ["rank 0, compute", "rank 0, tp", "rank 1, compute", "rank 1, tp"]
+    assert set(chart["kinds"]) == {"forward", "backward", "end of the step", "communication of activations"}
+    assert len(chart["tasks"]) == sum(map(len, spans))
+    whole = r.timeline_chart(line.tasks, line.step_seconds)
+    assert not whole["divided"]
+    assert whole["waits"] == chart["waits"]
 
 
 def test_long_schedules_stay_small_and_keep_their_ends() -> None:

@@ -30,10 +30,9 @@ def storing(recipe: str = "zero", **more) -> Storing:
 def numbers(seconds: float = 1.0, elements: float = ELEMENTS, **more) -> Numbers:
     """A unit that computes for `seconds` forward and twice as long backward."""
     figures = {"saved": SAVED, "peak": SAVED + 1e7, "work": 2e7, "again": 0.0} | more
-    parts = {"compute": 3 * seconds, "activation_communication": 0.0, "recompute": 0.0}
     return Numbers(
         seconds, 2 * seconds, seconds, figures["again"], seconds, 2 * seconds, figures["saved"], figures["peak"],
-        figures["work"], (Weights(elements, elements / 4, True, False, False, True),), parts,
+        figures["work"], (Weights(elements, elements / 4, True, False, False, True),),
     )  # fmt: skip
 
 

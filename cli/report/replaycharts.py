@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from ...planner.simulate import Task
-from ..figures import bytes_text, percent_text, seconds_text
+from ...planner.spans import SEND, WAITING, Span
+from ..figures import bytes_text, percent_text, seconds_text, time_text
 
 MOST_TASKS = 2500
 """Blocks of the timeline."""
@@ -24,46 +25,69 @@ MOST_POINTS = 400
 
 KINDS: Mapping[str, str] = {
     "F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "finish": "end of the step",
-    "send": "handing on", "copy-out": "copy to the host", "copy-in": "copy from the host", "many": "many, in turn",
+    SEND: "handing on", "many": "many, in turn",
 }  # fmt: skip
-"""What tasks are called in the legend; collectives by their lane."""
+"""What is drawn of an action is called in the legend; the rest by its cause."""
+
+EVERY = "every device"
 
 Chart = dict[str, Any]
 Block = tuple[float, float, str, int]
 """(start, end, kind, how many tasks)."""
 
 
-def timeline_chart(tasks: Sequence[Sequence[Task]], seconds: float, alike: int = 1) -> Chart:
-    """Lanes of the ranks of a pipeline over a step of `seconds`; each rank stands for `alike` devices that do the same."""
+def timeline_chart(
+    tasks: Sequence[Sequence[Task]], seconds: float, alike: int = 1, spans: Sequence[Sequence[Span]] = ()
+) -> Chart:
+    """Lanes of the ranks of a pipeline over a step of `seconds`; each rank stands for `alike` devices that do the same.
+
+    What `tasks` consist of is drawn where a page can hold it: `spans`, also by rank.
+    """
     shown = _spread(len(tasks), MOST_RANKS)
-    lanes: list[tuple[str, list[Block]]] = []
-    waits: list[list[str]] = []
-    for members in _same([tasks[rank] for rank in shown]):
-        own = tasks[shown[members[0]]]
-        label = _label([shown[i] for i in members]) if len(tasks) > 1 else "every device"
-        for lane in _lanes(own):
-            lanes.append((f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane]))
-        busy = sum(t.seconds for t in own if t.lane == "compute")
-        waits.append([label, str(alike * len(members)), seconds_text(busy), percent_text(max(0.0, 1 - busy / seconds))])
-    merged = sum(len(blocks) for _, blocks in lanes) > MOST_TASKS
+    own = [tasks[rank] for rank in shown]
+    groups = _same(own)
+    labels = [_label([shown[i] for i in members]) if len(tasks) > 1 else EVERY for members in groups]
+    lanes = _drawn([spans[shown[g[0]]] for g in groups], labels) if spans else []
+    divided, merged = 0 < _count(lanes) <= MOST_TASKS, False
+    if not divided:
+        lanes = _drawn([own[g[0]] for g in groups], labels)
+        merged = _count(lanes) > MOST_TASKS
     if merged:
         lanes = [(name, joined(blocks)) for name, blocks in lanes]
-    if sum(len(blocks) for _, blocks in lanes) > MOST_TASKS:
+    if _count(lanes) > MOST_TASKS:
         lanes = [(name, folded(blocks, MOST_TASKS // len(lanes))) for name, blocks in lanes]
     kinds = list(dict.fromkeys(block[2] for _, blocks in lanes for block in blocks))
+    waits = []
+    for label, members in zip(labels, groups, strict=True):
+        busy = sum(t.seconds for t in own[members[0]] if t.lane == "compute")
+        waits.append([label, str(alike * len(members)), seconds_text(busy), percent_text(max(0.0, 1 - busy / seconds))])
     return {
         "seconds": seconds,
         "rows": [name for name, _ in lanes],
-        "kinds": [KINDS.get(kind, kind) for kind in kinds],
+        "kinds": [KINDS.get(kind) or time_text(kind) for kind in kinds],
         "tasks": [
             [_short(start), _short(end), row, kinds.index(kind), count]
             for row, (_, blocks) in enumerate(lanes)
             for start, end, kind, count in blocks
         ],
         "waits": waits,
+        "divided": divided,
         "merged": merged,
         "left": len(tasks) - len(shown),
     }
+
+
+def _drawn(ranks: Sequence[Sequence[Task | Span]], labels: Sequence[str]) -> list[tuple[str, list[Block]]]:
+    """The lanes of ranks, one after the other; waiting is what is left empty."""
+    return [
+        (lane if label == EVERY else f"{label}, {lane}", [_block(t) for t in own if _lane(t) == lane])
+        for own, label in zip(ranks, labels, strict=True)
+        for lane in _lanes(own) if lane != WAITING
+    ]  # fmt: skip
+
+
+def _count(lanes: Sequence[tuple[str, list[Block]]]) -> int:
+    return sum(len(blocks) for _, blocks in lanes)
 
 
 def memory_chart(curves: Sequence[Chart], limit: int) -> Chart:
@@ -125,25 +149,24 @@ def _label(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _lanes(tasks: Sequence[Task]) -> list[str]:
-    return sorted({_lane(t) for t in tasks}, key=lambda lane: (lane != "compute", lane))
+def _lanes(own: Sequence[Task | Span]) -> list[str]:
+    return sorted({_lane(t) for t in own}, key=lambda lane: (lane != "compute", lane))
 
 
-def _lane(task: Task) -> str:
-    return "send" if task.lane.startswith("send ") else task.lane
+def _lane(one: Task | Span) -> str:
+    """Where it is drawn: what goes to another rank on the lane of the pipeline, also of a task."""
+    return "pp" if one.lane.startswith(f"{SEND} ") else one.lane
 
 
-def _kind(task: Task) -> str:
-    lane = _lane(task)
-    if lane != "compute":
-        return lane
-    if task.name.startswith("finish"):
-        return "finish"
-    return next((letter for letter in task.name if letter in "FBIW"), "compute")
+def _kind(one: Task | Span) -> str:
+    cause = one.cause if isinstance(one, Span) else SEND if _lane(one) == "pp" else one.lane
+    if cause != "compute":
+        return cause
+    return "finish" if one.microbatch < 0 else next(letter for letter in one.name if letter in "FBIW")
 
 
-def _block(task: Task) -> Block:
-    return task.start, task.end, _kind(task), 1
+def _block(one: Task | Span) -> Block:
+    return one.start, one.end, _kind(one), 1
 
 
 def _thinned(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..base import Pass, Program
 from .adapters import SlimAdapters
 from .attention import FuseAttention
+from .by_result import KeepResults
 from .conv_bn import FoldNorm
 from .gated import FuseGated
 from .gelu import FuseGelu
@@ -16,6 +17,7 @@ from .head_loss import FuseHeadLoss
 from .merge_convs import MergeConvs
 from .merge_linears import MergeLinears
 from .padding import PackPadding
+from .pads import FoldPads
 from .patch import PatchPrefix
 from .reorder import Reorder
 from .reparameterize import Reparameterize
@@ -23,7 +25,7 @@ from .rms_norm import FuseRmsNorm
 from .rotary import FuseRotary
 
 _ORDER: tuple[Pass[Program], ...] = (
-    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldNorm(), Reparameterize(), MergeConvs(),
-    SlimAdapters(), MergeLinears(), FuseHeadLoss(), PatchPrefix(), PackPadding(), Reorder(),
+    FuseGelu(), FuseGated(), FuseRmsNorm(), FuseRotary(), FuseAttention(), FoldPads(), FoldNorm(), Reparameterize(),
+    MergeConvs(), KeepResults(), SlimAdapters(), MergeLinears(), FuseHeadLoss(), PatchPrefix(), PackPadding(), Reorder(),
 )  # fmt: skip
 PASSES = {step.name: step for step in _ORDER}
