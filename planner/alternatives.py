@@ -16,6 +16,7 @@ import msgspec
 from ..errors import Infeasible, PinError, PlanError
 from .appraise import appraise
 from .capability import check_plan
+from .causes import added
 from .cluster import Cluster
 from .costs import PriceBook
 from .counted import counts_bytes
@@ -98,10 +99,8 @@ class JointWays:
         """The other ways of an entry of the plan."""
         mine = self.units[entry.name]
         own = self.options[mine[0]]
-        causes: dict[str, float] = {}
-        for u in mine:
-            for cause, seconds in self.options[u].parts.items():
-                causes[cause] = causes.get(cause, 0.0) + seconds
+        runs, options = self.shape.microbatches, [self.options[u] for u in mine]
+        causes = added([part for o in options for part in (o.ahead.times(runs), o.back.times(runs), o.ends)])._asdict()
         found: dict[Choice, Way] = {}
         for named, zero, offload in self._choices(entry, own):
             key = (named.design, zero, offload)
