@@ -27,8 +27,11 @@ MOST = 64
     help="devices, batch, seq, memory, link (a factor on the outermost link), or any pin; several make a grid.",
 )  # fmt: skip
 @output_option("--trace", help="Trace of the predicted step to write (Chrome, Perfetto).")
+@output_option("--report", help="With --sweep: HTML page with charts to write.")
 @json_option
-def command(plan: Path, sweeps: tuple[str, ...], trace: Path | None, as_json: bool) -> None:
+def command(
+    plan: Path, sweeps: tuple[str, ...], trace: Path | None, report: Path | None, as_json: bool
+) -> None:  # fmt: skip
     """Play the step of PLAN: what every pipeline rank does, how long it waits, and its most bytes.
 
     With --sweep, plan PLAN's model again at every point of a grid instead, with its pins, precision and objective; a point
@@ -38,12 +41,14 @@ def command(plan: Path, sweeps: tuple[str, ...], trace: Path | None, as_json: bo
 
     if sweeps and trace is not None:
         raise UsageError("--trace is of the plan itself; leave out --sweep")
+    if not sweeps and report is not None:
+        raise UsageError("--report draws a --sweep; `shardwright report` draws the plan itself")
     if not sweeps:
         _play(load_plan(plan), plan, trace, as_json)
         return
     from ..again import check_change
     from ..garbage import held_back, leave_unswept
-    from .tables import print_json, progress, show
+    from .tables import console, print_json, progress, show
 
     points = grid(sweeps)
     for changes in points:
@@ -56,10 +61,16 @@ def command(plan: Path, sweeps: tuple[str, ...], trace: Path | None, as_json: bo
         for i, changes in enumerate(points):
             tell(f"point {i + 1} of {len(points)}: {_text(changes)}")
             rows.append(point(loaded, changes))
+    if report is not None:
+        from .report.sweep import write_sweep
+
+        write_sweep(loaded, rows, report)
     if as_json:
         print_json({"plan": str(plan), "points": rows})
-    else:
-        show(sweep_table(rows))
+        return
+    show(sweep_table(rows))
+    if report is not None:
+        console(error=True).print(f"wrote {report}")
 
 
 def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:

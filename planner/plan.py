@@ -284,7 +284,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What every lane of every pipeline rank does when in a step, and bytes over time, in plain values.
 
         `{"step_seconds", "devices_per_rank", "ranks": [{"rank", "spans": [{"lane", "name", "cause", "start_seconds",
-        "end_seconds", "stage", "microbatch"}], "memory": {"seconds": [..], "bytes": {cause: [..]}}}]}`. The model is captured
+        "end_seconds", "stage", "microbatch"}], "memory": {"seconds": [..], "bytes": {cause: [..]}}, "alive_at_peak": [{"region",
+        "bytes": {cause: ..}}]}]}`; region "" is of none. The model is captured
         anew from its source, for which torch is needed. Raises PlanError for a plan without stages, PlanMismatch or UsageError
         where the source is not there as it was.
         """

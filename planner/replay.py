@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import PlanError
+from .alive import Alive, alive_at_peak
 from .appraise import causes_of, stage_seconds, standing_bytes
 from .cluster import Cluster
 from .costs import PriceBook
@@ -44,13 +45,14 @@ class BytesOverTime:
 class Replay:
     """A simulated step and the bytes of every pipeline rank; each rank stands for `alike` devices that do the same.
 
-    `spans` are what the lanes of each rank do, by cause (planner/spans.py).
+    `spans` are what the lanes of each rank do, by cause (planner/spans.py); `alive` is what each has at its fullest moment.
     """
 
     timeline: Timeline
     memory: tuple[BytesOverTime, ...]
     alike: int
     spans: tuple[tuple[Span, ...], ...]
+    alive: tuple[Alive, ...]
 
 
 def as_data(step: Replay) -> dict[str, Any]:
@@ -68,8 +70,9 @@ def as_data(step: Replay) -> dict[str, Any]:
             "memory": {
                 "seconds": list(memory.seconds), "bytes": {cause: list(amounts) for cause, amounts in memory.causes.items()}
             },
+            "alive_at_peak": [{"region": name, "bytes": dict(own)} for name, own in alive.items()],
         }
-        for rank, (spans, memory) in enumerate(zip(step.spans, step.memory, strict=True))
+        for rank, (spans, memory, alive) in enumerate(zip(step.spans, step.memory, step.alive, strict=True))
     ]  # fmt: skip
     return {"step_seconds": step.timeline.step_seconds, "devices_per_rank": step.alike, "ranks": ranks}
 
@@ -105,7 +108,10 @@ def replay(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) ->
     kept = memory_curves(timeline.solved, quiet, (RankCost(),) * shape.pp)
     memory = tuple(map(partial(_over_time, training=outline.training), held, timeline.memory, kept))
     alike = math.prod(axis.size for axis in plan.mesh) * plan.pipeline.ranks // shape.pp
-    return Replay(timeline, memory, alike, spans_of(plan, timeline, causes_of(bench, shape, cuts, options)))
+    alive = tuple(
+        alive_at_peak(plan, r, cuts, options, timeline.tasks[r], memory[r]) for r in range(shape.pp)
+    )  # fmt: skip
+    return Replay(timeline, memory, alike, spans_of(plan, timeline, causes_of(bench, shape, cuts, options)), alive)
 
 
 def _over_time(held: Mapping[str, float], both: MemoryCurve, saved: MemoryCurve, training: bool) -> BytesOverTime:

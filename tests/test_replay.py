@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 from shardwright.errors import PlanError
+from shardwright.planner.alive import REST
 from shardwright.planner.cluster import Cluster
 from shardwright.planner.counted import counts_bytes
 from shardwright.planner.outline import Outline
@@ -65,6 +66,18 @@ def test_bytes_by_cause_add_up_to_those_of_the_simulator(pins: tuple[str, ...]) 
         assert all(min(amounts) >= -1e-6 for amounts in own.causes.values())
         standing = own.peak_bytes - curve.peak_bytes
         assert standing == pytest.approx(sum(own.causes[c][0] for c in own.causes if c not in ("saved", "temporaries")))
+
+
+@pytest.mark.parametrize("pins", PINS, ids=" ".join)
+def test_what_is_alive_at_the_peak_is_all_of_it(pins: tuple[str, ...]) -> None:
+    plan, found = made(pins)
+    for rank, (alive, memory) in enumerate(zip(found.alive, found.memory, strict=True)):
+        assert sum(sum(own.values()) for own in alive.values()) == pytest.approx(memory.peak_bytes, abs=10)
+        held = {run.use for stage in plan.stages if stage.rank == rank for run in stage.runs}
+        assert set(alive) == held | {REST}
+        assert not {"parameters", "optimizer", "saved", "gathered"} & set(alive[REST])
+        total = sum(own.get("parameters", 0.0) for own in alive.values())
+        assert total == pytest.approx(memory.causes["parameters"][0])
 
 
 @pytest.mark.parametrize("pins", PINS, ids=" ".join)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 from click.testing import CliRunner, Result
 from shardwright.again import asked_again, with_devices
 from shardwright.api import plan_model
 from shardwright.cli.main import main
+from shardwright.cli.report.sweep import chart
 from shardwright.errors import PinError, UsageError
 from shardwright.planner.planfile import load_plan, save_plan
 from shardwright.profiles.devices import parse_cluster
@@ -69,6 +71,29 @@ def test_a_sweep_plans_every_point(plan_file: Path) -> None:
     fresh = plan_model(TOY, "h100-sxm:2", batch=32).plan.predicted
     assert points[-1]["step_seconds"] == fresh.step_seconds
     assert points[-1]["samples_per_second"] == 32 / fresh.step_seconds
+
+
+def test_a_sweep_is_drawn(plan_file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "sweep.html"
+    points = found(
+        "simulate", str(plan_file), "--sweep", "link=0.5,1", "--sweep", "memory=1MiB,2GiB,4GiB", "--report", str(page)
+    )["points"]
+    drawn = chart(points, "step_seconds")
+    assert (drawn["key"], drawn["along"], [name for name, _ in drawn["lines"]]) == (
+        "memory", ["1MiB", "2GiB", "4GiB"], ["link=0.5", "link=1"]
+    )  # fmt: skip
+    assert [[p and p[0] for p in line] for _, line in drawn["lines"]] == [
+        [None, *(p["step_seconds"] for p in points[i : i + 2])] for i in (1, 4)
+    ]
+    document, console = browser.loaded(page, tmp_path)
+    assert console == ""
+    assert set(browser.drawn(document)) == {"sweep_step", "sweep_rate", "sweep_peak"}
+    assert all(count > 3 for count in browser.drawn(document).values())
+    text = page.read_text()
+    assert all(f"{p['samples_per_second']:,.2f}" in text for p in points if "why" not in p)
+    assert "nothing fits" in text
+    done = ask("simulate", str(plan_file), "--report", str(page))
+    assert (done.exit_code, "--report draws a --sweep" in done.output) == (2, True)
 
 
 def test_what_does_not_fit_is_a_row_with_its_reason(plan_file: Path) -> None:

@@ -30,6 +30,12 @@ function bytesText(value) {
   return `${+size.toPrecision(3)} ${units[unit]}`;
 }
 
+// What ticks of bytes up to `most` stand apart: a round number of a unit.
+function byteStep(most, parts) {
+  const least = Math.max(most, 1) / parts, unit = 1024 ** Math.floor(Math.log(least) / Math.log(1024) + 1e-9);
+  return unit * [1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 80, 100, 128, 160, 200, 256, 320, 400, 512, 640, 800, 1024].find((n) => n * unit >= least);
+}
+
 // A tooltip made of text nodes: no string of the data is ever parsed as HTML.
 function tip(lines) {
   const box = document.createElement("div");

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ShardwrightError
+from ...planner.alive import Alive
 from ...planner.plan import Plan
 from ...planner.replay import Replay, replay
 from ...planner.template import retyped
@@ -15,6 +16,9 @@ from .replaycharts import memory_chart, timeline_chart
 
 MOST_CURVES = 4
 """Pipeline ranks whose bytes are drawn over time."""
+
+MOST_REGIONS = 12
+"""Regions of the table of what is alive at the peak."""
 
 if TYPE_CHECKING:
     from ...job import Say
@@ -68,7 +72,7 @@ def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:
         for rank in shown
     ]  # fmt: skip
     memory = memory_chart(curves, plan.memory_limit_bytes) | {
-        "alive": [[name, bytes_text(size)] for name, size in _alive(step.memory[fullest[0]].causes)],
+        "alive": _alive(step.alive[fullest[0]]),
         "fullest": names[fullest[0]],
         "left": len(peaks) - len(shown),
     }
@@ -76,9 +80,27 @@ def _played(plan: Plan, step: Replay) -> dict[str, dict[str, Any]]:
     return {"timeline": timeline_chart(line.tasks, line.step_seconds, step.alike, step.spans), "memory_time": memory}
 
 
-def _alive(causes: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
-    """What is there at the fullest moment, the most first."""
-    moments = list(zip(*causes.values(), strict=True))
-    most = max(moments, key=sum)
-    rows = [(memory_text(cause), size) for cause, size in zip(causes, most, strict=True) if size > 0]
-    return sorted(rows, key=lambda row: (-row[1], row[0]))
+def _alive(alive: Alive) -> dict[str, Any]:
+    """What is there at the fullest moment: a column for every cause, a row for every region, the most first, and their sum."""
+    total: dict[str, float] = {}
+    for own in alive.values():
+        for cause, size in own.items():
+            total[cause] = total.get(cause, 0.0) + size
+    causes = sorted(total, key=lambda cause: (-total[cause], cause))
+    names = sorted(
+        (name for name in alive if alive[name]), key=lambda name: (not name, -sum(alive[name].values()), name)
+    )
+    shown, left = names[:MOST_REGIONS], names[MOST_REGIONS:]
+    rows = [(name or "no region", alive[name]) for name in shown]
+    if left:
+        rest = {cause: sum(alive[name].get(cause, 0.0) for name in left) for cause in causes}
+        rows.append((f"{len(left)} more", rest))
+    return {
+        "causes": [memory_text(cause) for cause in causes],
+        "rows": [_row(name, own, causes) for name, own in (*rows, ("all", total))],
+    }
+
+
+def _row(name: str, own: Mapping[str, float], causes: Sequence[str]) -> list[str]:
+    cells = [bytes_text(own[cause]) if own.get(cause) else "" for cause in causes]
+    return [name, *cells, bytes_text(sum(own.values()))]

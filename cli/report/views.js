@@ -6,7 +6,7 @@ function stackedBar(data, p, element, text, limit) {
   const whole = Math.max(limit || 0, data.rows.reduce((sum, row) => sum + row[1], 0));
   const option = {
     aria: { enabled: false }, grid: { left: 2, right: 2, top: limit ? 18 : 4, bottom: 22 },
-    xAxis: axisOf(p, "value", { axis: { min: 0, max: whole, splitNumber: 4 }, label: { formatter: (v) => text(v), showMaxLabel: false } }),
+    xAxis: axisOf(p, "value", { axis: { min: 0, max: whole, splitNumber: 4, interval: limit ? byteStep(whole, 4) : undefined }, label: { formatter: (v) => text(v), showMaxLabel: false } }),
     yAxis: axisOf(p, "category", { axis: { data: [""], show: false } }),
     tooltip: tooltip(p, (it) => [it.seriesName, data.rows[it.seriesIndex] ? data.rows[it.seriesIndex][2] : ""]),
     series: data.rows.map((row, i) => ({ type: "bar", stack: "all", name: row[0], data: [row[1]], barWidth: "80%",
@@ -194,7 +194,7 @@ CHARTS.memory_time = (data, p, element) => {
     title.push({ text: `${curve.name}: ${curve.peakText}`, left: x + 62, top: top + 2, textStyle: { fontSize: 12, fontWeight: 600, color: p.ink, fontFamily: FONT } });
     const last = curve.seconds[curve.seconds.length - 1] || 1, most = Math.max(data.limit, ...curve.seconds.map((_, k) => curve.causes.reduce((sum, cause) => sum + cause[1][k], 0)));
     xAxis.push(axisOf(p, "value", { axis: { gridIndex: i, min: 0, max: last, splitNumber: 4 }, label: { formatter: secondsText } }));
-    yAxis.push(axisOf(p, "value", { axis: { gridIndex: i, max: most * 1.04, splitNumber: 3 }, label: { formatter: bytesText, showMaxLabel: false } }));
+    yAxis.push(axisOf(p, "value", { axis: { gridIndex: i, max: most * 1.04, interval: byteStep(most, 3) }, label: { formatter: bytesText, showMaxLabel: false } }));
     curve.causes.forEach((cause, k) => series.push({ type: "line", name: cause[0], xAxisIndex: i, yAxisIndex: i, stack: `all ${i}`, step: "end", symbol: "none", lineStyle: { width: 0 },
       areaStyle: { opacity: 1 }, itemStyle: { color: p.colours[names.indexOf(cause[0]) % 8] }, data: curve.seconds.map((at, m) => [at, cause[1][m]]),
       markLine: k ? undefined : { silent: true, symbol: "none", lineStyle: { color: p.bad, width: 1.5, type: "solid" }, data: [{ yAxis: data.limit }], label: { formatter: "limit", color: p.bad, fontSize: 11, position: "insideEndTop" } } }));
@@ -232,3 +232,34 @@ CHARTS.worth = (data, p) => ({
   tooltip: tooltip(p, (it) => data.rows[data.rows.length - 1 - it.dataIndex].filter((part, i) => i !== 1)),
   series: [{ type: "bar", barMaxWidth: 20, data: data.rows.map((row) => ({ value: row[1], itemStyle: { color: row[1] < 0 ? p.colours[3] : p.colours[2] } })).reverse() }],
 });
+
+// A line for each setting over the values of the last key; `marks` says how a point's low and high are drawn.
+function sweep(data, p, text, marks, bytes) {
+  const most = Math.max(...data.lines.flatMap(([, points]) => points.map((point) => (point ? Math.max(point[0], point[2] || 0) : 0))));
+  const names = data.lines.map((line) => line[0]), many = names.length > 1;
+  const value = (i, k) => (data.lines[i][1][k] ? data.lines[i][1][k][0] : null);
+  const series = data.lines.map(([name, points], i) => ({ type: "line", name, symbol: "circle", symbolSize: 9, connectNulls: false,
+    itemStyle: { color: p.colours[i % 8] }, lineStyle: { color: p.colours[i % 8], width: 2 }, data: points.map((_, k) => value(i, k)) }));
+  data.lines.forEach(([, points], i) => series.push({ type: "custom", animation: false, silent: true, encode: { x: 0, y: [1, 2] },
+    data: points.flatMap((point, k) => (point && point[2] != null ? [[k, point[1] != null ? point[1] : point[2], point[2]]] : [])),
+    renderItem: (params, api) => marks(api.coord([api.value(0), api.value(1)]), api.coord([api.value(0), api.value(2)]), p.colours[i % 8], p) }));
+  return {
+    grid: { left: 70, right: 20, top: many ? 34 : 12, bottom: 40 }, legend: many ? legendOf(p, names) : { show: false },
+    xAxis: axisOf(p, "category", { axis: { data: data.along, name: data.key, nameLocation: "middle", nameGap: 22 } }),
+    yAxis: axisOf(p, "value", { axis: { min: 0, splitNumber: 4, interval: bytes ? byteStep(most, 4) : undefined }, label: { formatter: text } }),
+    tooltip: tooltip(p, (it) => { const point = data.lines[it.seriesIndex][1][it.dataIndex]; return [many ? it.seriesName : "", `${data.key} = ${data.along[it.dataIndex]}: ${text(point[0])}`, point[3]]; }),
+    series,
+  };
+}
+
+const stroke = (colour, width, dash) => ({ stroke: colour, lineWidth: width, lineDash: dash });
+const lineFrom = (a, b, style) => ({ type: "line", shape: { x1: a[0], y1: a[1], x2: b[0], y2: b[1] }, style });
+
+const whisker = (low, high, colour) => ({ type: "group", children: [lineFrom(low, high, stroke(colour, 1.5)),
+  ...[low, high].map(([x, y]) => lineFrom([x - 5, y], [x + 5, y], stroke(colour, 1.5)))] });
+
+const limitDash = (low, high, colour, p) => lineFrom([high[0] - 26, high[1]], [high[0] + 26, high[1]], stroke(p.bad, 1.5, [5, 4]));
+
+CHARTS.sweep_step = (data, p) => sweep(data, p, secondsText, whisker);
+CHARTS.sweep_rate = (data, p) => sweep(data, p, (v) => String(+v.toPrecision(3)), whisker);
+CHARTS.sweep_peak = (data, p) => sweep(data, p, bytesText, limitDash, true);
