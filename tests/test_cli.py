@@ -38,7 +38,7 @@ SURFACE = {
     "report": {"PLAN", "--output", "--measured", "--sensitivity", "--json"},
     "clusters": {"NAME", "--json"},
     "diff": {"A", "B", "--json"},
-    "explain": {"PLAN", "--why-not", "--json"},
+    "explain": {"PLAN", "REGION", "--why-not", "--json"},
     "simulate": {"PLAN", "--sweep", "--trace", "--json"},
 }  # fmt: skip
 """The command line is frozen: adding to it is a decision, recorded in docs/decisions.md."""
