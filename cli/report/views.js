@@ -141,14 +141,15 @@ CHARTS.shapes = (data, p) => {
 };
 
 CHARTS.frontier = (data, p) => {
-  const sizes = [...new Set(data.rows.map((row) => row[2]))].sort((a, b) => a - b);
+  const sizes = [...new Set(data.rows.map((row) => row[2]))].sort((a, b) => a - b), named = (n) => (n === 1 ? "1 device" : `${n} devices`);
+  const heights = [...data.rows.map((row) => row[1]), data.own[1]];
   const point = (row) => ({ value: [row[0], row[1]], text: row[4], symbol: row[3] === "best" ? "circle" : "emptyCircle", symbolSize: row[3] === "best" ? 11 : 8 });
   return {
-    grid: { left: 64, right: 20, top: 34, bottom: 38 }, legend: legendOf(p, [...sizes.map((n) => `${n} devices`), "this plan"]),
+    grid: { left: 64, right: 20, top: 34, bottom: 38 }, legend: legendOf(p, [...sizes.map(named), "this plan"]),
     xAxis: axisOf(p, "value", { axis: { scale: true, splitNumber: 5, name: "seconds of a step", nameLocation: "middle", nameGap: 22 }, label: { formatter: secondsText } }),
-    yAxis: axisOf(p, "value", { axis: { scale: true, splitNumber: 4 }, label: { formatter: bytesText } }),
+    yAxis: axisOf(p, "value", { axis: { scale: true, interval: byteStep(Math.max(...heights) - Math.min(...heights), 4) }, label: { formatter: bytesText } }),
     tooltip: tooltip(p, (it) => [it.data.text]),
-    series: [...sizes.map((n, i) => ({ type: "scatter", name: `${n} devices`, itemStyle: { color: p.colours[i % 8] }, data: data.rows.filter((row) => row[2] === n).map(point) })),
+    series: [...sizes.map((n, i) => ({ type: "scatter", name: named(n), itemStyle: { color: p.colours[i % 8] }, data: data.rows.filter((row) => row[2] === n).map(point) })),
       { type: "scatter", name: "this plan", symbol: "diamond", symbolSize: 18, itemStyle: { color: "transparent", borderColor: p.bad, borderWidth: 2 },
         data: [{ value: data.own, text: "this plan" }] }],
   };
