@@ -39,7 +39,7 @@ SURFACE = {
     "clusters": {"NAME", "--json"},
     "diff": {"A", "B", "--json"},
     "explain": {"PLAN", "REGION", "--why-not", "--json"},
-    "simulate": {"PLAN", "--sweep", "--trace", "--json"},
+    "simulate": {"PLAN", "--sweep", "--trace", "--report", "--json"},
 }  # fmt: skip
 """The command line is frozen: adding to it is a decision, recorded in docs/decisions.md."""
 ESTIMATE = {"parameters": 1e8, "trainable": 1e8, "parameter_bytes": 4e8, "gradient_bytes": 4e8, "optimizer_bytes": 8e8,
