@@ -23,7 +23,9 @@ DTYPE = "float32"
 
 @click.command("check")
 @click.argument("model")
-@click.option("--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Samples to capture it with."
+)
 @click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
 @click.option("--passes", is_flag=True, help="Run every graph pass: time, nodes, gain by price, verified in float64.")
 @click.option("--print-after", metavar="PASS", help="Print the graph as it is after PASS.")
@@ -73,7 +75,7 @@ def _review(
     from ..planner.prices import Prices
     from ..profiles.devices import parse_cluster
     from .listings import pass_tables
-    from .tables import console, print_json, progress, show
+    from .tables import aside, print_json, progress, show
 
     with progress() as tell:
         tell("load")
@@ -95,7 +97,7 @@ def _review(
     if print_after is not None:
         click.echo(found.listing)
     if report is not None:
-        console(error=True).print(f"wrote {report}")
+        aside(f"wrote {report}")
 
 
 def reviewed(found: Review, cluster: str) -> dict[str, Any]:
