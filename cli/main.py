@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "clusters": (".clusters", "Show the known devices, or all that is assumed of one."),
         "diff": (".diff", "Compare two plans."),
         "explain": (".explain", "Say what binds a plan, and what another choice would cost."),
-        "simulate": (".simulate", "Plan again over a grid of devices, batches, memory, links or pins."),
+        "simulate": (".simulate", "Play the step of a plan, or plan again over a grid of sizes or pins."),
     }
 )
 """Command -> (module, one line of help). The module holds the command as `command`."""

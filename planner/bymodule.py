@@ -43,7 +43,7 @@ def by_module(outline: Outline) -> tuple[ModuleBytes, ...]:
     sums: dict[str, list[int]] = {}
 
     def add(item: str, *amounts: int) -> None:
-        name = names.get(item, homes[item]) or WITHIN
+        name = names[item] or WITHIN
         paths.setdefault(name, set()).add(homes[item])
         held = sums.setdefault(name, [0, 0, 0])
         held[:] = [a + b for a, b in zip(held, amounts, strict=True)]
@@ -58,7 +58,10 @@ def by_module(outline: Outline) -> tuple[ModuleBytes, ...]:
 
 
 def _folded(outline: Outline, homes: Mapping[str, str]) -> dict[str, str]:
-    """By op and parameter of a region that repeats: its module, with `*` for what differs between the repeats."""
+    """By op and parameter: its module, with `*` for what differs between the repeats of a region.
+
+    A repeat at an end, which may be in a region of its own, goes by the name of the others.
+    """
     names: dict[str, str] = {}
     for region in outline.regions:
         for alike in (*zip(*region.instances, strict=True), *zip(*region.parameters, strict=True)):
@@ -66,7 +69,17 @@ def _folded(outline: Outline, homes: Mapping[str, str]) -> dict[str, str]:
             if len({len(each) for each in words}) == 1:
                 same = (each[0] if len(set(each)) == 1 else "*" for each in zip(*words, strict=True))
                 names |= dict.fromkeys(alike, ".".join(same))
+    starred = sorted({name for name in names.values() if "*" in name})
+    for item, home in homes.items():
+        if "*" not in names.get(item, ""):
+            names[item] = next((name for name in starred if _fits(home, name)), home)
     return names
+
+
+def _fits(path: str, name: str) -> bool:
+    """Whether a path has a starred name."""
+    parts, wanted = path.split("."), name.split(".")
+    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=True))
 
 
 def _kept(outline: Outline) -> Iterator[tuple[str, int]]:

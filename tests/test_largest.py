@@ -91,11 +91,11 @@ def test_what_cannot_grow_is_refused(plan_file: Path, words: tuple[str, ...], me
 
 
 class Blocks(nn.Module):
-    """Two equal blocks and a head."""
+    """Six equal blocks and a head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(6))
         self.head = nn.Linear(16, 8)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -124,9 +124,9 @@ def eager_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 def test_modules_hold_what_eager_keeps() -> None:
     model, inputs = Blocks(), {"x": torch.randn(8, 16), "target": torch.randint(0, 8, (8,))}
     rows = {m.name: m for m in by_module(summarize(capture(model, (), inputs)).outline)}
-    assert rows["blocks.*.0"].count == 2
-    assert rows["blocks.*.0"].parameters == 2 * (16 * 32 + 32)
-    assert rows["blocks.*.1"].saved_bytes == 2 * 8 * 32 * 4  # GELU keeps its input
+    assert rows["blocks.*.0"].count == 6
+    assert rows["blocks.*.0"].parameters == 6 * (16 * 32 + 32)
+    assert rows["blocks.*.1"].saved_bytes == 6 * 8 * 32 * 4  # GELU keeps its input
     assert sum(m.parameters for m in rows.values()) == sum(p.numel() for p in model.parameters())
     assert sum(m.saved_bytes for m in rows.values()) == pytest.approx(eager_bytes(model, inputs), abs=64)
 
