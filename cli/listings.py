@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..planner.plandiff import Difference
 from .figures import bytes_text, change_text, count_text, percent_text, seconds_text
+from .sheet import Prose
 from .stages import again_text, runs_text
 from .tables import table
 
@@ -170,7 +171,7 @@ def check_tables(found: Mapping[str, Any]) -> Group:
         names = ", ".join(f"{row['target'].removeprefix('aten.')} x{row['calls']}" for row in found["replicated"])
         parts.append(Text(f"Run whole on every rank: {names}"))
     parts += [Text(f"Couples samples (one microbatch): {name}") for name in found["microbatch_blockers"]]
-    parts += [Text(f"- {note}") for note in found["notes"]]
+    parts.append(Prose(*found["notes"], first="- "))
     if "modules" in found:
         parts += [Text(), module_table(found["modules"])]
     return Group(*parts)

@@ -7,6 +7,7 @@ one file each and are imported when called, so that `--help` starts at once.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import IO, Any
@@ -21,13 +22,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plan": (".plan", "Find the fastest plan that fits."),
         "run": (".run", "Run a plan."),
         "export": (".export", "Write a plan as a file that starts it elsewhere."),
-        "check": (".check", "Show what capture finds in a model: problems, ops without a rule, regions."),
+        "check": (".check", "Show what capture finds in a model: problems, ops, regions."),
         "profile": (".profile", "Measure this machine, or recalibrate from past runs."),
         "report": (".report.command", "Write a plan as one HTML page."),
         "clusters": (".clusters", "Show the known devices, or all that is assumed of one."),
         "diff": (".diff", "Compare two plans."),
         "explain": (".explain", "Say what binds a plan, and what another choice would cost."),
-        "simulate": (".simulate", "Play the step of a plan, or plan again over a grid of sizes or pins."),
+        "simulate": (".simulate", "Play the step of a plan, or plan again over a grid of changes."),
     }
 )
 """Command -> (module, one line of help). The module holds the command as `command`."""
@@ -41,7 +42,9 @@ class Refused(click.ClickException):
         vars(self)["exit_code"] = error.exit_status  # a class variable in click
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {self.format_message()}", file=file, err=file is None)
+        from .sheet import fitted_text
+
+        click.echo(fitted_text(f"error: {self.format_message()}", sys.stderr), file=file, err=file is None)
 
 
 class Commands(click.Group):

@@ -9,8 +9,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..planner.plan import Plan
+from ..profiles.ledger import times_of
 from .figures import bytes_text, change_text, seconds_text
 from .tables import table
+
+SOME = 0.01
+"""Share of a step from which on waiting for processors is told."""
 
 
 def result_tables(plan: Plan, result: Mapping[str, Any]) -> Group:
@@ -26,10 +30,13 @@ def result_tables(plan: Plan, result: Mapping[str, Any]) -> Group:
 def comparison(plan: Plan, result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows (what, predicted, measured, difference of the measured from the predicted)."""
     predicted = plan.predicted
-    step, measured = predicted.step_seconds, float(result["step_seconds"])
-    rows: list[tuple[str, str, str, str]] = []
-    rows += [
-        ("step time", seconds_text(step), seconds_text(measured), change_text(measured / step - 1) if step else "")
+    step, (measured, waited) = predicted.step_seconds, times_of(result)
+    times = [("step time", measured)]
+    if waited > SOME * measured:
+        times.append(("  when no other program takes processors", measured - waited))
+    rows: list[tuple[str, str, str, str]] = [
+        (name, seconds_text(step), seconds_text(own), change_text(own / step - 1) if step else "")
+        for name, own in times
     ]
     peak = predicted.peak_bytes_per_device
     for rank, size in enumerate(result["peak_bytes"]):

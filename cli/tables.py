@@ -31,6 +31,7 @@ from .figures import (
 from .goals import NUMBERS as GOAL_NUMBERS
 from .goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from .placements import alike, summaries
+from .sheet import Prose, Sheet
 from .stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 
 _WIDTH = 120
@@ -47,10 +48,10 @@ def console(*, error: bool = False) -> Console:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout."""
+    """Print to stdout, texts wrapped between words."""
     out = console()
     for part in parts:
-        out.print(part)
+        out.print(Prose(part) if isinstance(part, str) else part)
 
 
 def print_json(value: Any) -> None:
@@ -67,13 +68,13 @@ class Teller:
     def __call__(self, phase: str) -> None:
         """Enter a phase."""
         if self._status is not None:
-            self._status.update(Text(phase))
+            self._status.update(Text(phase, no_wrap=True, overflow="ellipsis"))
         else:
             self._out.print(f"... {phase}")
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._out.print(text)
+        self._out.print(Prose(text))
 
 
 @contextmanager
@@ -88,13 +89,10 @@ def progress() -> Iterator[Teller]:
 
 
 def table(*columns: str, title: str | None = None, right: tuple[int, ...] = (), gap: int = 3) -> Table:
-    """An empty table without a box, `gap` spaces between columns; the columns of `right` hold numbers."""
-    made = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0)
-    )
-    made.min_width = len(title or "")
+    """An empty table, `gap` spaces between columns where there is room; the columns of `right` hold numbers."""
+    made = Sheet(title=title, box=None, padding=(0, gap, 0, 0))
     for i, name in enumerate(columns):
-        made.add_column(Text(name), justify="right" if i in right else "left", style=None, overflow="fold")
+        made.add_column(Text(name), justify="right" if i in right else "left")
     return made
 
 
@@ -170,9 +168,9 @@ def optimum_text(plan: Plan) -> str:
 
 
 def _summary(plan: Plan) -> Table:
-    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-    made.add_column(style="bold")
-    made.add_column(overflow="fold")
+    made = Sheet(box=None, show_header=False, padding=(0, 3, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column()
     for name, value in headline(plan).items():
         made.add_row(Text(name), Text(value))
     return made
@@ -265,7 +263,7 @@ def _search(plan: Plan, seconds: Mapping[str, float]) -> RenderableType:
     made = table(*(name.replace("outcome", "") for name in found.columns), title="Search", right=right, gap=2)
     for cells in found.rows:
         made.add_row(*map(Text, cells))
-    lines: list[RenderableType] = [made, *([Text(found.more)] if found.more else [])]
+    lines: list[RenderableType] = [made, *([Prose(found.more)] if found.more else [])]
     if seconds:
         spent = ", ".join(f"{name} {seconds_text(value)}" for name, value in seconds.items())
         lines.append(Text(f"took {seconds_text(sum(seconds.values()))}: {spent}", style="dim"))
@@ -290,7 +288,7 @@ def _goals(plan: Plan) -> list[RenderableType]:
 def _notes(plan: Plan) -> list[RenderableType]:
     sources = (f"{cause} prices: {source}" for cause, source in plan.predicted.sources.items())
     lines = [*plan.notes, *sources, *calibration_texts(plan), *(f"given up: {text}" for text in plan.search.given_up)]
-    return [Group(Text("Notes", style="bold"), *(Text(f"- {line}") for line in lines))] if lines else []
+    return [Group(Text("Notes", style="bold"), Prose(*lines, first="- "))] if lines else []
 
 
 def _bar(fraction: float) -> Text:

@@ -25,7 +25,7 @@ from .cluster import Cluster, has_host
 from .costs import PriceBook
 from .counted import one_graph
 from .evaluate import Evaluation
-from .fitting import NEAR, held_to, within_limit
+from .fitting import NEAR, held_to
 from .infeasible import limit_text, size_text
 from .joint import JointSearch
 from .objectives import least_memory, limited
@@ -225,9 +225,9 @@ def counted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, *
 
 
 def recounted(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """An edited plan, counted as before if it was; raises PlanError where it is no longer one stage, Infeasible above its limit."""
+    """An edited plan, counted as before if it was; raises PlanError where it is no longer one stage."""
     if not one_graph(plan):
         raise PlanError(
             "search.given_up: bytes are counted op by op, which needs one stage, and no context axis or split experts"
         )
-    return within_limit(counted(plan, outline, cluster, prices, edited=True))
+    return counted(plan, outline, cluster, prices, edited=True)

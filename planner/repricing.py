@@ -30,8 +30,15 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
 
     Raises PlanError naming the first illegal choice or placement, Infeasible where it breaks its memory limit.
     """
+    return within_limit(priced_anew(plan, outline, cluster, prices))
+
+
+def priced_anew(
+    plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, bench: Workbench | None = None
+) -> Plan:  # fmt: skip
+    """The same, whatever its memory limit; a `bench` that was made for the plan (`bench_of`) spares making another."""
     if plan.stages:
-        return reprice_joint(plan, outline, cluster, prices)
+        return _joint(plan, outline, cluster, prices, bench or bench_of(plan, outline, cluster, prices))
     assignment = assign(plan, outline)
     shape = Shape(plan.mesh)
     check_choices(outline, assignment, shape.sizes)
@@ -41,16 +48,16 @@ def reprice(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -
         outline, cluster, plan.precision, evaluation, shape.devices, plan.predicted.sources, plan.predicted.error
     )
     search = Search(0.0, 1.0, plan.search.shapes, solver=plan.search.solver, given_up=("edited: no certificate",))
-    return within_limit(msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True))
+    return msgspec.structs.replace(plan, predicted=predicted, search=search, edited=True)
 
 
-def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Plan:
-    """As `reprice`, for a plan of the joint search."""
+def _joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook, bench: Workbench) -> Plan:
+    """As `priced_anew`, for a plan of the joint search; raises Infeasible where host memory or disk do not hold it."""
     problem = first_problem(plan)
     if problem is not None:
         raise PlanError(problem)
     assignment = assign(plan, outline)
-    bench, shape = bench_of(plan, outline, cluster, prices), shape_in(plan)
+    shape = shape_in(plan)
     check_choices(bench.task.outline, assignment, Shape(plan.mesh).sizes)
     cuts, options = units_in(bench, plan)
     figures = appraise(bench, shape, cuts, options)
@@ -65,7 +72,7 @@ def reprice_joint(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceB
     )
     if op_by_op:
         return recounted(priced, outline, cluster, prices)
-    return within_limit(with_counts(priced, bench.task.outline, cluster, grounds(bench, shape), edited=True))
+    return with_counts(priced, bench.task.outline, cluster, grounds(bench, shape), edited=True)
 
 
 def bench_of(plan: Plan, outline: Outline, cluster: Cluster, prices: PriceBook) -> Workbench:

@@ -177,7 +177,7 @@ def _entries(
             name = regions[r].name if len(found) == 1 else f"{regions[r].name}.{i + 1}"
             names |= dict.fromkeys(members, name)
             base = "" if len(found) == 1 else regions[r].name
-            entries.append(_entry(bench, shape, name, base, len(members), options[members[0]]))
+            entries.append(entry_of(bench, shape, name, base, len(members), options[members[0]]))
     stages, names_of_pools = [], pool_names(bench.task.cluster)
     for stage in figures.stages:
         runs: list[RunPlan] = []
@@ -200,7 +200,8 @@ def _same(option: Option) -> tuple[object, ...]:
     return option.region, option.design, option.zero, option.offload
 
 
-def _entry(bench: Workbench, shape: Arrangement, name: str, base: str, repeats: int, option: Option) -> RegionPlan:
+def entry_of(bench: Workbench, shape: Arrangement, name: str, base: str, repeats: int, option: Option) -> RegionPlan:
+    """How a plan spells that a region runs under an option."""
     part, outline = bench.chain.parts[option.region], bench.task.outline
     region = outline.regions[option.region]
     axes, tensors = mesh_of(bench, shape), dict(outline.tensors)
@@ -359,7 +360,7 @@ def _option(mine: Workbench, bench: Workbench, shape: Arrangement, entry: Region
     option = mine.option(r, shape, design, zero, "+".join(entry.offload))
     if option is None:
         raise PlanError(f"region {entry.name}: its choices, storage or offload are not possible on this mesh")
-    _check_follows(entry, _entry(bench, shape, entry.name, entry.region, entry.repeats, option))
+    _check_follows(entry, entry_of(bench, shape, entry.name, entry.region, entry.repeats, option))
     return option
 
 

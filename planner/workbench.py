@@ -176,7 +176,7 @@ class Workbench:
         key = (self.tiers, region, shape.tp, shape.cp, shape.pieces, data)
         if key not in self._options:
             measured = self.fronts.numbers(region, shape.tp, shape.pieces, shape.cp)
-            levels = self._levels(data)
+            levels = self.levels(data)
             self._options[key] = undominated(self.storing.options(region, measured, data, levels))
         return self._options[key]
 
@@ -196,7 +196,8 @@ class Workbench:
             shape.dp * shape.cp, stride, shape.tp, shape.microbatches, shape.pp, shape.ep, strides["ep"]
         )  # fmt: skip
 
-    def _levels(self, data: Data) -> tuple[int, ...]:
+    def levels(self, data: Data) -> tuple[int, ...]:
+        """The ZeRO levels that the pins leave; raises PinError where there is none."""
         pins = self.task.pins
         if data.ranks == 1:
             if pins.zero:

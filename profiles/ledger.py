@@ -77,7 +77,7 @@ def entry_of(plan: Plan, result: Mapping[str, Any], date: datetime | None = None
         return None
     cluster, predicted = Cluster.from_dict(plan.cluster), plan.predicted
     moment = (date or datetime.now(UTC)).astimezone(UTC)
-    measured, waited = _times(result)
+    measured, waited = times_of(result)
     return Entry(
         plan=digest(plan), model=plan.source.model, date=moment.isoformat(timespec="microseconds").replace("+00:00", "Z"),
         device=str(result.get("device", "")), planned_device=device_key(cluster), versions=str(result.get("versions", "")),
@@ -142,7 +142,7 @@ def _steps(result: Mapping[str, Any]) -> int:
     return len(result["ranks"][0]["seconds"]) if result.get("ranks") else 0
 
 
-def _times(result: Mapping[str, Any]) -> tuple[float, float]:
+def times_of(result: Mapping[str, Any]) -> tuple[float, float]:
     """(step seconds, seconds of them that the slowest rank waited for a processor), medians over the steps."""
     ranks = result.get("ranks", ())
     waits = [rank["waited_seconds"] for rank in ranks if rank.get("waited_seconds")]

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import runs
 from shardwright.cli.ledger import RUNS, note_run, run_rows, runs_of
+from shardwright.cli.results import comparison
 from shardwright.errors import ClusterError
 from shardwright.planner.pins import parse_pins
 from shardwright.planner.planfile import digest
@@ -171,6 +172,15 @@ def test_runs_are_noted_and_shown(store: Store, capsys: pytest.CaptureFixture[st
     assert cells[8] == "6.05 GiB"
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_waiting_for_processors_has_a_row_of_its_own() -> None:
+    plan = runs.plan()
+    assert comparison(plan, runs.result())[0] == ("step time", "125 ms", "150 ms", "+20.0 %")
+    assert comparison(plan, runs.result())[1][0].startswith("peak")
+    whole, own, _, *_ = comparison(plan, runs.result(waited=0.025))
+    assert whole == ("step time", "125 ms", "150 ms", "+20.0 %")
+    assert (own[0].strip(), *own[1:]) == ("when no other program takes processors", "125 ms", "125 ms", "+0.0 %")
 
 
 @pytest.mark.parametrize("fault", ["foreign", "folder", "result"])

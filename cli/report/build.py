@@ -25,6 +25,7 @@ from ..goals import NUMBERS as GOAL_NUMBERS
 from ..goals import POINTS, TRIALS, goal_text, point_rows, trial_rows
 from ..ledger import RUNS, run_rows
 from ..placements import RegionSummary, alike, summaries, word
+from ..reasons import modules_text
 from ..results import comparison, verify_rows
 from ..stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, variant_rows
 from ..tables import optimum_text
@@ -90,6 +91,7 @@ def build(plan: Plan, result: Mapping[str, Any] | None = None, runs: Runs = (), 
         figures=key_figures(plan),
         regions=list(zip(plan.regions, summaries(plan), strict=True)),
         alike=alike(plan),
+        modules=modules_text,
         parameters=_parameters,
         ops=_ops,
         counted=_counted,

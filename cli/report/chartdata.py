@@ -16,6 +16,7 @@ from ...planner.plan import Plan, RegionPlan, ShapeRecord
 from ..candidates import is_own
 from ..figures import bytes_text, memory_text, percent_text, seconds_text, time_text
 from ..placements import word
+from ..reasons import modules_text
 from ..stages import mesh_rows
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _region(region: RegionPlan, plan: Plan, words: Sequence[str]) -> Chart:
         mostly.append(words.index(max(counts, key=lambda name: (name != "whole", counts[name], name))) if counts else 0)
     return {
         "name": region.name,
+        "modules": modules_text(region),
         "repeats": region.repeats,
         "ops": len(region.ops),
         "words": mostly if region.ops else [],

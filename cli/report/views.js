@@ -70,7 +70,7 @@ CHARTS.regions = (data, p, element) => {
     const words = (text, top, fill, size) => ({ type: "text", style: { text, x: x + 10, y: y + top, fill, font: `${size}px ${FONT}`, width: wide - 20, overflow: "truncate" } });
     return { type: "group", children: [
       { type: "rect", shape: { x, y, width: wide, height: high, r: 6 }, style: { fill: p.card, stroke: node.repeats > 1 ? p.accent : p.soft, lineWidth: node.repeats > 1 ? 2 : 1 } },
-      words(`${node.name}${node.repeats > 1 ? ` × ${node.repeats}` : ""}`, 8, p.ink, 13), words(`${node.ops} ops`, 25, p.soft, 11),
+      words(`${node.name}${node.repeats > 1 ? ` × ${node.repeats}` : ""}`, 8, p.ink, 13), words(node.modules || `${node.ops} ops`, 25, p.soft, 11),
       ...node.words.map((word, k) => ({ type: "rect", shape: { x: x + 10, y: y + high - 6 - own * (strips - k), width: wide - 20, height: own - 1 }, style: { fill: wordColour(p, data.words, word) } })),
     ] };
   };
@@ -86,12 +86,12 @@ CHARTS.regions = (data, p, element) => {
   const series = (rows, draw, more) => Object.assign({ type: "custom", coordinateSystem: "none", data: rows, renderItem: (params) => draw(params.dataIndex) }, more);
   return {
     tooltip: tooltip(p, (it) => { const node = data.nodes[it.dataIndex];
-      return [node.name, node.repeats > 1 ? `runs ${node.repeats} times, ${node.ops} ops each` : `runs once, ${node.ops} ops`, ...data.axes.map((axis, k) => `${axis}: mostly ${data.words[node.words[k]]}`)]; }),
+      return [node.name, node.modules, node.repeats > 1 ? `runs ${node.repeats} times, ${node.ops} ops each` : `runs once, ${node.ops} ops`, ...data.axes.map((axis, k) => `${axis}: mostly ${data.words[node.words[k]]}`)]; }),
     series: [series(data.edges.map(() => 0), (i) => line(data.edges[i]), { silent: true }), series(data.nodes.map(() => 0), box)],
   };
 };
 
-const wordColour = (p, words, index) => (words[index] === "whole" ? p.line : p.colours[index % 7]);
+const wordColour = (p, words, index) => (words[index] === "whole" ? p.line : p.colours[index % 8]);
 
 CHARTS.placements = (data, p) => {
   const rows = [], fills = [], names = [...data.axes, "region"].reverse(), count = data.ops.length;
@@ -141,14 +141,15 @@ CHARTS.shapes = (data, p) => {
 };
 
 CHARTS.frontier = (data, p) => {
-  const sizes = [...new Set(data.rows.map((row) => row[2]))].sort((a, b) => a - b);
+  const sizes = [...new Set(data.rows.map((row) => row[2]))].sort((a, b) => a - b), named = (n) => (n === 1 ? "1 device" : `${n} devices`);
+  const heights = [...data.rows.map((row) => row[1]), data.own[1]];
   const point = (row) => ({ value: [row[0], row[1]], text: row[4], symbol: row[3] === "best" ? "circle" : "emptyCircle", symbolSize: row[3] === "best" ? 11 : 8 });
   return {
-    grid: { left: 64, right: 20, top: 34, bottom: 38 }, legend: legendOf(p, [...sizes.map((n) => `${n} devices`), "this plan"]),
+    grid: { left: 64, right: 20, top: 34, bottom: 38 }, legend: legendOf(p, [...sizes.map(named), "this plan"]),
     xAxis: axisOf(p, "value", { axis: { scale: true, splitNumber: 5, name: "seconds of a step", nameLocation: "middle", nameGap: 22 }, label: { formatter: secondsText } }),
-    yAxis: axisOf(p, "value", { axis: { scale: true, splitNumber: 4 }, label: { formatter: bytesText } }),
+    yAxis: axisOf(p, "value", { axis: { scale: true, interval: byteStep(Math.max(...heights) - Math.min(...heights), 4) }, label: { formatter: bytesText } }),
     tooltip: tooltip(p, (it) => [it.data.text]),
-    series: [...sizes.map((n, i) => ({ type: "scatter", name: `${n} devices`, itemStyle: { color: p.colours[i % 8] }, data: data.rows.filter((row) => row[2] === n).map(point) })),
+    series: [...sizes.map((n, i) => ({ type: "scatter", name: named(n), itemStyle: { color: p.colours[i % 8] }, data: data.rows.filter((row) => row[2] === n).map(point) })),
       { type: "scatter", name: "this plan", symbol: "diamond", symbolSize: 18, itemStyle: { color: "transparent", borderColor: p.bad, borderWidth: 2 },
         data: [{ value: data.own, text: "this plan" }] }],
   };
