@@ -15,8 +15,9 @@ from .job import Clock, Job, Say
 from .planner.cluster import Cluster
 from .planner.fewer import sized
 from .planner.goal import Aim
-from .planner.pins import parse_pins
-from .planner.plan import Plan, Source
+from .planner.pins import Pins, parse_pins
+from .planner.plan import Plan, Precision, Source
+from .planner.precision import choose_precision, inference_precision
 from .profiles.devices import parse_bytes, parse_cluster
 
 if TYPE_CHECKING:
@@ -124,11 +125,20 @@ def asked_again(
     with clock.phase("load"):
         loaded = _loaded(question.source)
     job = Job.create(
-        loaded.model, loaded.args, loaded.kwargs, question.cluster, pins, plan.precision, question.source,
+        loaded.model, loaded.args, loaded.kwargs, question.cluster, pins, _precision(plan, pins, changes, question.cluster),
+        question.source,
         optimizer=plan.optimizer, objective=plan.objective, loss_fn=None, store=store, clock=clock,
         runnable=question.cluster.spec.startswith("local"), aim=Aim(phase=plan.phase),
     )  # fmt: skip
     return job.solve()
+
+
+def _precision(plan: Plan, pins: Pins, changes: Mapping[str, str], cluster: Cluster) -> Precision:
+    """The plan's own, unless a change is about it."""
+    if not changes.keys() & {"precision", "dtype"}:
+        return plan.precision
+    chosen = choose_precision(cluster.device, recipe=pins.precision, dtype=pins.dtype)
+    return inference_precision(chosen, pins.precision) if plan.phase else chosen
 
 
 def _loaded(source: Source) -> Loaded:

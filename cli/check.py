@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ DTYPE = "float32"
     "--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Samples to capture it with."
 )
 @click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
+@click.option(
+    "--modules", is_flag=True, help="Also show, by module, parameters and the bytes kept for the backward pass."
+)
 @click.option("--passes", is_flag=True, help="Run every graph pass: time, nodes, gain by price, verified in float64.")
 @click.option("--print-after", metavar="PASS", help="Print the graph as it is after PASS.")
 @click.option(
@@ -35,10 +39,12 @@ DTYPE = "float32"
 @output_option("--report", help="HTML page to write: waterline and efficiency gap before and after the passes.")
 @json_option
 def command(
-    model: str, batch: int, seq: int | None, passes: bool, print_after: str | None, cluster: str, report: Path | None,
-    as_json: bool,
+    model: str, batch: int, seq: int | None, modules: bool, passes: bool, print_after: str | None, cluster: str,
+    report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Capture MODEL and show problems, ops without a rule, and the regions found; or what every pass does to it."""
+    if modules and (passes or print_after is not None):
+        raise UsageError("--modules is of the model as it is captured; leave out --passes and --print-after")
     if report is not None and not passes:
         raise UsageError("--report shows what passes change; add --passes")
     if passes or print_after is not None:
@@ -48,6 +54,7 @@ def command(
     from ..passes.discover import discover_node
     from ..passes.models import load_model
     from ..passes.summarize import summarize
+    from ..planner.bymodule import by_module
     from .listings import check_tables
     from .tables import print_json, progress, show
 
@@ -59,6 +66,8 @@ def command(
         tell("summarize")
         summary = summarize(captured, discover=lambda node: discover_node(node).instance)
     found = document(captured, summary)
+    if modules:
+        found["modules"] = [asdict(module) for module in by_module(summary.outline)]
     if as_json:
         print_json(found)
     else:

@@ -174,4 +174,26 @@ def check_tables(found: Mapping[str, Any]) -> Group:
         parts.append(Text(f"Run whole on every rank: {names}"))
     parts += [Text(f"Couples samples (one microbatch): {name}") for name in found["microbatch_blockers"]]
     parts.append(Prose(*found["notes"], first="- "))
+    if "modules" in found:
+        parts += [Text(), module_table(found["modules"])]
     return Group(*parts)
+
+
+def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
+    """By module: parameters, their bytes, and what the backward pass keeps, on one device with the whole batch."""
+    whole = sum(row["saved_bytes"] for row in modules)
+    made = table(
+        "module", "of them", "parameters", "bytes", "kept", "of kept", title="Modules, and what the backward pass keeps",
+        right=(1, 2, 3, 4, 5), gap=2,
+    )  # fmt: skip
+    for row in modules[:_SHOWN]:
+        kept = row["saved_bytes"]
+        share = percent_text(kept / whole) if kept else ""
+        cells = (row["name"], str(row["count"]), count_text(row["parameters"]), bytes_text(row["parameter_bytes"]))
+        made.add_row(*map(Text, (*cells, bytes_text(kept), share)))
+    rest = modules[_SHOWN:]
+    if rest:
+        made.add_row(Text(f"{len(rest)} more"), "", count_text(sum(r["parameters"] for r in rest)), "", "", "")
+    made.add_row(Text("all"), "", count_text(sum(r["parameters"] for r in modules)),
+                 bytes_text(sum(r["parameter_bytes"] for r in modules)), bytes_text(whole), "")  # fmt: skip
+    return made

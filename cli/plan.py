@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--cluster", required=True, metavar="C", help="h100-sxm:8x4, cluster.toml, local[:N], local-cpu:N.")
-@click.option("--batch", type=BATCH, metavar="N|auto", help="Global batch in sequences (samples).")
-@click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
+@click.option(
+    "--cluster",
+    required=True,
+    metavar="C",
+    help="Machines: h100-sxm:8x4 (see clusters), cluster.toml, local[:N], local-cpu:N.",
+)
+@click.option("--batch", type=BATCH, metavar="N|auto", help="Global batch in samples; auto: the fastest that fits.")
+@click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length [default: up to 1024].")
 @click.option("--memory-limit", type=BYTES, metavar="SIZE", help="Per device, such as 12GiB [default: 92 % of it].")
 @click.option(
-    "--objective", type=click.Choice(OBJECTIVES), default="throughput", show_default=True, help="What is sought."
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="throughput",
+    show_default=True,
+    help="What the plan is best in.",
 )
 @click.option(
     "--phase", type=click.Choice(PHASES), help="Plan inference: the whole prompt, or one token [latency: decode]."
@@ -39,7 +48,7 @@ if TYPE_CHECKING:
     "--like", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Pin what a configuration of another tool says (see export).",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of weights and random ops.")
 @output_option("-o", "--output", help="Plan file to write.")
 @output_option("--report", help="HTML page to write.")
 @json_option

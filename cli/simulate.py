@@ -1,4 +1,5 @@
-"""`shardwright simulate PLAN`: the step of a plan rank by rank and as a trace; with `--sweep K=V,V` plans over a grid."""
+"""`shardwright simulate PLAN`: the step of a plan rank by rank and as a trace; with `--sweep` plans over a grid, with `--largest`
+the largest size that has one."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..planner.plan import Plan
     from ..planner.replay import Replay
 
+GROWING = ("micro_batch", "seq")
+"""What `--largest` can be asked of."""
 MOST = 64
 """Points of a sweep."""
 
@@ -26,19 +29,34 @@ MOST = 64
     "--sweep", "sweeps", multiple=True, metavar="K=V,V,..",
     help="devices, batch, seq, memory, link (a factor on the outermost link), or any pin; several make a grid.",
 )  # fmt: skip
+@click.option(
+    "--largest",
+    type=click.Choice(GROWING),
+    help="Find the largest that fits, the other decisions searched again each time.",
+)
 @output_option("--trace", help="Trace of the predicted step to write (Chrome, Perfetto).")
 @output_option("--report", help="With --sweep: HTML page with charts to write.")
 @json_option
 def command(
-    plan: Path, sweeps: tuple[str, ...], trace: Path | None, report: Path | None, as_json: bool
+    plan: Path, sweeps: tuple[str, ...], largest: str | None, trace: Path | None, report: Path | None, as_json: bool
 ) -> None:  # fmt: skip
     """Play the step of PLAN: what every pipeline rank does, how long it waits, and its most bytes.
 
     With --sweep, plan PLAN's model again at every point of a grid instead, with its pins, precision and objective; a point
     where nothing fits says what the least is that any plan needs.
+
+    With --largest micro_batch (samples per data-parallel rank and microbatch; the batch grows with it) or seq, find the largest
+    of it that still has a plan: doubled until nothing fits, then halved between, exact up to a sixteenth.
     """
     from ..planner.planfile import load_plan
 
+    if largest is not None:
+        from .largest import answer_largest
+
+        if sweeps or trace is not None or report is not None:
+            raise UsageError("--largest goes alone: leave out --sweep, --trace and --report")
+        answer_largest(load_plan(plan), plan, largest, as_json)
+        return
     if sweeps and trace is not None:
         raise UsageError("--trace is of the plan itself; leave out --sweep")
     if not sweeps and report is not None:

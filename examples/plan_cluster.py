@@ -1,6 +1,6 @@
 """Plan a large model for a cluster from Python, compare layouts, and take the plan to the tool that you run already.
 
-python examples/plan_cluster.py                                                        Llama-3 70B on 64 H100s, about a minute
+python examples/plan_cluster.py                                                        Llama-3 70B on 64 H100s, two minutes
 python examples/plan_cluster.py --model hf:gpt2 --cluster rtx-4090:4 --batch 32 --seq 512    another model, another cluster
 
 No GPU, no weights and no process group are needed. It writes `plan.json`, which `shardwright report`, `explain` and `run` take, and
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--cluster", default="h100-sxm:8x8")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--pin", default="pp=1", help="the habit to compare with, such as pp=1 or zero=3")
+    parser.add_argument("--pin", default="tp=8", help="the habit to compare with, such as tp=8 or zero=3")
     parser.add_argument("--folder", type=Path, default=Path())
     options = parser.parse_args()
 

@@ -33,13 +33,13 @@ SURFACE = {
     "run": {"PLAN", "SCRIPT", "--steps", "--verify", "--trace", "--nnodes", "--node-rank", "--rdzv-endpoint",
             "--nproc-per-node", "--max-restarts", "--elastic", "--timeout", "--save", "--every", "--resume", "--json"},
     "export": {"PLAN", "SCRIPT", "--to", "--output", "--steps", "--name", "--image", "--memory", "--json"},
-    "check": {"MODEL", "--batch", "--seq", "--passes", "--print-after", "--cluster", "--report", "--json"},
+    "check": {"MODEL", "--batch", "--seq", "--modules", "--passes", "--print-after", "--cluster", "--report", "--json"},
     "profile": {"MODEL", "--cluster", "--batch", "--seq", "--db", "--seconds", "--from-ledger", "--export", "--import", "--json"},
     "report": {"PLAN", "--output", "--measured", "--sensitivity", "--json"},
     "clusters": {"NAME", "--json"},
     "diff": {"A", "B", "--json"},
     "explain": {"PLAN", "REGION", "--why-not", "--json"},
-    "simulate": {"PLAN", "--sweep", "--trace", "--report", "--json"},
+    "simulate": {"PLAN", "--sweep", "--largest", "--trace", "--report", "--json"},
 }  # fmt: skip
 """The command line is frozen: adding to it is a decision, recorded in docs/decisions.md."""
 ESTIMATE = {"parameters": 1e8, "trainable": 1e8, "parameter_bytes": 4e8, "gradient_bytes": 4e8, "optimizer_bytes": 8e8,

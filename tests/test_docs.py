@@ -1,7 +1,8 @@
 """The pages of docs/ do what they say: files they show are written, and their snippets and commands run, in order.
 
 A fence `python title=FILE` (or `toml`) is a file; other Python is run, after what the same page showed before; lines of `console`
-that begin with "$ " are run and must end with status 0, or with what stands behind "# exit status".
+that begin with "$ " are run and must end with status 0, or with what stands behind "# exit status". Lines below one are in what
+it prints.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,26 +53,29 @@ def follow(page: Path, folder: Path) -> int:
             shown += block.text
             done += run([sys.executable, "-c", shown], 0, folder, block.text)
         elif block.language == "console":
-            for line in block.text.splitlines():
-                if line.startswith("$ "):
-                    done += command(line.removeprefix("$ "), folder)
+            for part in block.text.split("$ ")[1:]:
+                line, *below = part.splitlines()
+                done += command(line, folder, below)
     return done
 
 
-def command(line: str, folder: Path) -> int:
-    """Run a line of a console."""
+def command(line: str, folder: Path, below: Sequence[str] = ()) -> int:
+    """Run a line of a console, which must print what stands below it."""
     status = STATUS.search(line)
     program, *arguments = shlex.split(STATUS.sub("", line))
     start = ["-c", MODULES[program]] if program in MODULES else PROGRAMS[program]
-    return run([sys.executable, *start, *arguments], int(status[1]) if status else 0, folder, line)
+    return run([sys.executable, *start, *arguments], int(status[1]) if status else 0, folder, line, below)
 
 
-def run(words: list[str], status: int, folder: Path, what: str) -> int:
-    """Run a process, which must end with `status`; 1."""
+def run(words: list[str], status: int, folder: Path, what: str, below: Sequence[str] = ()) -> int:
+    """Run a process, which must end with `status` and print the lines `below` (spaces do not count); 1."""
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == status, (
         f"{what}\nended with {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     )
+    printed = " ".join(done.stdout.split())
+    for each in below:
+        assert " ".join(each.split()) in printed, f"{what}\ndid not print\n{each}\nbut\n{done.stdout}"
     return 1
 
 

@@ -128,6 +128,17 @@ def test_a_pin_replaces_the_plans_own() -> None:
     assert asked_again(plan, {"zero": "1"}).pins == ("dp=4", "zero=1")
 
 
+def test_another_precision_is_planned_and_not_only_pinned() -> None:
+    plan = plan_model(TOY, CLUSTER, batch=BATCH, pins=["dp=4", "zero=0"]).plan
+    other = asked_again(plan, {"precision": "pure-bf16"})
+    assert other.precision.recipe == "pure-bf16"
+    assert other.predicted.memory == plan_model(
+        TOY, CLUSTER, batch=BATCH, pins=["dp=4", "zero=0", "precision=pure-bf16"]
+    ).plan.predicted.memory  # fmt: skip
+    assert asked_again(plan, {"dtype": "fp32"}).precision.compute == "float32"
+    assert asked_again(plan, {"zero": "1"}).precision == plan.precision
+
+
 def test_devices_are_divisors_of_a_node_or_whole_nodes() -> None:
     cluster = parse_cluster("h100-sxm:8x2")
     assert with_devices(cluster, 4).devices == 4
