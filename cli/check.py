@@ -25,12 +25,7 @@ DTYPE = "float32"
 @click.command("check")
 @click.argument("model")
 @click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Samples of the captured batch.",
+    "--batch", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Samples to capture it with."
 )
 @click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Sequence length.")
 @click.option(
@@ -89,7 +84,7 @@ def _review(
     from ..planner.prices import Prices
     from ..profiles.devices import parse_cluster
     from .listings import pass_tables
-    from .tables import console, print_json, progress, show
+    from .tables import aside, print_json, progress, show
 
     with progress() as tell:
         tell("load")
@@ -111,7 +106,7 @@ def _review(
     if print_after is not None:
         click.echo(found.listing)
     if report is not None:
-        console(error=True).print(f"wrote {report}")
+        aside(f"wrote {report}")
 
 
 def reviewed(found: Review, cluster: str) -> dict[str, Any]:

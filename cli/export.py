@@ -52,7 +52,7 @@ def command(
     after `--` with `--plan PLAN` appended.
     """
     from ..planner.planfile import load_plan, write_whole
-    from .tables import console, print_json
+    from .tables import aside, print_json
 
     loaded = load_plan(plan)
     if form in TOOLS:
@@ -67,7 +67,7 @@ def command(
     if output is not None:
         write_whole(output, text)
     for loss in made.losses if made is not None else ():
-        console(error=True).print(f"not in {form}: {loss}")
+        aside(f"not in {form}: {loss}")
     if as_json:
         print_json({"to": form, "output": str(output) if output else None, **facts, "text": text})
     elif output is None:

@@ -109,13 +109,15 @@ def _side(where: str, value: Any) -> str:
 def pass_tables(found: Mapping[str, Any]) -> Group:
     """What `check --passes` found: cleanup, then optional passes with what they gain a step."""
     first = table("cleanup", "time", "nodes", title="Always", right=(1, 2))
-    rows = table("pass", "nodes", "gain", "saved bytes", "", title=f"By price on {found['cluster']}", right=(1, 2, 3))
+    rows = table(
+        "pass", "nodes", "gain", "saved bytes", "outcome", title=f"By price on {found['cluster']}", right=(1, 2, 3)
+    )
     for row in found["passes"]:
         nodes = f"{row['nodes_after'] - row['nodes_before']:+d}"
         if "applied" not in row:
             first.add_row(row["name"], seconds_text(row["seconds"]), nodes)
         elif not row["applied"]:
-            rows.add_row(row["name"], "", "", "", Text(f"not applied: {row['why_not']}"))
+            rows.add_row(row["name"], "", "", "", Text(row["why_not"]))
         else:
             gain, saved = row["gain_seconds"], row["gain_saved_bytes"]
             rows.add_row(

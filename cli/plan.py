@@ -100,7 +100,7 @@ def command(
         tables.show(tables.plan_tables(result.plan, result.seconds))
         written = [str(path) for path in (output, report) if path is not None]
         if written:
-            tables.console(error=True).print(f"wrote {' and '.join(written)}")
+            tables.aside(f"wrote {' and '.join(written)}")
 
 
 def pinned_like(
@@ -108,15 +108,13 @@ def pinned_like(
 ) -> tuple[tuple[str, ...], int | str | None, int | None]:
     """Pins, batch and sequence length: those given, and for the rest what the configuration at `path` says."""
     from .exports.read import read_like
-    from .tables import console
+    from .tables import aside
 
     said = read_like(path)
     given = {re.split("!?=", pin)[0].strip() for pin in pins}
     added = tuple(f"{key}={word}" for key, word in said.pins.items() if key not in given)
     batch, seq = said.batch if batch is None else batch, said.seq if seq is None else seq
-    console(error=True).print(
-        f"{path} says {' '.join(added) or 'nothing that can be pinned'}, batch {batch}, sequence {seq}"
-    )
+    aside(f"{path} says {' '.join(added) or 'nothing that can be pinned'}, batch {batch}, sequence {seq}")
     return (*pins, *added), batch, seq
 
 

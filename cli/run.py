@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 @click.option(
     "--nnodes", type=NODES, default="1", show_default=True, metavar="N|MIN:MAX", help="Machines that take part."
 )
-@click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Which of them this is.")
+@click.option(
+    "--node-rank", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Which of them this is."
+)
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where several machines meet.")
 @click.option(
     "--nproc-per-node", type=click.IntRange(min=1), metavar="K", help="Ranks a machine [default: equal shares]."
 )
 @click.option(
-    "--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Starts again after a fault."
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Starts again after a fault.",
 )
 @click.option("--elastic", is_flag=True, help="Plan again where another number of ranks runs than the plan has.")
 @click.option("--timeout", type=ABOVE_ZERO, metavar="SECONDS", help="When a rank counts as lost [default: 600].")

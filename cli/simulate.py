@@ -66,7 +66,7 @@ def command(
         return
     from ..again import check_change
     from ..garbage import held_back, leave_unswept
-    from .tables import console, print_json, progress, show
+    from .tables import aside, print_json, progress, show
 
     points = grid(sweeps)
     for changes in points:
@@ -88,7 +88,7 @@ def command(
         return
     show(sweep_table(rows))
     if report is not None:
-        console(error=True).print(f"wrote {report}")
+        aside(f"wrote {report}")
 
 
 def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:
@@ -99,7 +99,7 @@ def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:
     from ..planner.replay import replay
     from ..planner.trace import trace_events
     from .edited import captured, priced_again
-    from .tables import console, print_json, progress, show
+    from .tables import aside, print_json, progress, show
 
     with progress() as tell:
         plan = priced_again(plan, path, tell)
@@ -112,7 +112,7 @@ def _play(plan: Plan, path: Path, trace: Path | None, as_json: bool) -> None:
         return
     show(rank_table(rows, found.timeline.step_seconds))
     if trace is not None:
-        console(error=True).print(f"wrote {trace}")
+        aside(f"wrote {trace}")
 
 
 def rank_rows(found: Replay) -> list[dict[str, Any]]:
@@ -188,10 +188,12 @@ def point(plan: Plan, changes: Mapping[str, str]) -> dict[str, Any]:
 
 def shape_text(plan: Plan) -> str:
     """Degrees, schedule and microbatches in a few words."""
-    sizes = [f"pp={plan.pipeline.stages}"] if plan.pipeline.stages > 1 else []
+    p = plan.pipeline
+    sizes = [f"pp={p.ranks}"] if p.ranks > 1 else []
     sizes += [f"{axis.name}={axis.size}" for axis in plan.mesh if axis.size > 1]
-    schedule = f" {plan.pipeline.schedule}" if plan.pipeline.schedule != "none" else ""
-    return f"{' '.join(sizes) or 'one device'}{schedule}, {plan.pipeline.microbatches} x {plan.pipeline.micro_batch}"
+    schedule = (f" {p.schedule}" + (f" x {p.chunks}" if p.chunks > 1 else "")) if p.schedule != "none" else ""
+    cut = "1 microbatch" if p.microbatches == 1 else f"{p.microbatches} microbatches"
+    return f"{' '.join(sizes) or 'one device'}{schedule}, {cut} of {p.micro_batch}"
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Any:

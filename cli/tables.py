@@ -37,6 +37,8 @@ from .stages import mesh_rows, microbatch_text, pipeline_text, stage_rows, varia
 _WIDTH = 120
 _BAR = 24
 _MOST_STAGES = 24
+SPINNER = 3
+"""Columns that the sign of progress and the end of its line take."""
 
 
 def console(*, error: bool = False) -> Console:
@@ -54,6 +56,11 @@ def show(*parts: RenderableType) -> None:
         out.print(Prose(part) if isinstance(part, str) else part)
 
 
+def aside(text: str) -> None:
+    """Print a line beside the result, to stderr."""
+    console(error=True).print(Prose(text))
+
+
 def print_json(value: Any) -> None:
     """Print one JSON value to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -68,7 +75,9 @@ class Teller:
     def __call__(self, phase: str) -> None:
         """Enter a phase."""
         if self._status is not None:
-            self._status.update(Text(phase, no_wrap=True, overflow="ellipsis"))
+            line = Text(phase)
+            line.truncate(self._out.width - SPINNER, overflow="ellipsis")
+            self._status.update(line)
         else:
             self._out.print(f"... {phase}")
 

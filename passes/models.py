@@ -143,6 +143,8 @@ def _hugging_face(
     if getattr(config, "_experts_implementation", None) == "eager" and hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(ValueError):  # not every model has experts
             model.set_experts_implementation("grouped_mm")
+    if vars(model).get("loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # what it takes for no type, after a warning
     model.train()
     kwargs, seq, kind = _inputs(model, config, name, batch, seq, device, seed, dtype)
     source = Source("hf", name, batch, seq, config=document, seed=seed)

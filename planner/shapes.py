@@ -78,7 +78,8 @@ class Arrangement:
             f", {self.schedule}" + (f" of {self.chunks} chunks" if self.chunks > 1 else "") if self.pp > 1 else ""
         )
         pools = f", pools {' '.join(str(p + 1) for p in self.pool_order)}" if self.pools else ""
-        return f"{mesh}{pipeline}{pools}, {self.microbatches} microbatches of {self.micro_batch}"
+        cut = "1 microbatch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
+        return f"{mesh}{pipeline}{pools}, {cut} of {self.micro_batch}"
 
 
 def divisors(number: int) -> tuple[int, ...]:

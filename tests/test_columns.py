@@ -22,7 +22,7 @@ from rich.text import Text
 from shardwright.api import plan_model
 from shardwright.cli.listings import cluster_details, cluster_list, difference_tables
 from shardwright.cli.sheet import Prose, Sheet
-from shardwright.cli.simulate import sweep_table
+from shardwright.cli.simulate import shape_text, sweep_table
 from shardwright.cli.tables import plan_tables, table
 from shardwright.planner.plan import Plan
 from shardwright.planner.plandiff import diff
@@ -147,3 +147,9 @@ def on_terminal(*words: str) -> str:
     os.waitpid(child, 0)
     os.close(terminal)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode()).replace("\r", "")
+
+
+def test_a_shape_in_words_has_ranks_not_stages() -> None:
+    plan = stagedplans.plan()
+    assert (plan.pipeline.ranks, plan.pipeline.stages) == (2, 4)
+    assert shape_text(plan).startswith("pp=2 dp=2 tp=2 interleaved x 2, ")
