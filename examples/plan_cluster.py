@@ -1,6 +1,6 @@
 """Plan a large model for a cluster from Python, compare layouts, and take the plan to the tool that you run already.
 
-python examples/plan_cluster.py                                                        Llama-3 70B on 64 H100s, two minutes
+python examples/plan_cluster.py                                                        Llama-3 70B on 64 H100s, a minute or two
 python examples/plan_cluster.py --model hf:gpt2 --cluster rtx-4090:4 --batch 32 --seq 512    another model, another cluster
 
 No GPU, no weights and no process group are needed. It writes `plan.json`, which `shardwright report`, `explain` and `run` take, and
