@@ -1,7 +1,7 @@
 """shardwright: a compiler for parallelism. Names are resolved on first use, so that importing costs nothing.
 
 make_plan, apply_plan, auto_parallelize, plan_model, choose_update (api.py); Plan (planner/plan.py); load_plan, save_plan;
-Report (cli/report/notebook.py); keep_pages (profiles/heap.py); the errors.
+Report (cli/report/notebook.py); export_plan (cli/export.py); keep_pages (profiles/heap.py); the errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOMES = {
     "LaunchError": "errors", "Infeasible": "errors", "CheckpointError": "errors",
     "save_checkpoint": "runtime.state", "load_checkpoint": "runtime.state", "finish_saving": "runtime.state",
     "export_safetensors": "runtime.weights", "load_safetensors": "runtime.weights", "keep_pages": "profiles.heap",
-    "Report": "cli.report.notebook",
+    "Report": "cli.report.notebook", "export_plan": "cli.export",
 }  # fmt: skip
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -59,7 +59,7 @@ def command(
         _refuse_job_options(
             form, {"--steps": steps, "--name": name, "--image": image, "--memory": memory, "a script": script or None}
         )
-        made = translated(loaded, form)
+        made = export_plan(loaded, form)
         text, facts = made.text, {"losses": list(made.losses)}
     else:
         made = None
@@ -83,12 +83,18 @@ def _refuse_job_options(form: str, given: Mapping[str, Any]) -> None:
             raise UsageError(f"{option} belongs to --to {'|'.join(JOBS)}, not to {form}")
 
 
-def translated(plan: Plan, form: str) -> Export:
-    """A plan in the words of the tool `form`, with what they leave out; raises UsageError for what the tool cannot run."""
+def export_plan(plan: Plan, form: str) -> Export:
+    """A plan in the words of another tool: `form` is "hf", "torchtitan", "megatron", "deepspeed" or "script".
+
+    `text` of what is returned is the file, `losses` says what of the plan it leaves out. Raises UsageError for what the tool
+    cannot run, and for another `form`.
+    """
     from .exports.base import export
     from .exports.facts import facts_of
     from .exports.read import TARGETS
 
+    if form not in TARGETS:
+        raise UsageError(f"no export to {form!r}; expected one of {', '.join(TARGETS)}")
     return export(TARGETS[form], facts_of(plan))
 
 

@@ -41,7 +41,8 @@ UNITS: Sequence[tuple[str, str]] = (
 
 API: Mapping[str, Sequence[str]] = {
     "Plan and apply": ("auto_parallelize", "make_plan", "apply_plan", "plan_model", "choose_update"),
-    "Plans, clusters, reports": ("Plan", "PlanResult", "load_plan", "save_plan", "Cluster", "parse_cluster", "Report"),
+    "Plans, clusters, reports": ("Plan", "PlanResult", "load_plan", "save_plan", "Cluster", "parse_cluster", "Report",
+        "export_plan"),
     "Running": ("ParallelModule", "keep_pages"),
     "Checkpoints and weights": (
         "save_checkpoint", "finish_saving", "load_checkpoint", "export_safetensors", "load_safetensors",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import shardwright
 import torch
@@ -50,6 +51,12 @@ def add_adapters(model: nn.Module, rank: int) -> None:
             setattr(model.get_submodule(home), leaf, Adapted(module, rank))
 
 
+def prose(batch: int, seq: int) -> torch.Tensor:
+    """Tokens (batch, seq) of what Python's help says, a byte a token."""
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    return torch.tensor(list(text[: batch * seq])).view(batch, seq)
+
+
 def main() -> None:
     """Train for some steps and save what was trained."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -68,7 +75,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(options.config) if options.config else SMALL
     model = AutoModelForCausalLM.from_config(config)
     model.config.use_cache = False
-    tokens = torch.randint(0, config.vocab_size, (options.batch, options.seq))
+    tokens = prose(options.batch, options.seq)
     batch = {"input_ids": tokens, "labels": tokens}
 
     if options.update:

@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import shardwright
-from shardwright.cli.export import translated
 
 GIB = 2**30
 
@@ -58,7 +57,7 @@ def main() -> None:
     shardwright.save_plan(best, options.folder / "plan.json")
     again = shardwright.load_plan(options.folder / "plan.json")
     try:
-        exported = translated(again, "megatron")
+        exported = shardwright.export_plan(again, "megatron")
     except shardwright.UsageError as error:
         print(f"Megatron-LM does not run it: {error}")
         return

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import plans
 import pytest
+import shardwright
 from click.testing import CliRunner
 from exported import name_of, plan
 from shardwright.api import plan_model
@@ -338,3 +339,10 @@ def test_names_of_layers() -> None:
     assert numbered("model.layers.0.mlp.experts.3.weight", 5) == "model.layers.5.mlp.experts.3.weight"
     assert starred("transformer.h.11.attn") == "transformer.h.*.attn"
     assert (numbered("wte.weight", 2), starred("wte")) == ("wte.weight", "wte")
+
+
+def test_export_from_python() -> None:
+    made = shardwright.export_plan(plan(), "megatron")
+    assert made.text == export(TARGETS["megatron"], facts_of(plan())).text
+    with pytest.raises(UsageError, match="no export to 'jax'; expected one of hf, torchtitan"):
+        shardwright.export_plan(plan(), "jax")
