@@ -342,7 +342,8 @@ def test_names_of_layers() -> None:
 
 
 def test_export_from_python() -> None:
-    made = shardwright.export_plan(plan(), "megatron")
-    assert made.text == export(TARGETS["megatron"], facts_of(plan())).text
+    mine = plan("llama", "h100-sxm:2", "tp=2")
+    made = shardwright.export_plan(mine, "hf")
+    assert made == export(TARGETS["hf"], facts_of(mine))
     with pytest.raises(UsageError, match="no export to 'jax'; expected one of hf, torchtitan"):
-        shardwright.export_plan(plan(), "jax")
+        shardwright.export_plan(mine, "jax")
