@@ -64,7 +64,7 @@ def command(as_json: bool) -> None:
             {"plan": str(plan_file), "report": str(REPORT), "memory_limit_bytes": limit, "result": result}
         )
     else:
-        tables.show(result_tables(made.plan, result), f"\nwrote {REPORT} and {plan_file}")
+        tables.show(result_tables(made.plan, result), "", f"wrote {REPORT} and {plan_file}")
     raise SystemExit(status)
 
 

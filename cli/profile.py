@@ -113,7 +113,7 @@ def _show_calibrations(rows: Sequence[tuple[Group, Calibration | None]], store: 
         texts = (group.device, group.versions, group.stack, str(group.runs), str(group.left_out))
         found = (f"x{new.factor:.4g}", percent_text(new.spread)) if new is not None else ("too few runs", "")
         made.add_row(*map(Text, texts), f"x{before.factor:.4g}" if before else "none", *found)
-    show(made, f"\nkept in {store.path}: plans for these devices are now predicted with these factors")
+    show(made, "", f"kept in {store.path}: plans for these devices are now predicted with these factors")
 
 
 def _export(store: Store, path: Path, as_json: bool) -> None:
@@ -145,7 +145,7 @@ def _measure(store: Store, cluster: str, model: str | None, as_json: bool, **lim
     if as_json:
         print_json({"store": str(store.path), **asdict(result)})
     else:
-        show(*_profiled(result), f"\n{result.seconds:.0f} s; kept in {store.path}")
+        show(*_profiled(result), "", f"{result.seconds:.0f} s; kept in {store.path}")
 
 
 def _profiled(result: ProfileResult) -> list[RenderableType]:
