@@ -181,6 +181,17 @@ def _rows(key: str, value: Any) -> None:
     """[[full bytes, seconds], ...] of a collective over so many ranks, neighbours or so far apart."""
     if not re.fullmatch(r"\w+:\d+(@\d+)?", key, re.ASCII):
         raise ValueError("key: expected COLLECTIVE:RANKS or COLLECTIVE:RANKS@DISTANCE")
+    _pairs(value)
+
+
+def _sends(key: str, value: Any) -> None:
+    """[[bytes, seconds], ...] of messages between two ranks."""
+    if key != "pairs":
+        raise ValueError("key: expected pairs")
+    _pairs(value)
+
+
+def _pairs(value: Any) -> None:
     if not isinstance(value, list) or not value or not all(_numbers(row, 2) for row in value):
         raise ValueError("value: expected rows of bytes and seconds")
 
@@ -235,5 +246,6 @@ def _whole(value: Any) -> bool:
 KINDS: Mapping[str, Callable[[str, Any], None]] = MappingProxyType({
     "allocator": _number, "calibration": _calibration, "collectives": _rows, "copies": _number, "failure": _failure,
     "machine": _number, "op": _op, "optimizer": _number, "overlap": _overlap, "region": _region,
+    "sends": _sends,
 })  # fmt: skip
 """What the figures of a kind must be: each raises ValueError for what is not."""

@@ -12,9 +12,10 @@ import runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shardwright.errors import UsageError
-from shardwright.profiles.exchange import Counts, dump, export_to, import_from, load
+from shardwright.profiles.exchange import KINDS, Counts, dump, export_to, import_from, load
 from shardwright.profiles.ledger import append, entries
 from shardwright.profiles.store import Figure, Store
+from shardwright.profiles.tasks import TASKS
 
 OP = '["aten.linear",[[[8,16],"float32",true],[[4,16],"float32",true]],"[]"]'
 HEAD = '{"format": "shardwright profiles", "version": 1}'
@@ -155,3 +156,14 @@ def test_any_values_come_back(tmp_path: Path, kind: str, data: st.DataObject) ->
     second.add(*load(dump(first).encode(), "p.txt"))
     assert dump(second) == dump(first)
     assert second.read("d", "v", kind) == first.read("d", "v", kind)
+
+
+def test_all_that_is_measured_may_be_exchanged(tmp_path: Path) -> None:
+    """What a task of a profile files goes under its own name, or the singular of it."""
+    assert {name if name in KINDS else name.removesuffix("s") for name in TASKS} <= set(KINDS)
+    path, rows = tmp_path / "p.txt", [[1024, 1e-5], [1 << 20, 1e-3]]
+    there, here = Store(tmp_path / "a.sqlite"), Store(tmp_path / "b.sqlite")
+    there.add([Figure("cpu", "torch", "sends", "pairs", rows)])
+    export_to(there, path)
+    import_from(here, path)
+    assert here.read("cpu", "torch", "sends") == {"pairs": rows}
